@@ -1,0 +1,100 @@
+"""Full-precision SAM: our image encoder, segment-anything's prompt encoder and mask decoder."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from monailabel_dfqsam.sam.variants import Variant
+from monailabel_dfqsam.sam.vit import ImageEncoderViT
+
+if TYPE_CHECKING:
+    from monailabel_dfqsam.sam.checkpoint import Checkpoint
+
+_MODELING = "monailabel_dfqsam.sam._segment_anything_modeling"
+
+
+def _segment_anything_modeling() -> ModuleType:
+    """`segment_anything.modeling` without `segment_anything/__init__.py`.
+
+    The package's __init__ imports torchvision, which the modules used here do not need, costs a second at
+    start, and raises where torch is a CPU build and torchvision is not.
+    """
+    if _MODELING in sys.modules:
+        return sys.modules[_MODELING]
+    package = importlib.util.find_spec("segment_anything")
+    if package is None or package.origin is None:
+        raise ImportError("the package segment-anything is missing: pip install segment-anything")
+    folder = Path(package.origin).parent / "modeling"
+    spec = importlib.util.spec_from_file_location(
+        _MODELING, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_MODELING] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Sam(nn.Module):
+    """A SAM in full precision; attributes and call signatures are segment-anything's.
+
+    `image_encoder(x [B, 3, S, S]) -> [B, C, S/16, S/16]`, `prompt_encoder(points, boxes, masks)`,
+    `mask_decoder(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings,
+    multimask_output)`; all float32.
+    """
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        self.variant = variant
+        self.image_encoder = ImageEncoderViT(variant)
+        self.prompt_encoder, self.mask_decoder = build_decoder(variant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The image embedding; prompts go to `prompt_encoder` and `mask_decoder`."""
+        embedding: Tensor = self.image_encoder(x)
+        return embedding
+
+
+def build_decoder(variant: Variant) -> tuple[nn.Module, nn.Module]:
+    """Prompt encoder and mask decoder of a variant, untrained."""
+    modeling = _segment_anything_modeling()
+    channels, grid, size = variant.embed_channels, variant.grid, variant.input_size
+    prompt_encoder = modeling.PromptEncoder(
+        embed_dim=channels,
+        image_embedding_size=(grid, grid),
+        input_image_size=(size, size),
+        mask_in_chans=16,
+    )
+    mask_decoder = modeling.MaskDecoder(
+        num_multimask_outputs=3,
+        transformer=modeling.TwoWayTransformer(
+            depth=2, embedding_dim=channels, mlp_dim=variant.decoder_mlp_dim, num_heads=8
+        ),
+        transformer_dim=channels,
+        iou_head_depth=3,
+        iou_head_hidden_dim=channels,
+    )
+    return prompt_encoder, mask_decoder
+
+
+def build(checkpoint: Checkpoint) -> Sam:
+    """A Sam in evaluation mode with the checkpoint's weights, loaded strictly.
+
+    Raises:
+        ValueError: when keys are missing, left over, or of another shape; the message names the first few.
+    """
+    sam = Sam(checkpoint.variant)
+    try:
+        sam.load_state_dict(checkpoint.state_dict, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:4]]
+        raise ValueError(
+            f"the checkpoint does not fit the model '{checkpoint.variant.name}': " + " ".join(lines)
+        ) from None
+    return sam.eval().requires_grad_(False)
