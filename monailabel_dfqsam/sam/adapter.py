@@ -26,7 +26,6 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.channel(x.mean(dim=(1, 2)))
-        x = x * gate[:, None, None, :]
-        x = x + self.spatial(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        result: Tensor = self.norm(x)
+        gated = (x * gate[:, None, None, :]).permute(0, 3, 1, 2)
+        result: Tensor = self.norm(x + self.spatial(gated).permute(0, 2, 3, 1))
         return result

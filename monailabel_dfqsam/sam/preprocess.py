@@ -1,0 +1,103 @@
+"""Pixels to model input and back, as each family's own evaluation does it.
+
+Two frames occur: the image, H×W pixels, and the model input, S×S pixels. `Frame` maps between them; points
+are (x, y) with pixel centres at +0.5, so that a frame change is a plain multiplication.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monailabel_dfqsam.sam.variants import Preprocessing, Variant
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where an image lies in the model input: its size and the size it was resized to, in pixels."""
+
+    height: int
+    width: int
+    resized_height: int
+    resized_width: int
+    input_size: int
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """(x, y) model-input pixels per image pixel."""
+        return self.resized_width / self.width, self.resized_height / self.height
+
+
+def frame_of(variant: Variant, height: int, width: int) -> Frame:
+    """The frame of an H×W image under a variant's preprocessing."""
+    size = variant.input_size
+    if variant.preprocessing is Preprocessing.SAM:
+        scale = size / max(height, width)
+        return Frame(height, width, int(height * scale + 0.5), int(width * scale + 0.5), size)
+    return Frame(height, width, size, size, size)
+
+
+def normalize(rgb: Tensor) -> Tensor:
+    """(rgb − mean) / std for [..., 3, H, W] float in [0, 255]."""
+    mean = rgb.new_tensor(PIXEL_MEAN).view(3, 1, 1)
+    std = rgb.new_tensor(PIXEL_STD).view(3, 1, 1)
+    return (rgb - mean) / std
+
+
+def input_range(variant: Variant) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value a model input can take, each [3] float: black and white after preprocessing."""
+    black, white = torch.zeros(3, 1, 1), torch.full((3, 1, 1), 255.0)
+    if variant.preprocessing is Preprocessing.MEDSAM:
+        return torch.zeros(3), torch.ones(3)
+    return normalize(black).flatten(), normalize(white).flatten()
+
+
+def to_input(variant: Variant, rgb: np.ndarray) -> tuple[Tensor, Frame]:
+    """An image as the model takes it.
+
+    Args:
+        rgb: [H, W, 3] uint8.
+
+    Returns:
+        [1, 3, S, S] float32 and the frame.
+
+    Raises:
+        ValueError: when the array is not [H, W, 3] uint8 or is empty.
+    """
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or rgb.size == 0:
+        raise ValueError(f"an image must be [H, W, 3] uint8 and not empty, not {list(rgb.shape)} {rgb.dtype}")
+    frame = frame_of(variant, rgb.shape[0], rgb.shape[1])
+    x = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None].float()
+    target = (frame.resized_height, frame.resized_width)
+    kind = variant.preprocessing
+    if kind is Preprocessing.SAM_MED2D:
+        return F.interpolate(normalize(x), size=target, mode="nearest"), frame
+    if kind is Preprocessing.MEDSAM:
+        x = F.interpolate(x, size=target, mode="bicubic", align_corners=False)
+        low, high = x.min(), x.max()
+        return (x - low) / (high - low).clamp_min(1e-8), frame
+    x = normalize(F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=True))
+    size = frame.input_size
+    return F.pad(x, (0, size - target[1], 0, size - target[0])), frame
+
+
+def to_image(low_res_masks: Tensor, frame: Frame) -> Tensor:
+    """Mask logits in the image's frame.
+
+    Args:
+        low_res_masks: [B, K, S/4, S/4] float logits.
+
+    Returns:
+        [B, K, H, W] float logits, bilinear.
+    """
+    size = frame.input_size
+    full = F.interpolate(low_res_masks, size=(size, size), mode="bilinear", align_corners=False)
+    full = full[..., : frame.resized_height, : frame.resized_width]
+    return F.interpolate(full, size=(frame.height, frame.width), mode="bilinear", align_corners=False)
