@@ -1,0 +1,131 @@
+"""Everything that can be chosen, as frozen dataclasses and enums, checked once when they are made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+CONFIG_SCHEMA = 1
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all); stages are 'synthesis', 'calibration', 'fidelity' …"""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress callback that reports nothing."""
+
+
+class Policy(str, Enum):
+    """What is quantized (METHOD in the README): every engine runs `deploy`; `paper` is for comparison."""
+
+    DEPLOY = "deploy"  # Linears at `bits`, patch embedding, neck and convolutions at 8, attention in float
+    PAPER = "paper"  # all of it at `bits`, attention matmuls and softmax too; reference engine only
+
+
+class Calibration(str, Enum):
+    """Where calibration images come from."""
+
+    SYNTHETIC = "synthetic"  # out of the model's own weights
+    GAUSSIAN = "gaussian"  # plain noise, the paper's baseline
+    FOLDER = "folder"  # images on disk, the paper's 'real data' row
+
+
+class EngineKind(str, Enum):
+    """The implementations of the quantized image encoder."""
+
+    REFERENCE = "reference"
+    ONEDNN = "onednn"
+
+
+class Preset(str, Enum):
+    """How long to synthesize: `fast` fits a server's start, `best` is the paper's setting."""
+
+    FAST = "fast"
+    BEST = "best"
+
+    @property
+    def iterations(self) -> int:
+        """Steps of image synthesis."""
+        return 300 if self is Preset.FAST else 1500
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Image synthesis (DFQ-SAM Algorithm 1, stage 1); defaults are the paper's and its authors' code's.
+
+    Attributes:
+        iterations: optimisation steps an image; labels evolve during the first third, 500 at most.
+        alpha: weight of the class loss (Eq. 5).
+        beta: weight of the patch-similarity loss (Eq. 11).
+        tv_weight: weight of the total-variation term.
+        tv_target: total variation aimed at, mean absolute difference of neighbours in normalised units.
+        learning_rate: Adam's, betas (0.5, 0.9), cosine with warm-up.
+        min_score: ε1, a pseudo-label's least confidence.
+        min_area: ε2, a pseudo-label's least area as a fraction of the image (80 pixels at 256²).
+        max_area: largest fraction of the image that one region may take.
+    """
+
+    iterations: int = 1500
+    alpha: float = 0.5
+    beta: float = 0.05
+    tv_weight: float = 0.01
+    tv_target: float = 0.05
+    learning_rate: float = 0.2
+    min_score: float = 0.5
+    min_area: float = 80 / 256**2
+    max_area: float = 0.09
+
+    def __post_init__(self) -> None:
+        _require(self.iterations >= 1, "iterations must be at least 1", self.iterations)
+
+    @property
+    def evolution_iterations(self) -> int:
+        """Steps during which pseudo-labels evolve."""
+        return min(500, max(1, self.iterations // 3))
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """One way to quantize; equal configurations of one checkpoint give the same artifact.
+
+    Attributes:
+        bits: of Linear weights and activations: 4, 6 or 8.
+        images: how many calibration images.
+        seed: of every random choice.
+        folder: images to calibrate on, for `Calibration.FOLDER` alone.
+
+    Raises:
+        ValueError: for values outside these; the message names the field and what it may be.
+    """
+
+    bits: int = 4
+    policy: Policy = Policy.DEPLOY
+    calibration: Calibration = Calibration.SYNTHETIC
+    images: int = 1
+    seed: int = 0
+    folder: str | None = None
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.bits in (4, 6, 8), "bits must be 4, 6 or 8", self.bits)
+        _require(1 <= self.images <= 256, "images must be 1 to 256", self.images)
+        _require(self.seed >= 0, "seed must not be negative", self.seed)
+        with_folder = self.calibration is Calibration.FOLDER
+        _require(with_folder == (self.folder is not None), "calibration 'folder' goes with a folder", self.folder)
+
+    def canonical(self) -> str:
+        """The configuration as JSON with sorted keys, the same text for the same choices."""
+        return json.dumps({"schema": CONFIG_SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+
+    def key(self, source_sha256: str) -> str:
+        """16 hex digits naming the artifact that this configuration makes of a checkpoint."""
+        return hashlib.sha256(f"{source_sha256}\n{self.canonical()}".encode()).hexdigest()[:16]
+
+
+def _require(condition: bool, message: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"{message}, not {value!r}")

@@ -1,0 +1,139 @@
+"""Reads published checkpoints without ever running code from them.
+
+A `.safetensors` file cannot hold code. A `.pth` or `.pt` file is a pickle: it is read by torch's
+weights-only unpickler, which knows tensors and containers alone, with two inert stand-ins for what
+SAM-Med2D's own file holds beside its weights (an Adam object and a defaultdict). Any other global is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from monailabel_dfqsam.sam.variants import VARIANTS, Variant, detect
+
+EMBEDDED = Path(__file__).parent / "weights" / "dfqsam-tiny.safetensors"
+
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what is expected."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights as read from a file.
+
+    Attributes:
+        variant: the model they belong to.
+        state_dict: float32 tensors under segment-anything's names.
+        sha256: of the file's bytes.
+        path: the file.
+    """
+
+    variant: Variant
+    state_dict: dict[str, Tensor]
+    sha256: str
+    path: Path
+
+
+def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> Checkpoint:
+    """Reads a SAM ViT checkpoint; without arguments, the embedded default.
+
+    Args:
+        path: `.pth`, `.pt` or `.safetensors`; bare, or wrapped in 'model', 'state_dict' or
+            'model_state_dict'; keys with or without a leading 'module.'.
+        variant: a name from `VARIANTS`, for files whose shapes leave it open (MedSAM and SAM ViT-B are
+            told apart by 'medsam' in the file name otherwise).
+
+    Raises:
+        CheckpointError: when the file is missing, damaged, of another model, or holds pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file '{path.name}' at the given path")
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        raise CheckpointError(f"'{path.name}' is not a checkpoint: expected .pth, .pt or .safetensors")
+    if variant is not None and variant not in VARIANTS:
+        raise CheckpointError(f"unknown model '{variant}'; known are: {', '.join(VARIANTS)}")
+    raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tensors = _unwrap(raw, path.name)
+    try:
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        found = VARIANTS[variant] if variant else detect(shapes, hint=path.name)
+    except ValueError as error:
+        raise CheckpointError(f"'{path.name}': {error}") from None
+    return Checkpoint(found, tensors, file_sha256(path), path)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path.name}' is not a readable safetensors file: {error}") from None
+
+
+class _DiscardedOptimizer:
+    """Takes the place of a pickled torch.optim.Adam: holds its state, does nothing."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _plain_dict(*_: object) -> dict[Any, Any]:
+    """Takes the place of defaultdict, whose items the weights-only unpickler does not set."""
+    return {}
+
+
+def _read_pickle(path: Path) -> Any:
+    stand_ins: list[Any] = [
+        (_DiscardedOptimizer, "torch.optim.adam.Adam"),
+        (_DiscardedOptimizer, "torch.optim.adamw.AdamW"),
+        (_plain_dict, "collections.defaultdict"),
+        dict,
+    ]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line]
+        reason = lines[0].strip() if lines else "it is not a torch file"
+        raise CheckpointError(
+            f"'{path.name}' was refused, since only tensors are read from checkpoints, never code: {reason}"
+        ) from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).split(". ")[0]
+        raise CheckpointError(
+            f"'{path.name}' is damaged or no torch file ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _unwrap(raw: Any, name: str) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
+            raw = raw[wrapper]
+    if not isinstance(raw, dict) or not any(isinstance(value, Tensor) for value in raw.values()):
+        raise CheckpointError(f"'{name}' holds no state dict: expected tensors by name, wrapped or not")
+    return {
+        str(key).removeprefix("module."): value.float() if value.is_floating_point() else value
+        for key, value in raw.items()
+        if isinstance(value, Tensor) and str(key).removeprefix("module.") not in ("pixel_mean", "pixel_std")
+    }
