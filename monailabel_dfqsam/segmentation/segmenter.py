@@ -1,0 +1,224 @@
+"""An image and prompts to a mask: the slow embedding and the fast prompting are two calls.
+
+Every model is the same `Segmenter`, whether its image encoder runs in full precision or on an integer
+engine; prompt encoder and mask decoder are always segment-anything's, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from monailabel_dfqsam.config import EngineKind
+from monailabel_dfqsam.sam.model import Sam, build_decoder
+from monailabel_dfqsam.sam.preprocess import Frame, to_image, to_input
+from monailabel_dfqsam.sam.variants import VARIANTS, Variant
+
+if TYPE_CHECKING:
+    from monailabel_dfqsam.artifact import Artifact
+
+# segment-anything's prompt encoder takes pixel indices and adds this to reach pixel centres. Prompts here
+# count from the pixel's edge, so it is taken off again.
+_PIXEL_CENTRE = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """What a person pointed at in one image, in image pixels (x, y); a pixel's centre is at +0.5.
+
+    Attributes:
+        points: [N, 2] float, 0 … W and 0 … H; N may be 0.
+        labels: [N] int, 1 inside the object, 0 outside it.
+        box: [4] float (x0, y0, x1, y1) with x0 < x1 and y0 < y1, the object's outer edges, or None.
+        mask_logits: [1, 1, S/4, S/4] float32, `Prediction.low_res_logits` of the prediction to refine.
+    """
+
+    points: NDArray[Any] = field(default_factory=lambda: np.zeros((0, 2)))
+    labels: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    box: NDArray[Any] | None = None
+    mask_logits: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """An image as the mask decoder needs it: tensor [1, C, S/16, S/16] float32, and where the image lies."""
+
+    tensor: Tensor
+    frame: Frame
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it holds."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A segmented object.
+
+    Attributes:
+        mask: [H, W] bool in the image's pixels.
+        score: the model's own estimate of the mask's IoU, about 0 … 1.
+        low_res_logits: [1, 1, S/4, S/4] float32, for `Prompts.mask_logits` of the next click.
+    """
+
+    mask: NDArray[Any]
+    score: float
+    low_res_logits: Tensor
+
+
+class Segmenter:
+    """Segments 2-D images; stateless between calls, so that threads may share one.
+
+    Attributes:
+        name: for people: 'full precision', or like 'W4A4 (onednn)'.
+        variant: the model's sizes and preprocessing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        variant: Variant,
+        embed: Callable[[Tensor], Tensor],
+        prompt_encoder: nn.Module,
+        mask_decoder: nn.Module,
+    ) -> None:
+        """`embed` takes normalised images [B, 3, S, S] float32 to embeddings [B, C, S/16, S/16] float32."""
+        self.name = name
+        self.variant = variant
+        self._embed = embed
+        self._prompt_encoder = prompt_encoder.eval().requires_grad_(False)
+        self._mask_decoder = mask_decoder.eval().requires_grad_(False)
+        self._device = next(prompt_encoder.parameters()).device
+        with torch.inference_mode():
+            self._positions = prompt_encoder.get_dense_pe()  # type: ignore[operator]
+
+    @torch.inference_mode()
+    def embed(self, rgb: NDArray[Any]) -> Embedding:
+        """The slow half: image [H, W, 3] uint8 to its embedding.
+
+        Raises:
+            ValueError: when the image is of another shape or type, or empty.
+        """
+        x, frame = to_input(self.variant, rgb)
+        return Embedding(self._embed(x), frame)
+
+    @torch.inference_mode()
+    def predict(self, embedding: Embedding, prompts: Prompts, multimask: bool = True) -> Prediction:
+        """The fast half: one object for all prompts together.
+
+        Args:
+            embedding: from `embed` of the same model.
+            prompts: at least a point or a box; `mask_logits` only refines.
+            multimask: take the one with the best predicted IoU of the decoder's three candidates (outputs
+                1 to 3); otherwise its single answer (output 0).
+
+        Raises:
+            ValueError: for prompts that are empty, misshapen or outside the image.
+        """
+        _check(prompts, embedding.frame)
+        points, boxes, masks = self._model_prompts(prompts, embedding.frame)
+        sparse, dense = self._prompt_encoder(points, boxes, masks)
+        logits, scores = self._mask_decoder(
+            image_embeddings=embedding.tensor.to(self._device),
+            image_pe=self._positions,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+        )
+        best = int(scores[0].argmax())
+        chosen = logits[:, best : best + 1].cpu()
+        mask = to_image(chosen, embedding.frame)[0, 0] > 0
+        return Prediction(mask.numpy(), float(scores[0, best]), chosen)
+
+    def _model_prompts(
+        self, prompts: Prompts, frame: Frame
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
+        """Prompts in model-input pixels, as segment-anything's prompt encoder takes them."""
+        scale = np.array(frame.scale)
+        points = boxes = masks = None
+        if len(prompts.points):
+            xy = torch.from_numpy(np.asarray(prompts.points, dtype=np.float64) * scale - _PIXEL_CENTRE)
+            labels = torch.from_numpy(np.asarray(prompts.labels, dtype=np.int64))
+            points = (xy.float()[None].to(self._device), labels[None].to(self._device))
+        if prompts.box is not None:
+            corners = np.asarray(prompts.box, dtype=np.float64).reshape(2, 2) * scale - _PIXEL_CENTRE
+            boxes = torch.from_numpy(corners.reshape(1, 4)).float().to(self._device)
+        if prompts.mask_logits is not None:
+            masks = prompts.mask_logits.to(self._device)
+        return points, boxes, masks
+
+
+def full_precision_segmenter(sam: Sam) -> Segmenter:
+    """A segmenter that runs `sam` as it is, on the device it is on."""
+    device = next(sam.parameters()).device
+    return Segmenter(
+        "full precision",
+        sam.variant,
+        lambda images: sam.image_encoder(images.to(device)),  # type: ignore[no-any-return]
+        sam.prompt_encoder,
+        sam.mask_decoder,
+    )
+
+
+def load_segmenter(artifact: Artifact, engine: EngineKind | None = None) -> Segmenter:
+    """A segmenter out of an artifact alone.
+
+    Args:
+        artifact: as `read_artifact` gives it.
+        engine: what runs the image encoder; None takes the fastest that works here.
+
+    Raises:
+        ValueError: when the artifact's decoder does not fit its variant; the engine raises its own.
+    """
+    # Not needed for a segmenter in full precision, which must not wait for an engine to load.
+    from monailabel_dfqsam.engines import load_encoder
+
+    variant = VARIANTS[artifact.header["variant"]]
+    prompt_encoder, mask_decoder = build_decoder(variant)
+    for prefix, module in (("prompt_encoder.", prompt_encoder), ("mask_decoder.", mask_decoder)):
+        state = {
+            key.removeprefix(prefix): value.float()
+            for key, value in artifact.tensors.items()
+            if key.startswith(prefix)
+        }
+        try:
+            module.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            lines = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+            raise ValueError(
+                f"the artifact's {prefix[:-1]} is not that of '{variant.name}': {lines}"
+            ) from None
+    encoder = load_encoder(artifact, engine)
+    bits = artifact.header["config"]["bits"]
+    name = f"W{bits}A{bits} ({encoder.kind.value})"
+    return Segmenter(name, variant, encoder.embed, prompt_encoder, mask_decoder)
+
+
+def _check(prompts: Prompts, frame: Frame) -> None:
+    """Raises ValueError for prompts that `Segmenter.predict` cannot answer."""
+    points, labels = np.asarray(prompts.points), np.asarray(prompts.labels)
+    if len(points) == 0 and prompts.box is None:
+        raise ValueError("there is nothing to segment: give at least one point or a box")
+    if len(points) and (points.ndim != 2 or points.shape[1] != 2):
+        raise ValueError(f"points must be [N, 2], (x, y) each, not {list(points.shape)}")
+    if labels.shape != points.shape[:1] or not np.isin(labels, (0, 1)).all():
+        raise ValueError("every point needs a label, 1 for inside the object or 0 for outside")
+    limit = np.array([frame.width, frame.height], dtype=np.float64)
+    size = f"the image of {frame.width}×{frame.height} pixels"
+    # Written so that NaN fails too.
+    if len(points) and not ((points >= 0) & (points <= limit)).all():
+        raise ValueError(f"a point lies outside {size}: {points.tolist()}")
+    if prompts.box is not None:
+        box = np.asarray(prompts.box)
+        if box.shape != (4,):
+            raise ValueError(f"a box must be (x0, y0, x1, y1), not of shape {list(box.shape)}")
+        low, high = box[:2], box[2:]
+        if not ((low >= 0) & (low < high) & (high <= limit)).all():
+            raise ValueError(f"a box must have x0 < x1 and y0 < y1 inside {size}, not {box.tolist()}")
