@@ -1,0 +1,179 @@
+"""The file between quantizing and running: one `.safetensors`, self-describing and self-checking.
+
+Layout, tensor names under `image_encoder.` as in the checkpoint:
+
+    {layer}.weight            4 bit: [N, ceil(K/2)] uint8, low nibble first; 6 and 8 bit: [N, K] int8
+    {layer}.weight_scale      [N] float32
+    {layer}.bias              [N] float32
+    {core}.ranges             [7] float32, policy `paper` alone
+    every other tensor        float32 with one dimension (norms, padding constants), else float16
+    prompt_encoder.*, mask_decoder.*   float16
+
+The metadata is one entry, `dfqsam`: a JSON header. Each quantized layer's entry there gives its bits, input
+scale and zero-point, and a convolution's geometry. `tensors_sha256` covers names, types, shapes and bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from monailabel_dfqsam.ops import Geometry, QuantizedLayer, pack_int4, unpack_int4
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "dfqsam"
+_ENCODER = "image_encoder."
+
+
+class ArtifactError(ValueError):
+    """An artifact that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A quantized model: the header as plain JSON values, and tensors by name, as in the file."""
+
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def label(self) -> str:
+        """What this is in a few letters, like 'W4A4'."""
+        bits = self.header["config"]["bits"]
+        return f"W{bits}A{bits}"
+
+
+def encode_layer(name: str, layer: QuantizedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header entry and tensors of one quantized layer of the encoder."""
+    entry: dict[str, Any] = {
+        "weight_bits": layer.weight_bits,
+        "activation_bits": layer.activation_bits,
+        "input_scale": layer.input_scale,
+        "input_zero_point": layer.input_zero_point,
+        "shape": list(layer.weight.shape),
+    }
+    if layer.geometry is not None:
+        entry["geometry"] = asdict(layer.geometry)
+    weight = pack_int4(layer.weight) if layer.weight_bits == 4 else layer.weight
+    tensors = {
+        f"{_ENCODER}{name}.weight": weight,
+        f"{_ENCODER}{name}.weight_scale": layer.weight_scale.float(),
+        f"{_ENCODER}{name}.bias": layer.bias.float(),
+    }
+    return entry, tensors
+
+
+def decode_layer(artifact: Artifact, name: str) -> QuantizedLayer:
+    """One quantized layer of the encoder, 'blocks.0.attn.qkv' for instance."""
+    entry = artifact.header["layers"][name]
+    weight = artifact.tensors[f"{_ENCODER}{name}.weight"]
+    if entry["weight_bits"] == 4:
+        weight = unpack_int4(weight, entry["shape"][1])
+    return QuantizedLayer(
+        weight=weight,
+        weight_scale=artifact.tensors[f"{_ENCODER}{name}.weight_scale"],
+        bias=artifact.tensors[f"{_ENCODER}{name}.bias"],
+        input_scale=entry["input_scale"],
+        input_zero_point=entry["input_zero_point"],
+        weight_bits=entry["weight_bits"],
+        activation_bits=entry["activation_bits"],
+        geometry=Geometry(**entry["geometry"]) if "geometry" in entry else None,
+    )
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """A floating tensor as the file keeps it: float16, but float32 where it has one dimension."""
+    return tensor.float().contiguous() if tensor.ndim <= 1 else tensor.half().contiguous()
+
+
+def float_tensors(artifact: Artifact, prefix: str) -> dict[str, Tensor]:
+    """The floating tensors under a prefix as float32, the prefix taken off, quantized layers left out."""
+    taken = {f"{_ENCODER}{n}.{p}" for n in artifact.header["layers"] for p in ("weight", "weight_scale", "bias")}
+    return {
+        key.removeprefix(prefix): value.float()
+        for key, value in artifact.tensors.items()
+        if key.startswith(prefix) and key not in taken
+    }
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hex digest over names, types, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_artifact(artifact: Artifact, path: Path) -> None:
+    """Writes to a temporary file beside `path` and renames: a reader sees the old file or the whole new one.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    header = {**artifact.header, "tensors_sha256": tensors_sha256(artifact.tensors)}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    text = json.dumps(header, sort_keys=True)
+    try:
+        save_file(dict(artifact.tensors), partial, metadata={_METADATA_KEY: text})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"the artifact could not be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header alone, without reading the tensors.
+
+    Raises:
+        ArtifactError: as `read_artifact`, but for damage within the tensors.
+    """
+    return _read(path, header_only=True).header
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Reads and checks an artifact.
+
+    Raises:
+        ArtifactError: when the file is missing, cut short, changed, no artifact, or of a newer format.
+    """
+    return _read(path, header_only=False)
+
+
+def _read(path: Path, header_only: bool) -> Artifact:
+    name = path.name
+    if not path.is_file():
+        raise ArtifactError(f"there is no artifact '{name}'")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+            if text is None:
+                raise ArtifactError(f"'{name}' is a safetensors file, but no artifact of dfqsam quantize")
+            header: dict[str, Any] = json.loads(text)
+            if header.get("format_version", 0) > FORMAT_VERSION:
+                raise ArtifactError(
+                    f"'{name}' has format {header['format_version']}, this version reads up to "
+                    f"{FORMAT_VERSION}: update monailabel-dfqsam, or quantize again"
+                )
+            if header_only:
+                return Artifact(header, {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ArtifactError(f"'{name}' is damaged or cut short ({error}): quantize again") from None
+    if tensors_sha256(tensors) != header.get("tensors_sha256"):
+        raise ArtifactError(f"'{name}' was changed after it was written (checksum): quantize again")
+    return Artifact(header, tensors)

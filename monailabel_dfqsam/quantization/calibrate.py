@@ -1,0 +1,158 @@
+"""From a float encoder and calibration images to a quantized encoder (DFQ-SAM stage 2, no gradients)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from monailabel_dfqsam.config import Policy, Progress
+from monailabel_dfqsam.ops import Geometry, QuantizedLayer
+from monailabel_dfqsam.quantization.quantizer import Affine, quantize_weight, search_affine
+from monailabel_dfqsam.quantization.reparameterize import reparameterize
+from monailabel_dfqsam.sam.vit import AttentionCore, ImageEncoderViT
+
+CONVOLUTION_BITS = 8
+# Rows of an activation kept from each image for the range search.
+MAX_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class QuantizedEncoder:
+    """A calibrated encoder as numbers.
+
+    Attributes:
+        layers: by module name within the encoder.
+        attention: per attention core, policy `paper` alone: the ranges of q, k and v and the largest
+            probability, as [scale_q, zero_q, scale_k, zero_k, scale_v, zero_v, delta] float32.
+        attention_bits: of those, 0 where attention stays in floating point.
+        float_tensors: everything else, by state-dict name within the encoder, reparameterized.
+    """
+
+    layers: dict[str, QuantizedLayer]
+    attention: dict[str, Tensor]
+    attention_bits: int
+    float_tensors: dict[str, Tensor]
+
+
+def quantizable(encoder: ImageEncoderViT) -> dict[str, nn.Module]:
+    """Every Linear and convolution of the encoder, by name."""
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    return {name: module for name, module in encoder.named_modules() if isinstance(module, kinds)}
+
+
+def calibrate(
+    encoder: ImageEncoderViT, images: Tensor, bits: int, policy: Policy, progress: Progress
+) -> QuantizedEncoder:
+    """Finds ranges, reparameterizes, and quantizes weights.
+
+    Args:
+        encoder: in full precision; left as it is.
+        images: [N, 3, S, S] float32, normalised.
+        bits: of Linears; `deploy` keeps convolutions at 8 and attention in floating point.
+    """
+    encoder = copy.deepcopy(encoder)
+    modules = quantizable(encoder)
+    samples, attention_samples = observe(encoder, images, policy is Policy.PAPER, progress)
+    after_norm = [name for name in modules if name.endswith(("attn.qkv", "mlp.lin1"))]
+    ranges = reparameterize(encoder, {n: search_affine(samples[n], bits, True) for n in after_norm})
+    layers = {}
+    for step, (name, module) in enumerate(modules.items()):
+        layer_bits = bits if policy is Policy.PAPER or isinstance(module, nn.Linear) else CONVOLUTION_BITS
+        if name not in ranges:
+            ranges[name] = search_affine(samples.pop(name), layer_bits, False)
+        layers[name] = quantize_layer(module, ranges[name], layer_bits)
+        progress("quantization", step + 1, len(modules))
+    quantized = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
+    floats = {key: value for key, value in _all_tensors(encoder).items() if key not in quantized}
+    attention = {name: _attention_ranges(parts, bits) for name, parts in attention_samples.items()}
+    return QuantizedEncoder(layers, attention, bits if attention else 0, floats)
+
+
+def observe(
+    encoder: ImageEncoderViT, images: Tensor, attention: bool, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """Samples of what every layer reads while the encoder sees the images one by one.
+
+    Returns:
+        rows [T, C] by layer name, images [., C, H, W] as rows too; and, if asked for, of q, k, v and the
+        probabilities of each attention core, flattened.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[list[Tensor]]] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        return x[:: -(-x.shape[0] // MAX_ROWS)].clone()
+
+    def record(name: str) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            x = x.permute(0, 2, 3, 1) if isinstance(modules[name], (nn.Conv2d, nn.ConvTranspose2d)) else x
+            rows.setdefault(name, []).append(keep(x.flatten(0, -2)))
+
+        handles.append(modules[name].register_forward_pre_hook(hook))
+
+    def record_attention(name: str, core: AttentionCore) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            q, k, v, bias = inputs
+            logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            probabilities = (logits if bias is None else logits + bias).softmax(-1)
+            kept = [keep(x.reshape(-1, 1)) for x in (q, k, v)] + [probabilities.amax().view(1, 1)]
+            parts.setdefault(name, []).append(kept)
+
+        handles.append(core.register_forward_pre_hook(hook))
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    modules = quantizable(encoder)
+    for name in modules:
+        record(name)
+    if attention:
+        for name, module in encoder.named_modules():
+            if isinstance(module, AttentionCore):
+                record_attention(name, module)
+    try:
+        with torch.inference_mode():
+            for index, image in enumerate(images):
+                encoder(image[None])
+                progress("calibration", index + 1, len(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    joined = {name: torch.cat(chunks) for name, chunks in rows.items()}
+    return joined, {name: [torch.cat(p) for p in zip(*chunks, strict=True)] for name, chunks in parts.items()}
+
+
+def quantize_layer(module: nn.Module, inputs: Affine, bits: int) -> QuantizedLayer:
+    """The integers of one Linear or convolution whose input has the given range."""
+    assert isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+    weight = module.weight.detach()
+    geometry = None
+    if isinstance(module, nn.ConvTranspose2d):
+        geometry = Geometry(module.kernel_size[0], module.stride[0], int(module.padding[0]), transposed=True)
+        weight = weight.flatten(1).T
+    elif isinstance(module, nn.Conv2d):
+        geometry = Geometry(module.kernel_size[0], module.stride[0], int(module.padding[0]))
+        weight = weight.flatten(1)
+    integers, scale = quantize_weight(weight, bits)
+    bias = torch.zeros(weight.shape[0]) if module.bias is None else module.bias.detach().clone()
+    return QuantizedLayer(
+        integers, scale, bias, float(inputs.scale), int(inputs.zero_point), bits, bits, geometry
+    )
+
+
+def _attention_ranges(parts: list[Tensor], bits: int) -> Tensor:
+    numbers: list[float] = []
+    for part in parts[:3]:
+        found = search_affine(part, bits, False)
+        numbers += [float(found.scale), float(found.zero_point)]
+    return torch.tensor([*numbers, float(parts[3].max())])
+
+
+def _all_tensors(encoder: ImageEncoderViT) -> dict[str, Tensor]:
+    """State dict and the buffers that reparameterization leaves, which checkpoints do not have."""
+    tensors = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
+    for key, value in encoder.named_buffers():
+        tensors[key] = value.detach().clone()
+    return tensors

@@ -1,0 +1,125 @@
+"""Uniform and log√2 quantizers, and the search for their ranges (DFQ-SAM Eq. 1–2, RepQ-ViT §3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_SCALE = 1e-8
+# A constant channel has no range. Its scale gets this share of the median scale: large enough that
+# reparameterization, which divides by it, keeps float32 precision.
+MIN_CHANNEL_SCALE = 1e-2
+PERCENTILES = (1.0, 0.99999, 0.9999, 0.999)
+WEIGHT_SHRINK = tuple(1.0 - 0.025 * i for i in range(25))
+_MAX_SAMPLES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x ≈ scale·(q − zero_point), q in 0 … 2^bits − 1.
+
+    Attributes:
+        scale: [C] or [1] float32, > 0.
+        zero_point: [C] or [1] float32 holding integers; within 0 … 2^bits − 1 for a whole tensor, anything
+            for channels, which reparameterization brings to a common one.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+    def fake(self, x: Tensor) -> Tensor:
+        """x after a round trip through the integers; the last dimension is C."""
+        q = (torch.round(x / self.scale) + self.zero_point).clamp(0, (1 << self.bits) - 1)
+        return self.scale * (q - self.zero_point)
+
+
+def tensor_affine(low: Tensor, high: Tensor, bits: int) -> Affine:
+    """Eq. 2 for a whole tensor; the range is widened to hold 0, so that zero padding stays exact."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / ((1 << bits) - 1)).clamp_min(MIN_SCALE)
+    return Affine(scale, torch.round(-low / scale), bits)
+
+
+def channel_affine(low: Tensor, high: Tensor, bits: int) -> Affine:
+    """Eq. 2 for each channel, with a floor for channels that are (nearly) constant."""
+    scale = (high - low) / ((1 << bits) - 1)
+    scale = scale.clamp_min(max(MIN_SCALE, MIN_CHANNEL_SCALE * float(scale.median())))
+    return Affine(scale, torch.round(-low / scale), bits)
+
+
+def search_affine(x: Tensor, bits: int, per_channel: bool) -> Affine:
+    """The percentile range with the least mean squared error, for each channel or for the whole tensor.
+
+    Args:
+        x: [T, C] float samples of an activation.
+        bits: 2 … 8.
+        per_channel: one range a column of x, else one range.
+    """
+    x = x.float()
+    if x.numel() > _MAX_SAMPLES:
+        x = x[:: -(-x.numel() // _MAX_SAMPLES)]
+    columns, affine = (x, channel_affine) if per_channel else (x.reshape(-1, 1), tensor_affine)
+    ordered = columns.sort(dim=0).values
+    last = ordered.shape[0] - 1
+    best: Affine | None = None
+    best_error = torch.full((columns.shape[1],), torch.inf)
+    for percentile in PERCENTILES:
+        index = round(percentile * last)
+        candidate = affine(ordered[last - index], ordered[index], bits)
+        error = (candidate.fake(columns) - columns).square().mean(0)
+        if best is None:
+            best, best_error = candidate, error
+            continue
+        better = error < best_error
+        best = Affine(
+            torch.where(better, candidate.scale, best.scale),
+            torch.where(better, candidate.zero_point, best.zero_point),
+            bits,
+        )
+        best_error = torch.where(better, error, best_error)
+    assert best is not None
+    return best
+
+
+def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric weights, one scale an output channel, the scale with the least squared error.
+
+    Args:
+        weight: [N, K] float.
+        bits: 2 … 8.
+
+    Returns:
+        [N, K] int8 within −2^(bits−1) … 2^(bits−1) − 1, and the scale [N] float32.
+    """
+    weight = weight.float()
+    top = (1 << (bits - 1)) - 1
+    full = (weight.abs().amax(1) / top).clamp_min(MIN_SCALE)
+    best_scale, best_error = full, torch.full_like(full, torch.inf)
+    for shrink in WEIGHT_SHRINK:
+        scale = full * shrink
+        error = (_round_weight(weight, scale, top) * scale[:, None] - weight).square().sum(1)
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    return _round_weight(weight, best_scale, top).to(torch.int8), best_scale
+
+
+def _round_weight(weight: Tensor, scale: Tensor, top: int) -> Tensor:
+    return torch.round(weight / scale[:, None]).clamp(-top - 1, top)
+
+
+def fake_log_sqrt2(x: Tensor, delta: float, bits: int) -> Tensor:
+    """Post-softmax probabilities after a round trip through log√2 levels (RepQ-ViT Eq. 12–14).
+
+    Args:
+        x: float in [0, delta].
+        delta: the largest probability.
+        bits: levels beyond 2^bits − 1 become 0.
+    """
+    q = torch.round(-2 * torch.log2((x / delta).clamp_min(1e-30)))
+    kept = q <= (1 << bits) - 1
+    value = delta * torch.exp2(-torch.ceil(q / 2)) * torch.where(q % 2 == 1, 2**0.5, 1.0)
+    return torch.where(kept, value, 0.0)

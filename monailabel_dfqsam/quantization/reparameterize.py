@@ -1,0 +1,68 @@
+"""Scale reparameterization: per-channel ranges after a LayerNorm become one range a tensor, exactly.
+
+DFQ-SAM Eq. 10 and 12–16. With per-channel scales s and zero-points z, s̃ = mean(s), z̃ = round(mean(z)),
+r1 = s / s̃ and r2 = z − z̃, the norm becomes γ̃ = γ / r1, β̃ = (β + s⊙r2) / r1 and the linear map behind it
+W̃ = W·diag(r1), b̃ = b − W·(s⊙r2). In floating point the network is unchanged.
+
+Two consumers must not see the changed norm: SAM's window padding, which stands for zeros *after* norm1, and
+SAM-Med2D's adapter, which reads norm2 beside lin1. The encoder has a place for each: `Attention.pad_qkv` and
+`Block.norm2_restore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from monailabel_dfqsam.quantization.quantizer import Affine
+from monailabel_dfqsam.sam.vit import Block, ImageEncoderViT
+
+
+def reparameterize_norm(norm: nn.LayerNorm, linear: nn.Linear, channels: Affine) -> tuple[Affine, Tensor, Tensor]:
+    """Changes one LayerNorm and the Linear behind it in place.
+
+    Args:
+        channels: the ranges of the norm's output, one a channel.
+
+    Returns:
+        the common range of the new output, and r1 [C] and s⊙r2 [C], with which the old output is
+        new·r1 − s⊙r2.
+    """
+    s, z = channels.scale, channels.zero_point
+    scale = s.mean()
+    # Any integer keeps the network exact; one within the levels suits every engine.
+    zero_point = torch.round(z.mean()).clamp(0, (1 << channels.bits) - 1)
+    r1, shift = s / scale, s * (z - zero_point)
+    with torch.no_grad():
+        linear.bias -= linear.weight @ shift
+        linear.weight *= r1
+        norm.bias += shift
+        norm.bias /= r1
+        norm.weight /= r1
+    return Affine(scale[None], zero_point[None], channels.bits), r1, shift
+
+
+def reparameterize(encoder: ImageEncoderViT, ranges: Mapping[str, Affine]) -> dict[str, Affine]:
+    """Reparameterizes norm1 → qkv and norm2 → lin1 of every block, in place.
+
+    Args:
+        encoder: changed so that its output stays the same in floating point.
+        ranges: per-channel ranges by the name of the Linear that reads them, 'blocks.0.attn.qkv' …
+
+    Returns:
+        the common ranges under the same names.
+    """
+    common: dict[str, Affine] = {}
+    for index, block in enumerate(encoder.blocks):
+        assert isinstance(block, Block)
+        name = f"blocks.{index}.attn.qkv"
+        if block.attn.window:
+            block.attn.pad_qkv = block.attn.qkv.bias.detach().clone()
+        common[name], _, _ = reparameterize_norm(block.norm1, block.attn.qkv, ranges[name])
+        name = f"blocks.{index}.mlp.lin1"
+        common[name], r1, shift = reparameterize_norm(block.norm2, block.mlp.lin1, ranges[name])
+        if block.Adapter is not None:
+            block.restore_scale, block.restore_shift = r1, -shift
+    return common
