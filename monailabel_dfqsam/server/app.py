@@ -1,0 +1,118 @@
+"""The MONAI Label app: one model to click with, one trainer that quantizes it, and when to start that."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.tasks.activelearning.first import First
+from monailabel.tasks.activelearning.random import Random
+
+from monailabel_dfqsam.server import compat
+from monailabel_dfqsam.server.infer_task import WINDOWS, SegmentTask
+from monailabel_dfqsam.server.models import Models
+from monailabel_dfqsam.server.options import OptionError
+from monailabel_dfqsam.server.security import Refusal
+from monailabel_dfqsam.server.settings import read_settings
+from monailabel_dfqsam.server.train_task import SERVER_PID, QuantizeTask
+
+logger = logging.getLogger(__name__)
+
+NAME = "dfqsam"
+
+
+class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
+    """DFQ-SAM in MONAI Label; made in the server and again in each training process, so it loads nothing."""
+
+    def __init__(self, app_dir: str, studies: str, conf: Mapping[str, Any]) -> None:
+        """As MONAI Label calls it.
+
+        Raises:
+            SettingsError: for a wrong `--conf` pair.
+        """
+        self._settings = read_settings(conf or {}, Path(app_dir), tuple(WINDOWS))
+        self._models = Models(self._settings)
+        super().__init__(
+            app_dir=app_dir,
+            studies=studies,
+            conf=dict(conf or {}),
+            name="DFQ-SAM",
+            description="Segment Anything by points and boxes, quantized by this server itself, without data",
+            labels=list(self._settings.labels),
+        )
+
+    def init_infers(self) -> dict[str, SegmentTask]:
+        """The one model."""
+        return {NAME: SegmentTask(self._models, self._settings)}
+
+    def init_trainers(self) -> dict[str, QuantizeTask]:
+        """The one trainer."""
+        return {NAME: QuantizeTask(NAME, self._settings)}
+
+    def init_strategies(self) -> dict[str, Any]:
+        """Which image next: any, or the first unlabelled one by name."""
+        return {"random": Random(), "first": First()}
+
+    def server_mode(self, mode: bool) -> None:
+        """Called by the server, once, when it starts."""
+        super().server_mode(mode)
+        if mode:
+            from monailabel.app import app
+
+            compat.install(app, self._check_training, self._settings.trusted_hosts)
+
+    def on_init_complete(self) -> None:
+        """Loads the model in the background, and quantizes it if that has not been done."""
+        super().on_init_complete()
+        os.environ[SERVER_PID] = str(os.getpid())
+        self._models.folder.prepare()
+        self._models.start(quantize=lambda: self.async_training(NAME))
+
+    def on_save_label(self, image_id: str, label_id: str) -> None:
+        """Nothing to do: labels are not learned from."""
+
+    def check_model(self, model: str) -> None:
+        """Raises HTTPException 404 unless there is such a model."""
+        if model not in self._infers:
+            raise HTTPException(404, f"there is no model '{model}'; there is: {', '.join(self._infers)}")
+
+    def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+        """Segments one slice; upstream's request and answer, errors as 4xx with a sentence.
+
+        Args:
+            request: `model`; `image`, an image's name, or the absolute path of an upload or a session's
+                image as the server itself puts it there; prompts and options, see `SegmentTask`.
+        """
+        model = str(request.get("model", ""))
+        self.check_model(model)
+        request = copy.deepcopy(request)
+        store = datastore if datastore is not None else self.datastore()
+        image = request.get("image")
+        stored = isinstance(image, str) and not os.path.isabs(image)
+        if stored:
+            request["image"] = compat.image_path(store, str(image))
+        file, params = self._infers[model](request)
+        label: Any = file
+        tag = request.get("label_tag") or "original"
+        if stored and request.get("save_label") is True:
+            label = store.save_label(image, file, tag, {"model": model, "params": params})
+        return {"label": label, "tag": tag, "file": file, "params": params}
+
+    def infer_wsi(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+        """Not offered."""
+        raise HTTPException(400, "whole-slide inference is not offered")
+
+    def _check_training(self, name: str, params: Mapping[str, Any]) -> None:
+        trainer = self._trainers.get(name)
+        if trainer is None:
+            raise Refusal(404, f"there is no trainer '{name}'; there is: {', '.join(self._trainers)}")
+        try:
+            trainer.check(params)
+        except OptionError as error:
+            raise Refusal(400, str(error)) from None

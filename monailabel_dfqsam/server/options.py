@@ -1,0 +1,116 @@
+"""The options of `POST /train/dfqsam`, from a viewer's JSON to a checked configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from monailabel_dfqsam.config import Calibration, Policy, Preset, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.server.settings import Settings
+
+OPTIONS = ("bits", "policy", "iterations", "images", "seed", "calibration", "preset", "checkpoint")
+
+# What MONAI Label, Slicer and OHIF add to every request; none of it concerns quantization.
+_ADDED_BY_CLIENTS = frozenset({"model", "client_id", "device", "gpus", "multi_gpu", "local_rank", "name"})
+
+
+class OptionError(ValueError):
+    """An option that cannot be used; the message names it and what it may be."""
+
+
+def defaults(settings: Settings) -> dict[str, Any]:
+    """The options as a viewer shows them: a list is a choice whose first item is taken."""
+    config = settings.quantization
+    return {
+        "bits": _first(str(config.bits), ["4", "6", "8"]),
+        "policy": [policy.value for policy in Policy],
+        "calibration": [Calibration.SYNTHETIC.value, Calibration.GAUSSIAN.value],
+        "iterations": config.synthesis.iterations,
+        "images": config.images,
+        "seed": config.seed,
+    }
+
+
+def read_options(
+    request: Mapping[str, Any], settings: Settings, own_name: str
+) -> tuple[QuantizationConfig, Path]:
+    """The configuration and the checkpoint that a request asks for.
+
+    Args:
+        request: options by name, as JSON values; numbers may be text, and a list stands for its first item.
+        settings: what holds where the request says nothing.
+        own_name: this trainer's name; OHIF sends the options once more under it.
+
+    Raises:
+        OptionError: for unknown options and for values that do not fit.
+    """
+    nested = request.get(own_name)
+    merged = {**request, **nested} if isinstance(nested, Mapping) else dict(request)
+    given = {k: _plain(v) for k, v in merged.items() if k not in _ADDED_BY_CLIENTS and k != own_name}
+    unknown = sorted(set(given) - set(OPTIONS))
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(unknown)}; known are: {', '.join(OPTIONS)}")
+    base = settings.quantization
+    iterations = base.synthesis.iterations
+    if "preset" in given:
+        iterations = Preset(_choice(given, "preset", [p.value for p in Preset], "")).iterations
+    calibrations = [Calibration.SYNTHETIC.value, Calibration.GAUSSIAN.value]
+    try:
+        config = QuantizationConfig(
+            bits=_whole(given, "bits", base.bits),
+            policy=Policy(_choice(given, "policy", [p.value for p in Policy], base.policy.value)),
+            calibration=Calibration(_choice(given, "calibration", calibrations, base.calibration.value)),
+            images=_whole(given, "images", base.images),
+            seed=_whole(given, "seed", base.seed),
+            synthesis=replace(base.synthesis, iterations=_whole(given, "iterations", iterations)),
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    _check_cost(config.synthesis)
+    return config, _checkpoint(given.get("checkpoint"), settings)
+
+
+MAX_ITERATIONS = 100_000
+
+
+def _check_cost(synthesis: SynthesisConfig) -> None:
+    if synthesis.iterations > MAX_ITERATIONS:
+        raise OptionError(f"iterations must be 1 to {MAX_ITERATIONS}, not {synthesis.iterations}")
+
+
+def _checkpoint(name: Any, settings: Settings) -> Path:
+    """The server's own checkpoint, or a file in the model folder: a client cannot name any other path."""
+    if name in (None, "", settings.checkpoint.name):
+        return settings.checkpoint
+    if not isinstance(name, str) or name in (".", "..") or Path(name).name != name or "\\" in name:
+        raise OptionError("checkpoint must be the name of a file in the model folder, without a path")
+    path = settings.model_dir / name
+    if not path.is_file():
+        raise OptionError(f"there is no checkpoint '{name}' in the server's model folder")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _choice(given: Mapping[str, Any], key: str, choices: list[str], default: str) -> str:
+    value = given.get(key, default)
+    if value not in choices:
+        raise OptionError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
+    return str(value)
+
+
+def _whole(given: Mapping[str, Any], key: str, default: int) -> int:
+    value = given.get(key, default)
+    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(f"{key} must be a whole number, not {value!r}")
+    return value
+
+
+def _first(chosen: str, choices: list[str]) -> list[str]:
+    return [chosen, *(choice for choice in choices if choice != chosen)]

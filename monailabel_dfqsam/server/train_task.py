@@ -1,0 +1,199 @@
+"""The trainer `dfqsam`: quantizes the checkpoint, without any data, in MONAI Label's training process.
+
+It never touches the datastore it is handed. What it prints becomes the `details` of `GET /train/`; how far it
+is goes to the model folder, where `stats` reads it in the server. The artifact is made in `building/` and
+moved into place whole, so that stopping at any time leaves the model served as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monailabel.interfaces.tasks.train import TrainTask
+
+from monailabel_dfqsam.artifact import ArtifactError, read_artifact, write_artifact
+from monailabel_dfqsam.config import QuantizationConfig
+from monailabel_dfqsam.server.models import ModelFolder
+from monailabel_dfqsam.server.options import defaults, read_options
+from monailabel_dfqsam.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+SERVER_PID = "DFQSAM_SERVER_PID"
+"""Environment variable by which the server tells its training process whose child it is."""
+
+_PARENT_CHECK_SECONDS = 1.0
+_REPORT_SECONDS = 2.0
+_NICENESS = 10  # clicks come first
+
+
+class QuantizeTask(TrainTask):  # type: ignore[misc]
+    """MONAI Label's view of quantization."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        super().__init__("Quantizes the Segment Anything model to few bits, out of its own weights")
+        self._name = name
+        self._settings = settings
+        self._folder = ModelFolder(settings.model_dir)
+
+    def config(self) -> dict[str, Any]:
+        """The options that a viewer shows."""
+        return defaults(self._settings)
+
+    def stats(self) -> dict[str, Any]:
+        """How far the quantization is, or how the last one ended; in Slicer's words.
+
+        `epoch` of `total_epochs` counts the steps of `stage`, `best_metric` is the fidelity, `total_time`
+        (seconds) appears at the end. `state` is 'running', 'published', 'rejected', 'failed' or 'stopped'.
+        """
+        found = self._folder.read_progress()
+        if found.get("state") == "running" and not _alive(found.get("pid")):
+            found["state"] = "stopped"
+        found.pop("pid", None)
+        return found
+
+    def check(self, request: Mapping[str, Any]) -> None:
+        """Raises OptionError for a request that `__call__` could not serve."""
+        read_options(request, self._settings, self._name)
+
+    def __call__(self, request: Mapping[str, Any], datastore: object) -> dict[str, Any]:
+        """Quantizes and publishes; `datastore` is not touched.
+
+        Returns:
+            `stats()` at the end.
+
+        Raises:
+            ValueError: for options or a checkpoint that cannot be used.
+        """
+        config, checkpoint = read_options(request, self._settings, self._name)
+        _exit_with_parent()
+        self._folder.prepare()
+        report = _Reporter(self._folder)
+        try:
+            self._run(config, checkpoint, report)
+        except Exception as error:
+            report.end("failed", error=str(error))
+            raise
+        finally:
+            shutil.rmtree(self._folder.building, ignore_errors=True)
+        return self.stats()
+
+    def _run(self, config: QuantizationConfig, path: Path, report: _Reporter) -> None:
+        # The server answers clicks without these.
+        from monailabel_dfqsam.quantization import quantize
+        from monailabel_dfqsam.report import write_report
+        from monailabel_dfqsam.sam import read_checkpoint
+
+        folder, settings = self._folder, self._settings
+        variant = settings.variant if path == settings.checkpoint else None
+        checkpoint = read_checkpoint(path, variant)
+        key = config.key(checkpoint.sha256)
+        header = _ready(folder.artifact(key))
+        if header is None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            result = quantize(checkpoint, config, device=device, progress=report)
+            report("writing", 0, 1)
+            folder.building.mkdir(parents=True, exist_ok=True)
+            write_artifact(result.artifact, folder.building / "artifact")
+            write_report(result, checkpoint, folder.building / "report")
+            os.replace(folder.building / "artifact", folder.artifact(key))
+            header = result.artifact.header
+        fidelity = float(header["fidelity"]["mean_iou"])
+        if not fidelity >= settings.min_fidelity:
+            reason = f"fidelity {fidelity:.3f} is below {settings.min_fidelity:.3f}: the served model stays"
+            report.end("rejected", fidelity, error=reason)
+            return
+        if (folder.building / "report").is_file():
+            os.replace(folder.building / "report", folder.report)
+        default_key = settings.quantization.key(_sha256_of(settings, path, checkpoint.sha256))
+        folder.publish(key, default_key)
+        report.end("published", fidelity)
+
+
+class _Reporter:
+    """A `Progress` that prints a line and writes the progress file now and then."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self._folder = folder
+        self._begin = time.monotonic()
+        self._last = (-_REPORT_SECONDS, "")
+        self._values: dict[str, Any] = {
+            "state": "running", "stage": "starting", "epoch": 0, "total_epochs": 1, "best_metric": 0.0,
+            "pid": os.getpid(),
+        }  # fmt: skip
+        folder.write_progress(self._values)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        last, last_stage = self._last
+        if stage == last_stage and done < total and now - last < _REPORT_SECONDS:
+            return
+        self._last = (now, stage)
+        self._values.update(stage=stage, epoch=done, total_epochs=max(1, total))
+        self._folder.write_progress(self._values)
+        print(f"{stage} {done}/{total}, {now - self._begin:.0f} s", flush=True)
+
+    def end(self, state: str, fidelity: float = 0.0, error: str = "") -> None:
+        """The last line: how it ended."""
+        seconds = round(time.monotonic() - self._begin, 1)
+        self._values.update(state=state, total_time=seconds, best_metric=round(fidelity, 4))
+        if error:
+            self._values["error"] = error
+        self._folder.write_progress(self._values)
+        print(f"{state} after {seconds} s, {error or f'fidelity {fidelity:.3f}'}", flush=True)
+
+
+def _ready(path: Path) -> dict[str, Any] | None:
+    """The header of an artifact that is already there and whole."""
+    if not path.is_file():
+        return None
+    try:
+        return read_artifact(path).header
+    except ArtifactError as error:
+        logger.warning("Making an artifact again: %s", error)
+        return None
+
+
+def _sha256_of(settings: Settings, path: Path, sha256: str) -> str:
+    """The sha256 of the server's own checkpoint, given that of `path`."""
+    from monailabel_dfqsam.sam.checkpoint import file_sha256
+
+    return sha256 if path == settings.checkpoint else file_sha256(settings.checkpoint)
+
+
+def _exit_with_parent() -> None:
+    """Ends this process soon after the server that started it has gone, for nobody else would."""
+    server = os.environ.get(SERVER_PID, "")
+    if not server.isdecimal() or int(server) == os.getpid():
+        return  # called within the server, or from Python
+    if hasattr(os, "nice"):
+        os.nice(_NICENESS)
+
+    def watch() -> None:
+        while os.getppid() == int(server):
+            time.sleep(_PARENT_CHECK_SECONDS)
+        print("the server has gone: quantization stops", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="dfqsam-parent", daemon=True).start()
+
+
+def _alive(pid: object) -> bool:
+    if not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
