@@ -20,17 +20,20 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from monailabel_dfqsam.config import Calibration, Policy
+from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 from monailabel_dfqsam.sam.preprocess import input_range
 
 if TYPE_CHECKING:
     from monailabel_dfqsam.quantization import QuantizationResult
     from monailabel_dfqsam.sam.checkpoint import Checkpoint
     from monailabel_dfqsam.sam.variants import Variant
-    from monailabel_dfqsam.synthesis.synthesize import EvolutionStep, Synthesis
+    from monailabel_dfqsam.synthesis.label_evolution import EvolutionStep
+    from monailabel_dfqsam.synthesis.synthesize import Synthesis
 
 MAX_IMAGES = 8
 MAX_STRIPS = 4
@@ -41,12 +44,11 @@ STRIP_SIDE = 128
 MARKED_LAYERS = 3
 
 LOSS_NAMES = {
+    "total": "Total",
     "mask": "Mask loss: 1 − soft IoU",
     "class": "Class loss of the auxiliary model",
-    "semantic": "Semantic loss: mask and class",
-    "diversity": "Patch-similarity loss",
-    "tv": "Total variation",
-    "total": "Total",
+    "similarity": "Minus the patch-similarity entropy",
+    "variation": "Total variation",
 }
 
 POLICY_WORDS = {
@@ -152,32 +154,6 @@ def _headline(header: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def in_bytes(count: float) -> str:
-    """Bytes for people, decimal units: 2.5 MB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def in_seconds(seconds: float) -> str:
-    """A duration for people: 8.2 s, 3 min 20 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
-
-
-def in_thousands(count: float) -> str:
-    """A count of operations for people, three digits: 1.53 G."""
-    for unit in ("", "k", "M", "G"):
-        if count < 1000:
-            return f"{count:.3g} {unit}".strip()
-        count /= 1000
-    return f"{count:.3g} T"
-
-
 def _calibration_words(calibration: Calibration, count: int) -> dict[str, str]:
     images = "one image" if count == 1 else f"{count} images"
     if calibration is Calibration.SYNTHETIC:
@@ -238,20 +214,20 @@ def _layer_rows(errors: Mapping[str, float]) -> list[dict[str, Any]]:
 # Pictures
 
 
-def _png(pixels: np.ndarray) -> str:
+def _png(pixels: NDArray[np.uint8]) -> str:
     """[H, W, 3] uint8 as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _to_rgb(images: Tensor, variant: Variant) -> np.ndarray:
+def _to_rgb(images: Tensor, variant: Variant) -> NDArray[np.uint8]:
     """Model inputs [N, 3, S, S] as [N, H, W, 3] uint8, at most `PICTURE_SIDE` pixels a side."""
     low, high = (limit.view(3, 1, 1) for limit in input_range(variant))
     unit = ((images.detach().cpu().float() - low) / (high - low)).clamp(0, 1)
     if unit.shape[-1] > PICTURE_SIDE:
         unit = F.interpolate(unit, size=(PICTURE_SIDE, PICTURE_SIDE), mode="area")
-    pixels: np.ndarray = (unit * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels: NDArray[np.uint8] = (unit * 255).round().byte().permute(0, 2, 3, 1).numpy()
     return pixels
 
 
@@ -267,7 +243,7 @@ def _pictures(images: Tensor, variant: Variant, calibration: Calibration) -> lis
     ]
 
 
-def _label_colours(count: int) -> np.ndarray:
+def _label_colours(count: int) -> NDArray[np.uint8]:
     """[count + 1, 3] uint8: black for no label, then well separated hues."""
     golden = 0.618034
     hues = [(0.52 + golden * index) % 1.0 for index in range(count)]
@@ -313,7 +289,7 @@ def _loss_charts(synthesis: Synthesis) -> list[Chart]:
     charts = []
     for name in names:
         curves = [curves[name] for curves in synthesis.losses if len(curves.get(name, ())) > 1]
-        if curves:
+        if any(any(curve) for curve in curves):  # a term that is not used is 0 throughout
             length = min(len(curve) for curve in curves)
             mean = np.mean([curve[:length] for curve in curves], axis=0).tolist()
             charts.append(_line_chart(LOSS_NAMES.get(name, name), {name: mean}, dots=False))

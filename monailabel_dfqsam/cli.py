@@ -1,0 +1,377 @@
+"""The command line `dfqsam`.
+
+Imports that cost more than a blink stand inside the commands, so that `dfqsam --help` answers at once.
+Progress goes to stderr and results to stdout, so that `--json` can be piped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from monailabel_dfqsam.config import (
+    Calibration,
+    EngineKind,
+    Policy,
+    Preset,
+    QuantizationConfig,
+    SynthesisConfig,
+)
+from monailabel_dfqsam.console import errors, output, plain_errors, print_rows, progress_bars, training_bar
+from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
+
+if TYPE_CHECKING:
+    from monailabel_dfqsam.sam.checkpoint import Checkpoint
+
+app = typer.Typer(
+    help="Segment Anything for MONAI Label, quantized to 4 bit without data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # locals may hold what a patient's file says
+)
+
+
+class Device(str, Enum):
+    """Where training runs."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Trained(str, Enum):
+    """The embedded networks."""
+
+    SAM = "sam"
+    AUXILIARY = "auxiliary"
+
+
+class InspectedKind(str, Enum):
+    """What `inspect` found."""
+
+    ARTIFACT = "artifact"
+    CHECKPOINT = "checkpoint"
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def serve(
+    context: typer.Context,
+    studies: Annotated[str, typer.Option(help="A folder of images, or the URL of a DICOMweb archive.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everyone's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights to serve; the embedded model without it.", show_default=False)
+    ] = None,
+    app_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--app", help="Folder for models and logs; the user's data folder without it.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Serves 3D Slicer and OHIF, and quantizes the model at the first start.
+
+    Options of MONAI Label follow after --, for instance: -- --conf preset best
+    """
+    with plain_errors():
+        from monailabel_dfqsam.server.serve import serve as run
+
+        run(studies, host, port, checkpoint, app_dir, context.args)
+
+
+@app.command()
+def demo(
+    studies: Annotated[
+        Path | None,
+        typer.Option(
+            help="Volumes with masks named <image>_<label>; phantoms without it.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for pictures, report and results.")] = Path("demo-output"),
+) -> None:
+    """Plays a Slicer session against the real server: clicks, quantizes, clicks again, compares."""
+    with plain_errors():
+        from monailabel_dfqsam.demo import run
+        from monailabel_dfqsam.slicer_session import ServerAnswer
+
+        try:
+            complete = run(studies, out)
+        except ServerAnswer as error:
+            raise ValueError(f"the server refused a request: {error}") from None
+    if not complete:
+        raise typer.Exit(1)
+
+
+@app.command()
+def quantize(
+    out: Annotated[Path, typer.Option(help="Folder for <key>.safetensors and report.html.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A .pth, .pt or .safetensors file; the embedded model without it.", show_default=False
+        ),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of linear weights and activations: 4, 6 or 8.")] = 4,
+    policy: Annotated[
+        Policy, typer.Option(help="What is quantized; every engine runs 'deploy'.")
+    ] = Policy.DEPLOY,
+    calibration: Annotated[
+        str, typer.Option(metavar="synthetic|gaussian|DIR", help="Where calibration images come from.")
+    ] = "synthetic",
+    images: Annotated[int, typer.Option(help="How many calibration images.")] = 1,
+    iterations: Annotated[
+        int | None, typer.Option(help="Synthesis steps, instead of the preset's.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    preset: Annotated[Preset, typer.Option(help="How long to synthesize.")] = Preset.FAST,
+    as_json: JsonFlag = False,
+) -> None:
+    """Quantizes a checkpoint out of its own weights and writes the artifact and its report.
+
+    The same checkpoint and options always make the same <key>: when that file is there, nothing is done.
+    """
+    with plain_errors():
+        config = _configuration(bits, policy, calibration, images, iterations, seed, preset)
+        from monailabel_dfqsam.artifact import read_header
+        from monailabel_dfqsam.sam import read_checkpoint
+
+        source = read_checkpoint(checkpoint) if checkpoint else read_checkpoint()
+        path = out / f"{config.key(source.sha256)}.safetensors"
+        made = not _is_whole(path)
+        if made:
+            _quantize_into(out, path, source, config)
+        header = read_header(path)
+    summary = _summary(header, path, made)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        _print_summary(summary)
+
+
+def _configuration(
+    bits: int,
+    policy: Policy,
+    calibration: str,
+    images: int,
+    iterations: int | None,
+    seed: int,
+    preset: Preset,
+) -> QuantizationConfig:
+    """The options as a configuration; a calibration that is neither word is a folder."""
+    folder = None
+    if calibration in (Calibration.SYNTHETIC.value, Calibration.GAUSSIAN.value):
+        kind = Calibration(calibration)
+    elif Path(calibration).is_dir():
+        kind, folder = Calibration.FOLDER, str(Path(calibration).resolve())
+    else:
+        raise ValueError(
+            f"--calibration must be synthetic, gaussian or a folder of images, not '{calibration}'"
+        )
+    return QuantizationConfig(
+        bits=bits,
+        policy=policy,
+        calibration=kind,
+        images=images,
+        seed=seed,
+        folder=folder,
+        synthesis=SynthesisConfig(iterations=preset.iterations if iterations is None else iterations),
+    )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an artifact is there and undamaged."""
+    from monailabel_dfqsam.artifact import ArtifactError, read_artifact
+
+    if not path.exists():
+        return False
+    try:
+        read_artifact(path)
+    except ArtifactError as error:
+        errors.print(f"Making it again: {error}", markup=False)
+        return False
+    return True
+
+
+def _quantize_into(out: Path, path: Path, source: Checkpoint, config: QuantizationConfig) -> None:
+    import torch
+
+    from monailabel_dfqsam.artifact import write_artifact
+    from monailabel_dfqsam.quantization import quantize as run
+    from monailabel_dfqsam.report import write_report
+
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with progress_bars() as progress:
+        result = run(source, config, device=device, progress=progress)
+    # The report first: where the artifact is, a report was written.
+    write_report(result, source, out / "report.html")
+    write_artifact(result.artifact, path)
+
+
+def _summary(header: dict[str, Any], path: Path, made: bool) -> dict[str, Any]:
+    return {
+        "artifact": str(path),
+        "report": str(path.with_name("report.html")),
+        "key": header["key"],
+        "made": made,
+        "model": header["variant"],
+        "bits": header["config"]["bits"],
+        "policy": header["config"]["policy"],
+        "fidelity": header["fidelity"],
+        "sizes": {**header["sizes"], "artifact_bytes": path.stat().st_size},
+        "bops": header["bops"],
+        "bops_float": header["bops_float"],
+        "seconds": header["seconds"],
+    }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    sizes, fidelity = summary["sizes"], summary["fidelity"]
+    before, after = sizes["checkpoint_bytes"], sizes["artifact_bytes"]
+    bops_float, bops = summary["bops_float"], summary["bops"]
+    earlier = "" if summary["made"] else ", in an earlier run: nothing was to do now"
+    print_rows(
+        {
+            "model": f"{summary['model']}, W{summary['bits']}A{summary['bits']}, policy {summary['policy']}",
+            "fidelity": f"{fidelity['mean_iou']:.3f} mean IoU with full precision, {fidelity['n']} masks",
+            "size": f"{in_bytes(before)} → {in_bytes(after)} ({before / after:.1f}×)",
+            "bit operations": f"{in_thousands(bops_float)} → {in_thousands(bops)} ({bops_float / bops:.0f}×)",
+            "time": in_seconds(summary["seconds"]) + earlier,
+            "artifact": summary["artifact"],
+            "report": summary["report"],
+        }
+    )
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Pictures with manifest.jsonl, or volumes with masks.")],
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A checkpoint or an artifact, may be repeated; without it, the embedded model in full "
+            "precision and as W4A4.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        EngineKind | None,
+        typer.Option(help="What runs artifacts; the fastest here without it.", show_default=False),
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Kinds of prompts, with commas between.")] = "box,point",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the rows to this file.", show_default=False)
+    ] = None,
+) -> None:
+    """Scores models on images with known masks, beside baselines that need no model."""
+    with plain_errors():
+        from monailabel_dfqsam.evaluation import evaluate as score
+        from monailabel_dfqsam.evaluation import print_rows as print_scores
+        from monailabel_dfqsam.evaluation_models import load_groups
+
+        rows: list[dict[str, Any]] = []
+        with progress_bars() as progress:
+            for reference, segmenters in load_groups(model or [], engine, progress):
+                rows += score(data, segmenters, reference, prompts.split(","), progress)
+        if json_file is not None:
+            json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print_scores(rows)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A checkpoint or an artifact of `dfqsam quantize`.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Shows what a checkpoint or an artifact is, after checking that it is whole."""
+    with plain_errors():
+        found = _inspect(file)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    layers = found.pop("layers", {})
+    rows = {key.replace("_", " "): _one_line(value) for key, value in found.items()}
+    if layers:
+        rows["quantized layers"] = str(len(layers))
+    print_rows(rows)
+
+
+def _one_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_one_line(inner)}" for key, inner in value.items())
+    return str(value)
+
+
+def _inspect(file: Path) -> dict[str, Any]:
+    from monailabel_dfqsam.artifact import ArtifactError, read_artifact
+    from monailabel_dfqsam.sam import CheckpointError, read_checkpoint
+
+    if not file.is_file():
+        raise ValueError(f"there is no file '{file}'")
+    refused: ArtifactError | None = None
+    if file.suffix == ".safetensors":
+        try:
+            return {"kind": InspectedKind.ARTIFACT.value, **read_artifact(file).header}
+        except ArtifactError as error:
+            refused = error
+    try:
+        checkpoint = read_checkpoint(file)
+    except CheckpointError as error:
+        if refused is not None:
+            raise ValueError(f"neither an artifact ({refused}) nor a checkpoint ({error})") from None
+        raise
+    variant = checkpoint.variant
+    return {
+        "kind": InspectedKind.CHECKPOINT.value,
+        "variant": variant.name,
+        "sha256": checkpoint.sha256,
+        "input_size": variant.input_size,
+        "encoder": f"{variant.depth} blocks of width {variant.embed_dim}, {variant.num_heads} heads",
+        "tensors": len(checkpoint.state_dict),
+        "parameters": sum(tensor.numel() for tensor in checkpoint.state_dict.values()),
+        "bytes": file.stat().st_size,
+    }
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Folder for the weights and the state to resume from.")],
+    steps: Annotated[int, typer.Option(min=1, help="Training steps in all, those already done included.")],
+    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.CPU,
+    what: Annotated[Trained, typer.Option(help="Which of the embedded networks.")] = Trained.SAM,
+) -> None:
+    """Trains an embedded network on phantoms; resumes where the folder's last run stopped."""
+    with plain_errors():
+        import torch
+
+        if device is Device.CUDA and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device here")
+        out.mkdir(parents=True, exist_ok=True)
+        with training_bar() as progress:
+            path = _trainer(what, steps)(out, torch.device(device.value), progress)
+    output.print(f"Wrote {path}", markup=False)
+
+
+def _trainer(what: Trained, steps: int) -> Callable[..., Path]:
+    """(out, device, progress) -> the file written."""
+    from dataclasses import replace
+
+    if what is Trained.SAM:
+        from monailabel_dfqsam.pretraining.train import PretrainConfig, train_sam
+
+        return lambda out, device, progress: train_sam(
+            out, PretrainConfig(steps=steps), device, lambda done, total, text: progress(text, done, total)
+        )
+    from monailabel_dfqsam.pretraining.auxiliary_network import AUXILIARY_CONFIG, train_auxiliary
+
+    config = replace(AUXILIARY_CONFIG, steps=steps)
+    return lambda out, device, progress: train_auxiliary(
+        out, config, device, lambda done, total, text: progress(text, done, total)
+    )
