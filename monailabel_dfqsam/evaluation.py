@@ -252,9 +252,9 @@ def _interval(values: list[float]) -> list[float]:
     return [float(x) for x in np.percentile(np.array(values)[sample].mean(axis=1), _CONFIDENCE)]
 
 
-def _grey(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W, 3] to [H, W] uint8, luma of ITU-R BT.601."""
-    grey: NDArray[np.uint8] = np.rint(rgb @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
+def _grey(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """[H, W, 3] to [H, W], luma of ITU-R BT.601 in whole numbers, 0 … 255."""
+    grey: NDArray[np.float64] = np.rint(rgb @ np.array([0.299, 0.587, 0.114]))
     return grey
 
 

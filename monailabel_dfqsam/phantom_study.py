@@ -53,7 +53,7 @@ class StudyItem(NamedTuple):
 class _Blob:
     """A warped ellipsoid: centre and half axes as fractions of the volume's sides, value and texture.
 
-    `label` names it in the ground truth; None for scenery.
+    `label` names it in the ground truth; None for scenery. `warp` is how far it departs from an ellipsoid.
     """
 
     centre: Triple
@@ -61,6 +61,7 @@ class _Blob:
     value: float
     texture: float = 0.0
     label: str | None = None
+    warp: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ _SCENES = (
             _Blob((0.50, 0.52, 0.50), (0.42, 0.35, 0.90), 35.0, 14.0),
             _Blob((0.52, 0.80, 0.50), (0.07, 0.08, 0.90), 420.0, 90.0),
             _Blob((0.60, 0.40, 0.30), (0.08, 0.07, 0.30), -650.0, 60.0),
-            _Blob((0.31, 0.47, 0.56), (0.16, 0.20, 0.34), 125.0, 10.0, "organ"),
+            _Blob((0.31, 0.47, 0.56), (0.16, 0.20, 0.34), 125.0, 10.0, "organ", warp=0.3),
             _Blob((0.73, 0.58, 0.40), (0.09, 0.11, 0.22), 165.0, 10.0),
         ),
         noise=14.0, bias=0.0, speckle=0.0,
@@ -103,7 +104,7 @@ _SCENES = (
             _Blob((0.50, 0.49, 0.50), (0.44, 0.43, 0.75), 260.0, 25.0),
             _Blob((0.50, 0.49, 0.50), (0.39, 0.39, 0.68), 520.0, 60.0),
             _Blob((0.50, 0.42, 0.46), (0.10, 0.16, 0.25), 190.0, 15.0),
-            _Blob((0.64, 0.63, 0.60), (0.12, 0.10, 0.26), 900.0, 50.0, "lesion"),
+            _Blob((0.64, 0.63, 0.60), (0.12, 0.10, 0.26), 900.0, 50.0, "lesion", warp=0.3),
         ),
         noise=28.0, bias=0.25, speckle=0.0,
     ),
@@ -112,7 +113,7 @@ _SCENES = (
         (
             _Blob((0.50, 0.14, 0.50), (0.70, 0.10, 0.90), 150.0, 25.0),
             _Blob((0.30, 0.72, 0.60), (0.18, 0.12, 0.60), 125.0, 15.0),
-            _Blob((0.61, 0.47, 0.42), (0.19, 0.18, 0.36), 22.0, 4.0, "cyst"),
+            _Blob((0.61, 0.47, 0.42), (0.19, 0.18, 0.36), 22.0, 4.0, "cyst", warp=0.3),
         ),
         noise=5.0, bias=0.1, speckle=0.35,
     ),
@@ -203,7 +204,7 @@ def _paint(scene: _Scene, rng: np.random.Generator) -> tuple[Array, dict[str, Ar
     for blob in scene.blobs:
         radius = sum(
             ((x - c) / r) ** 2 for x, c, r in zip((i, j, k), blob.centre, blob.radii, strict=True)
-        ) * np.exp(0.12 * _smooth_noise(rng, size, (9.0, 9.0, 3.0)))
+        ) * np.exp(blob.warp * _smooth_noise(rng, size, (8.0, 8.0, 3.0)))
         inside = radius < 1
         texture = blob.texture * _smooth_noise(rng, size, (1.5, 1.5, 0.7))
         image = np.where(inside, blob.value + texture, image)
@@ -211,7 +212,7 @@ def _paint(scene: _Scene, rng: np.random.Generator) -> tuple[Array, dict[str, Ar
             masks[blob.label] = inside.astype(np.float64)
     image = ndimage.gaussian_filter(image, (0.7, 0.7, 0.0))
     image = image * np.exp(scene.bias * _smooth_noise(rng, size, (30.0, 30.0, 8.0)))
-    image = image * (1 + scene.speckle * _smooth_noise(rng, size, (0.8, 0.8, 0.0)))
+    image = image * (1 + scene.speckle * _smooth_noise(rng, size, (1.2, 0.8, 0.0)))
     return image + scene.noise * rng.standard_normal(size), masks
 
 

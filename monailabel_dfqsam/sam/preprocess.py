@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from monailabel_dfqsam.sam.variants import Preprocessing, Variant
@@ -40,7 +41,9 @@ def frame_of(variant: Variant, height: int, width: int) -> Frame:
     size = variant.input_size
     if variant.preprocessing is Preprocessing.SAM:
         scale = size / max(height, width)
-        return Frame(height, width, int(height * scale + 0.5), int(width * scale + 0.5), size)
+        # A side that is shorter than half a pixel of the input still gets one.
+        rows, columns = (max(1, int(side * scale + 0.5)) for side in (height, width))
+        return Frame(height, width, rows, columns, size)
     return Frame(height, width, size, size, size)
 
 
@@ -59,7 +62,7 @@ def input_range(variant: Variant) -> tuple[Tensor, Tensor]:
     return normalize(black).flatten(), normalize(white).flatten()
 
 
-def to_input(variant: Variant, rgb: np.ndarray) -> tuple[Tensor, Frame]:
+def to_input(variant: Variant, rgb: NDArray[np.uint8]) -> tuple[Tensor, Frame]:
     """An image as the model takes it.
 
     Args:
@@ -80,7 +83,10 @@ def to_input(variant: Variant, rgb: np.ndarray) -> tuple[Tensor, Frame]:
     if kind is Preprocessing.SAM_MED2D:
         return F.interpolate(normalize(x), size=target, mode="nearest"), frame
     if kind is Preprocessing.MEDSAM:
-        x = F.interpolate(x, size=target, mode="bicubic", align_corners=False)
+        # Cubics overshoot at edges; unclipped, that would narrow the contrast of everything else.
+        darkest, brightest = x.min(), x.max()
+        x = F.interpolate(x, size=target, mode="bicubic", align_corners=False, antialias=True)
+        x = x.clamp(darkest, brightest)
         low, high = x.min(), x.max()
         return (x - low) / (high - low).clamp_min(1e-8), frame
     x = normalize(F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=True))
