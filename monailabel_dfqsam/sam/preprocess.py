@@ -55,7 +55,7 @@ def normalize(rgb: Tensor) -> Tensor:
 
 
 def input_range(variant: Variant) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value a model input can take, each [3] float: black and white after preprocessing."""
+    """Lowest and highest value a model input can take, each [3] float: black and white, preprocessed."""
     black, white = torch.zeros(3, 1, 1), torch.full((3, 1, 1), 255.0)
     if variant.preprocessing is Preprocessing.MEDSAM:
         return torch.zeros(3), torch.ones(3)
