@@ -1,0 +1,129 @@
+"""Trains the embedded auxiliary network: which kind of phantom region each pixel belongs to.
+
+Image synthesis asks it how much a region looks like a class of things. It is a small MONAI network, and its
+weights file says in its metadata which class it is of and how it was constructed, so that whoever loads it
+needs no more than the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from monailabel_dfqsam.pretraining.phantoms import PhantomClass
+from monailabel_dfqsam.pretraining.targets import PhantomDataset
+from monailabel_dfqsam.pretraining.train import PretrainConfig, schedule
+from monailabel_dfqsam.sam.preprocess import normalize
+
+NETWORK = "UNet"
+NETWORK_KWARGS: dict[str, Any] = {
+    "spatial_dims": 2,
+    "in_channels": 3,
+    "out_channels": len(PhantomClass),
+    "channels": [16, 32, 64, 96, 128],
+    "strides": [2, 2, 2, 2],
+    "num_res_units": 0,
+    "norm": "batch",
+}
+# Half the model's input: what a region is shows in its shape, and four times as many phantoms fit in an hour.
+INPUT_SIZE = 128
+
+AUXILIARY_CONFIG = PretrainConfig(
+    steps=1500, batch=8, lr=3e-3, warmup=50, weight_decay=0.01, seed=1, save_every=50, workers=0
+)
+
+# Share of pixels a class, measured over phantoms: its root, inverted, keeps rare classes from being ignored
+# without making every thin structure a guess.
+_CLASS_SHARE = (0.77, 0.053, 0.125, 0.021, 0.027, 0.0075)
+
+
+def train_auxiliary(
+    out: Path, config: PretrainConfig, device: torch.device, progress: Callable[[int, int, str], None]
+) -> Path:
+    """Trains the auxiliary network and returns the safetensors file with its weights (float16).
+
+    Args:
+        out: folder for `auxiliary.pt` (everything needed to resume) and `dfqsam-tiny-auxiliary.safetensors`.
+        progress: called with (step, steps, text).
+    """
+    import monai.networks.nets  # slow to import
+
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    network: nn.Module = getattr(monai.networks.nets, NETWORK)(**NETWORK_KWARGS).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    state_file, weights_file = out / "auxiliary.pt", out / "dfqsam-tiny-auxiliary.safetensors"
+    first = _resume(state_file, network, optimizer, device)
+    data = PhantomDataset(
+        config.seed, first * config.batch, (config.steps - first) * config.batch, INPUT_SIZE
+    )
+    weight = 1 / torch.tensor(_CLASS_SHARE, device=device).sqrt()
+    average = torch.zeros(2)
+    for done, batch in enumerate(DataLoader(data, config.batch, num_workers=config.workers), start=first + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(done - 1, config)
+        target = batch["semantic"].to(device)
+        logits = network(normalize(batch["image"].to(device) * 255))
+        loss = F.cross_entropy(logits, target, weight=weight)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        recall = mean_recall(logits.detach().argmax(1), target)
+        average += (0.05 if done > first + 1 else 1.0) * (
+            torch.tensor([float(loss.detach()), recall]) - average
+        )
+        if done % 10 == 0:
+            progress(done, config.steps, f"loss {average[0]:.3f}, mean recall of classes {average[1]:.3f}")
+        if done % config.save_every == 0 or done == config.steps:
+            _save(state_file, network, optimizer, done)
+            _export(network, weights_file, f"phantoms, {done} steps, seed {config.seed}")
+    return weights_file
+
+
+def mean_recall(predicted: Tensor, target: Tensor) -> float:
+    """Share of each class's pixels that were found, averaged over the classes present in `target` (int64)."""
+    count = len(PhantomClass)
+    truth = torch.bincount(target.flatten(), minlength=count)
+    hit = torch.bincount(target[predicted == target].flatten(), minlength=count)
+    return float((hit[truth > 0] / truth[truth > 0]).mean())
+
+
+def _resume(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """Steps already done according to the state file, after loading it; 0 without one."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=device, weights_only=True)
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    partial = path.with_suffix(".tmp")
+    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def _export(network: nn.Module, path: Path, made_from: str) -> None:
+    """Writes float16 weights whose metadata name the network, whole or not at all."""
+    tensors = {key: value.detach().cpu().half().contiguous() for key, value in network.state_dict().items()}
+    metadata = {
+        "format": "pt",
+        "made_from": made_from,
+        "network": NETWORK,
+        "network_kwargs": json.dumps(NETWORK_KWARGS),
+        "input_size": str(INPUT_SIZE),
+    }
+    partial = path.with_suffix(".tmp")
+    save_file(tensors, partial, metadata=metadata)
+    os.replace(partial, path)

@@ -1,0 +1,121 @@
+"""How diverse an encoder finds the patches of an image (DFQ-SAM Eq. 7-9, after PSAQ-ViT, arXiv 2203.02250).
+
+In every block the attention output, averaged over its heads, gives one vector a token. The cosine
+similarities of all pairs of tokens have a distribution, wide for an image with distinct things in it, narrow
+for noise; its differential entropy measures that width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EVALUATION_POINTS = 10
+# All 256 tokens of a 256-pixel input. Of a larger input's a fixed random choice: its pairs would be 4096².
+MAX_TOKENS = 512
+# The least standard deviation of a similarity, in cosine units: keeps the entropy of a constant image finite.
+MIN_SPREAD = 1e-3
+_SAMPLE_SEED = 20
+
+
+def patch_entropy(features: Tensor) -> Tensor:
+    """Differential entropy of the cosine similarities of all pairs of tokens.
+
+    The density is a Gaussian kernel estimate whose bandwidth follows the data (Scott's rule; pairs that share
+    a token are not independent, so the number of tokens counts). It is evaluated at 10 points from one
+    bandwidth below the least similarity to one above the greatest, and -p·log p is integrated by trapezoids.
+    Without the margin, features that are all alike would have an empty range and seem more diverse than any.
+
+    Args:
+        features: [T, d] float, T >= 2; of more than `MAX_TOKENS` tokens, a fixed random choice is used.
+
+    Returns:
+        A scalar in nats, negative for narrow distributions; differentiable.
+
+    Raises:
+        ValueError: for another shape or fewer than two tokens.
+    """
+    if features.ndim != 2 or features.shape[0] < 2:
+        raise ValueError(f"features must be [T, d] with at least two tokens, not {list(features.shape)}")
+    similarity = _pair_similarities(_sample_tokens(features))
+    tokens = min(features.shape[0], MAX_TOKENS)
+    spread = (similarity.var(correction=0) + MIN_SPREAD**2).sqrt()
+    bandwidth = 1.06 * spread * tokens ** (-1 / 5)
+    low, high = similarity.min() - bandwidth, similarity.max() + bandwidth
+    steps = torch.linspace(0, 1, EVALUATION_POINTS, device=features.device, dtype=features.dtype)
+    points = low + (high - low) * steps
+    distance = (points[:, None] - similarity[None, :]) / bandwidth
+    density = torch.exp(-0.5 * distance.square()).mean(1) / (bandwidth * math.sqrt(2 * math.pi))
+    # p·log p tends to 0 with p; the smallest normal number keeps the logarithm finite there.
+    integrand = -density * torch.log(density.clamp_min(torch.finfo(features.dtype).tiny))
+    return torch.trapezoid(integrand, points)
+
+
+def _sample_tokens(features: Tensor) -> Tensor:
+    count = features.shape[0]
+    if count <= MAX_TOKENS:
+        return features
+    # Random and not every n-th, which would be the same few columns of the token grid.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SAMPLE_SEED))
+    return features[order[:MAX_TOKENS].to(features.device)]
+
+
+def _pair_similarities(features: Tensor) -> Tensor:
+    """[T, d] to [T·(T - 1)/2], the cosine similarity of each unordered pair of distinct tokens."""
+    unit = F.normalize(features, dim=1)
+    count = len(unit)
+    rows, columns = torch.triu_indices(count, count, 1, device=features.device)
+    return (unit @ unit.T).flatten().index_select(0, rows * count + columns)
+
+
+@contextmanager
+def attention_outputs(encoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects, while open, each block's attention output of each forward pass, in order.
+
+    Args:
+        encoder: an `ImageEncoderViT`: `blocks[i].attn.proj` takes [B, H, W, heads·d], real tokens only.
+
+    Yields:
+        A list that each forward pass extends by one [B, H·W, d] float a block, the mean over its heads.
+    """
+    outputs: list[Tensor] = []
+
+    def collector(heads: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = inputs[0].flatten(1, 2)
+            outputs.append(tokens.view(*tokens.shape[:2], heads, -1).mean(2))
+
+        return collect
+
+    blocks: Any = encoder.blocks
+    handles = [block.attn.proj.register_forward_pre_hook(collector(block.attn.heads)) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def encoder_patch_entropies(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Patch entropy of each image in each block, for reports; no gradients.
+
+    Args:
+        encoder: an `ImageEncoderViT`.
+        images: [N, 3, S, S] float32, as the model takes them.
+
+    Returns:
+        [N, blocks] float32 on the CPU, in nats.
+    """
+    rows = []
+    for image in images:
+        with attention_outputs(encoder) as outputs:
+            encoder(image[None])
+        rows.append(torch.stack([patch_entropy(tokens[0]).cpu() for tokens in outputs]))
+    return torch.stack(rows)

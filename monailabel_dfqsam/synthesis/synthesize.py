@@ -1,0 +1,289 @@
+"""Optimises images until the model sees objects and diverse patches in them (DFQ-SAM Algorithm 1, stage 1).
+
+The images live in mean/std-normalised RGB, whatever the model takes, and are converted on their way into it;
+learning rate and total variation thus mean the same for every model. Images are made one after another, each
+from its own generator, so that image i of a seed does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from monailabel_dfqsam.config import Progress, SynthesisConfig
+from monailabel_dfqsam.sam import Sam, Variant
+from monailabel_dfqsam.sam.preprocess import input_range, normalize
+from monailabel_dfqsam.synthesis.auxiliary import Auxiliary
+from monailabel_dfqsam.synthesis.label_evolution import (
+    EvolutionRules,
+    EvolutionStep,
+    Region,
+    class_candidates,
+    evolve,
+    label_confidence,
+    own_candidates,
+    random_ellipse,
+    regions,
+)
+from monailabel_dfqsam.synthesis.losses import class_loss, jitter_boxes, mask_loss, total_variation
+from monailabel_dfqsam.synthesis.patch_similarity import attention_outputs, patch_entropy
+
+ADAM_BETAS = (0.5, 0.9)
+WARMUP = 100
+CYCLE = 500
+MASK_CELL = 4  # model-input pixels per cell of the low-resolution masks
+ROLL = 15 / 256  # largest roll, as a share of the input's side
+BOX_JITTER = 0.1  # of a box's extent
+PROMPTS = 4  # boxes an iteration; a decoder run costs about as much as a block of the encoder
+SNAPSHOTS = 10  # label maps kept of an evolution
+LOSSES = ("total", "mask", "class", "similarity", "variation")
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Synthesized images and how they came about.
+
+    Attributes:
+        images: [N, 3, S, S] float32 on the CPU, as the model takes them.
+        evolution: of each image, snapshots of its labels, the first before the first iteration.
+        losses: of each image, by name ('total', 'mask', 'class', 'similarity', 'variation') the value at each
+            iteration; 'similarity' is minus the sum of the blocks' patch entropies, 'class' 0 without an
+            auxiliary model.
+    """
+
+    images: Tensor
+    evolution: list[list[EvolutionStep]]
+    losses: list[dict[str, list[float]]]
+
+
+def synthesize(
+    sam: Sam,
+    config: SynthesisConfig,
+    *,
+    images: int,
+    seed: int,
+    auxiliary: Auxiliary | None,
+    progress: Progress,
+) -> Synthesis:
+    """Makes images out of a model's weights alone.
+
+    The same model, configuration, seed and number of threads give the same images bit for bit on one machine.
+
+    Args:
+        sam: in evaluation mode without gradients, on any device.
+        images: how many, at least 1.
+        seed: image i follows a generator of (seed, i).
+        auxiliary: scores of classes, on the model's device; None to do without, as for models whose classes
+            nobody knows: then the model's own predicted IoU chooses labels.
+        progress: called with ('synthesis', iterations done, iterations in all).
+
+    Raises:
+        ValueError: when `images` is less than 1.
+    """
+    if images < 1:
+        raise ValueError(f"images must be at least 1, not {images}")
+    painters = []
+    for index in range(images):
+
+        def report(done: int, before: int = index * config.iterations) -> None:
+            progress("synthesis", before + done, images * config.iterations)
+
+        painter = _Painter(sam, config, auxiliary, image_generator(seed, index))
+        painter.paint(report)
+        painters.append(painter)
+    return Synthesis(
+        torch.cat([painter.result() for painter in painters]),
+        [painter.evolution for painter in painters],
+        [painter.losses for painter in painters],
+    )
+
+
+def image_generator(seed: int, index: int) -> Generator:
+    """The generator that everything about image `index` of a seed follows; on the CPU."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)
+
+
+def to_model(variant: Variant, normalized: Tensor) -> Tensor:
+    """[N, 3, S, S] float in mean/std-normalised RGB to what a variant takes."""
+    low, high = normalize(torch.tensor([0.0, 255.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)).to(normalized)
+    target_low, target_high = (bound.to(normalized).view(3, 1, 1) for bound in input_range(variant))
+    if torch.equal(low, target_low) and torch.equal(high, target_high):
+        return normalized
+    scale = (target_high - target_low) / (high - low)
+    converted: Tensor = (normalized - low) * scale + target_low
+    return converted
+
+
+def learning_rate(step: int, config: SynthesisConfig) -> float:
+    """Adam's rate at a step: cycles of at most 500 steps, each a linear warm-up and half a cosine to zero."""
+    cycles = math.ceil(config.iterations / CYCLE)
+    length = math.ceil(config.iterations / cycles)
+    warmup = WARMUP if config.iterations >= CYCLE else config.iterations // 5
+    position = step % length
+    if position < warmup:
+        return config.learning_rate * (position + 1) / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (length - warmup)))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A roll (down, right) in whole mask cells, so that label maps follow exactly, and a horizontal flip."""
+
+    down: int
+    right: int
+    flip: bool
+
+    @classmethod
+    def draw(cls, generator: Generator, size: int) -> Augmentation:
+        """A random one for `size`² pixels."""
+        reach = int(ROLL * size) // MASK_CELL
+        down, right = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
+        return cls(down, right, bool(torch.randint(2, (), generator=generator)))
+
+    def apply(self, x: Tensor, cell: int = 1) -> Tensor:
+        """[..., h, w] rolled and flipped; `cell` is the side of a mask cell in elements of x."""
+        x = torch.roll(x, (self.down * cell, self.right * cell), (-2, -1))
+        return x.flip(-1) if self.flip else x
+
+    def undo(self, x: Tensor) -> Tensor:
+        """The inverse of `apply` for maps [..., g, g] on the mask grid."""
+        x = x.flip(-1) if self.flip else x
+        return torch.roll(x, (-self.down, -self.right), (-2, -1))
+
+
+class _Painter:
+    """Optimises one image; owns its generator, labels and records, and is used once."""
+
+    def __init__(
+        self, sam: Sam, config: SynthesisConfig, auxiliary: Auxiliary | None, generator: Generator
+    ) -> None:
+        self.sam, self.config, self.auxiliary, self.generator = sam, config, auxiliary, generator
+        self.size = sam.variant.input_size
+        self.grid = self.size // MASK_CELL
+        self.rules = EvolutionRules.of(config, self.grid)
+        device = next(sam.parameters()).device
+        self.bounds = [
+            normalize(torch.full((3, 1, 1), value)).to(device) for value in (0.0, 255.0)
+        ]  # black and white
+        noise = torch.randn(1, 3, self.size, self.size, generator=generator).to(device)
+        self.image = noise.clamp(*self.bounds).requires_grad_()
+        # Class 0 of an auxiliary model is its background; without one there is a single class.
+        self.kinds = [0]
+        if auxiliary is not None:
+            with torch.no_grad():
+                self.kinds = list(range(1, auxiliary.scores(self.image).shape[1]))
+        self.labels = random_ellipse(generator, self.grid, self.kinds, self.rules)
+        self.evolution = [EvolutionStep(0, self.labels, 0.0)]
+        self.losses: dict[str, list[float]] = {name: [] for name in LOSSES}
+
+    def paint(self, report: Callable[[int], None]) -> None:
+        """Runs all iterations; `report` is called with the number done."""
+        optimizer = torch.optim.Adam([self.image], lr=self.config.learning_rate, betas=ADAM_BETAS)
+        for step in range(self.config.iterations):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, self.config)
+            optimizer.zero_grad(set_to_none=True)
+            self._loss(step).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            with torch.no_grad():
+                self.image.clamp_(*self.bounds)
+            report(step + 1)
+
+    def result(self) -> Tensor:
+        """The image [1, 3, S, S] on the CPU, as the model takes it."""
+        return to_model(self.sam.variant, self.image.detach()).cpu()
+
+    def _loss(self, step: int) -> Tensor:
+        """Eq. 11 for one augmented view of the image; evolves the labels by what the model saw in it."""
+        view = Augmentation.draw(self.generator, self.size)
+        seen = view.apply(self.image, MASK_CELL)
+        with attention_outputs(self.sam.image_encoder) as outputs:
+            embedding = self.sam.image_encoder(to_model(self.sam.variant, seen))
+        similarity = -torch.stack([patch_entropy(tokens[0]) for tokens in outputs]).sum()
+        labels = view.apply(self.labels)
+        chosen = self._choose(labels)
+        logits, iou = self._decode(embedding, chosen)
+        masks = torch.stack([region.mask for region in chosen]).to(logits.device)
+        terms = {"mask": mask_loss(logits[:, 0], masks), "similarity": similarity}
+        scores = None
+        terms["class"] = torch.zeros_like(similarity)
+        if self.auxiliary is not None:
+            full = self.auxiliary.scores(seen)
+            scores = F.interpolate(full, (self.grid, self.grid), mode="area")[0]
+            terms["class"] = class_loss(scores, labels.to(scores.device))
+        terms["variation"] = (total_variation(self.image) - self.config.tv_target).abs()
+        config = self.config
+        terms["total"] = (
+            terms["mask"]
+            + config.alpha * terms["class"]
+            + config.beta * terms["similarity"]
+            + config.tv_weight * terms["variation"]
+        )
+        for name, value in terms.items():
+            self.losses[name].append(float(value.detach()))
+        if step < config.evolution_iterations:
+            seen_scores = None if scores is None else view.undo(scores.detach().cpu())
+            self._evolve(step, view, chosen, logits.detach().cpu(), iou.detach().cpu(), seen_scores)
+        return terms["total"]
+
+    def _choose(self, labels: Tensor) -> list[Region]:
+        """At most `PROMPTS` regions, at random; ones cut small by the roll only when there are no others."""
+        found = regions(labels, self.rules.min_area) or regions(labels)
+        order = torch.randperm(len(found), generator=self.generator).tolist()
+        return [found[index] for index in order[:PROMPTS]]
+
+    def _decode(self, embedding: Tensor, chosen: list[Region]) -> tuple[Tensor, Tensor]:
+        """Mask logits [K, 4, g, g], the single mask first, and predicted IoU [K, 4] for jittered boxes."""
+        boxes = torch.tensor([region.box for region in chosen], dtype=torch.float32) * MASK_CELL
+        boxes = jitter_boxes(boxes, BOX_JITTER, self.size, self.generator).to(embedding.device)
+        prompts: Any = self.sam.prompt_encoder
+        decoder: Any = self.sam.mask_decoder
+        sparse, dense = prompts(points=None, boxes=boxes, masks=None)
+        logits, iou = decoder.predict_masks(
+            image_embeddings=embedding,
+            image_pe=prompts.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+        )
+        return logits, iou
+
+    def _evolve(
+        self,
+        step: int,
+        view: Augmentation,
+        chosen: list[Region],
+        logits: Tensor,
+        iou: Tensor,
+        scores: Tensor | None,
+    ) -> None:
+        """One iteration of label evolution, in the frame of the image; all tensors on the CPU.
+
+        Args:
+            chosen: the K regions prompted, in the frame of the view.
+            logits: [K, 4, g, g] float, in the frame of the view.
+            iou: [K, 4] float.
+            scores: [C, g, g] float, the auxiliary model's, in the frame of the image.
+        """
+        probability = view.undo(logits.sigmoid())
+        alternatives = probability[:, 1:].flatten(0, 1)
+        if scores is not None:
+            candidates = class_candidates(alternatives > 0.5, scores, self.kinds)
+            confidence = label_confidence(self.labels, scores)
+        else:
+            candidates = own_candidates(alternatives, iou[:, 1:].flatten(), self.kinds[0])
+            confidence = torch.full_like(probability[0, 0], math.nan)
+            for index, region in enumerate(chosen):
+                mask = view.undo(region.mask)
+                confidence[mask] = (probability[index, 0] * iou[index, 0].clamp(0, 1))[mask]
+        share = (step + 1) / self.config.evolution_iterations
+        self.labels = evolve(self.labels, candidates, confidence, self.rules, share)
+        every = max(1, self.config.evolution_iterations // SNAPSHOTS)
+        if (step + 1) % every == 0:
+            sure = float(confidence.nanmean())
+            self.evolution.append(EvolutionStep(step + 1, self.labels, sure))
