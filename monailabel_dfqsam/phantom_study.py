@@ -15,8 +15,6 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from monailabel_dfqsam.segmentation.prompts import interior_pixel, tight_box
-
 LABELS = "labels"
 """Sub-folder of the masks: a server that lists a study's images must not list them."""
 
@@ -158,6 +156,22 @@ def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
         if owners:
             pairs.append((here[max(owners, key=len)], path))
     return pairs
+
+
+def tight_box(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[4] float (x0, y0, x1, y1), the outer edges of a mask [H, W] that is not empty."""
+    ys, xs = np.nonzero(mask)
+    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], dtype=np.float64)
+
+
+def interior_pixel(mask: NDArray[np.bool_]) -> tuple[int, int]:
+    """(row, column) of the pixel of a mask [H, W] farthest from its border, where a person would click.
+
+    The image's edge is a border too; of equally far ones the first in row-major order.
+    """
+    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(int(depth.argmax()), mask.shape)
+    return int(row), int(column)
 
 
 def click_for(mask: NDArray[np.generic]) -> Click:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from monailabel_dfqsam.segmentation.segmenter import Prompts
 
@@ -57,22 +56,6 @@ def read_prompts(request: Mapping[str, Any], shape: tuple[int, int, int]) -> tup
     labels = np.repeat([1, 0], [len(foreground), len(background)])
     xy = points[here][:, [1, 0]] + _CENTRE
     return k, Prompts(xy, labels[here], None if roi is None else _box(roi, shape))
-
-
-def tight_box(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """[4] float (x0, y0, x1, y1), the outer edges of a mask [H, W] that is not empty."""
-    ys, xs = np.nonzero(mask)
-    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], dtype=np.float64)
-
-
-def interior_pixel(mask: NDArray[np.bool_]) -> tuple[int, int]:
-    """(row, column) of the pixel of a mask [H, W] farthest from its border, where a person would click.
-
-    The image's edge is a border too; of equally far ones the first in row-major order.
-    """
-    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(int(depth.argmax()), mask.shape)
-    return int(row), int(column)
 
 
 def _numbers(value: Any, what: str) -> list[float]:

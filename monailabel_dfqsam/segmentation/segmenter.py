@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from monailabel_dfqsam.artifact import Artifact, float_tensors
 from monailabel_dfqsam.config import EngineKind
+from monailabel_dfqsam.engines import load_encoder
 from monailabel_dfqsam.sam.model import Sam, build_decoder
 from monailabel_dfqsam.sam.preprocess import Frame, to_image, to_input
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
-
-if TYPE_CHECKING:
-    from monailabel_dfqsam.artifact import Artifact
 
 # segment-anything's prompt encoder takes pixel indices and adds this to reach pixel centres. Prompts here
 # count from the pixel's edge, so it is taken off again.
@@ -177,17 +176,10 @@ def load_segmenter(artifact: Artifact, engine: EngineKind | None = None) -> Segm
     Raises:
         ValueError: when the artifact's decoder does not fit its variant; the engine raises its own.
     """
-    # Not needed for a segmenter in full precision, which must not wait for an engine to load.
-    from monailabel_dfqsam.engines import load_encoder
-
     variant = VARIANTS[artifact.header["variant"]]
     prompt_encoder, mask_decoder = build_decoder(variant)
     for prefix, module in (("prompt_encoder.", prompt_encoder), ("mask_decoder.", mask_decoder)):
-        state = {
-            key.removeprefix(prefix): value.float()
-            for key, value in artifact.tensors.items()
-            if key.startswith(prefix)
-        }
+        state = float_tensors(artifact, prefix)
         try:
             module.load_state_dict(state, strict=True)
         except RuntimeError as error:
@@ -196,8 +188,7 @@ def load_segmenter(artifact: Artifact, engine: EngineKind | None = None) -> Segm
                 f"the artifact's {prefix[:-1]} is not that of '{variant.name}': {lines}"
             ) from None
     encoder = load_encoder(artifact, engine)
-    bits = artifact.header["config"]["bits"]
-    name = f"W{bits}A{bits} ({encoder.kind.value})"
+    name = f"{artifact.label} ({encoder.kind.value})"
     return Segmenter(name, variant, encoder.embed, prompt_encoder, mask_decoder)
 
 
