@@ -203,7 +203,7 @@ def _quantize_into(out: Path, path: Path, source: Checkpoint, config: Quantizati
     import torch
 
     from monailabel_dfqsam.artifact import write_artifact
-    from monailabel_dfqsam.quantization import quantize as run
+    from monailabel_dfqsam.pipeline import quantize as run
     from monailabel_dfqsam.report import write_report
 
     out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def _summary(header: dict[str, Any], path: Path, made: bool) -> dict[str, Any]:
         "bits": header["config"]["bits"],
         "policy": header["config"]["policy"],
         "fidelity": header["fidelity"],
-        "sizes": {**header["sizes"], "artifact_bytes": path.stat().st_size},
+        "sizes": header["sizes"],
         "bops": header["bops"],
         "bops_float": header["bops_float"],
         "seconds": header["seconds"],
@@ -241,7 +241,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         {
             "model": f"{summary['model']}, W{summary['bits']}A{summary['bits']}, policy {summary['policy']}",
             "fidelity": f"{fidelity['mean_iou']:.3f} mean IoU with full precision, {fidelity['n']} masks",
-            "size": f"{in_bytes(before)} → {in_bytes(after)} ({before / after:.1f}×)",
+            "size": f"{in_bytes(before)} in 32-bit float → {in_bytes(after)} ({before / after:.1f}×)",
             "bit operations": f"{in_thousands(bops_float)} → {in_thousands(bops)} ({bops_float / bops:.0f}×)",
             "time": in_seconds(summary["seconds"]) + earlier,
             "artifact": summary["artifact"],

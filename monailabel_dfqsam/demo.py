@@ -352,7 +352,7 @@ class _Play:
         sizes, fidelity = header["sizes"], header["fidelity"]
         before, after = sizes["checkpoint_bytes"], sizes["artifact_bytes"]
         return {
-            "size": f"{in_bytes(before)} → {in_bytes(after)} ({before / after:.1f}×)",
+            "size": f"{in_bytes(before)} in 32-bit float → {in_bytes(after)} ({before / after:.1f}×)",
             "fidelity": f"{fidelity['mean_iou']:.3f} mean IoU with full precision on {fidelity['n']} masks",
             "quantization": in_seconds(seconds),
             "start to first answer": in_seconds(until_first),

@@ -11,7 +11,7 @@ import torch
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact
 from monailabel_dfqsam.config import EngineKind, Preset, Progress, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.engines import select
-from monailabel_dfqsam.quantization import quantize
+from monailabel_dfqsam.pipeline import quantize
 from monailabel_dfqsam.sam import Checkpoint, CheckpointError, build, read_checkpoint
 from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter, load_segmenter
 

@@ -29,7 +29,7 @@ from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 from monailabel_dfqsam.sam.preprocess import input_range
 
 if TYPE_CHECKING:
-    from monailabel_dfqsam.quantization import QuantizationResult
+    from monailabel_dfqsam.pipeline import QuantizationResult
     from monailabel_dfqsam.sam.checkpoint import Checkpoint
     from monailabel_dfqsam.sam.variants import Variant
     from monailabel_dfqsam.synthesis.label_evolution import EvolutionStep

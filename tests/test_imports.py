@@ -26,7 +26,9 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "quantization",
         "artifact",
         "engines",
-        "segmentation phantom_study",
+        "segmentation",
+        "fidelity phantom_study",
+        "pipeline",
         "server",
         "evaluation report slicer_session",
         "overlay demo_server evaluation_models",
@@ -40,7 +42,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
 DEFERRED_EXCEPTIONS = {("server", "report")}
 
 # What a server that only answers clicks never loads.
-NOT_FOR_CLICKS = ("synthesis", "pretraining", "quantization", "report")
+NOT_FOR_CLICKS = ("synthesis", "pretraining", "pipeline", "report")
 
 
 def rank(name: str) -> int:
