@@ -22,9 +22,15 @@ Kernel = Callable[[Tensor], Tensor]
 
 
 class Encoder(Protocol):
-    """A quantized image encoder, whatever runs it."""
+    """A quantized image encoder, whatever runs it.
+
+    Attributes:
+        kind: which engine.
+        encoder: the assembled modules, under the checkpoint's names.
+    """
 
     kind: EngineKind
+    encoder: ImageEncoderViT
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] float32, normalised, to [B, C, S/16, S/16] float32.

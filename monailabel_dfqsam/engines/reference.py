@@ -45,10 +45,11 @@ class ReferenceEncoder:
 
 def reference_kernel(layer: QuantizedLayer) -> Kernel:
     """`dfqsam::int_linear` for one layer."""
-    scale = layer.weight_scale * layer.input_scale
 
     def kernel(rows: Tensor) -> Tensor:
-        result: Tensor = int_linear(rows, layer.weight, layer.input_zero_point, scale, layer.bias)
+        result: Tensor = int_linear(
+            rows, layer.weight, layer.input_scale, layer.input_zero_point, layer.weight_scale, layer.bias
+        )
         return result
 
     return kernel

@@ -152,7 +152,4 @@ def _attention_ranges(parts: list[Tensor], bits: int) -> Tensor:
 
 def _all_tensors(encoder: ImageEncoderViT) -> dict[str, Tensor]:
     """State dict and the buffers that reparameterization leaves, which checkpoints do not have."""
-    tensors = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
-    for key, value in encoder.named_buffers():
-        tensors[key] = value.detach().clone()
-    return tensors
+    return {k: v.detach().clone() for k, v in (*encoder.named_parameters(), *encoder.named_buffers())}

@@ -12,7 +12,7 @@ MIN_SCALE = 1e-8
 # reparameterization, which divides by it, keeps float32 precision.
 MIN_CHANNEL_SCALE = 1e-2
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.999)
-WEIGHT_SHRINK = tuple(1.0 - 0.025 * i for i in range(25))
+WEIGHT_SHRINK = tuple(1.0 - 0.05 * i for i in range(11))
 _MAX_SAMPLES = 1 << 22
 
 
@@ -100,7 +100,7 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     best_scale, best_error = full, torch.full_like(full, torch.inf)
     for shrink in WEIGHT_SHRINK:
         scale = full * shrink
-        error = (_round_weight(weight, scale, top) * scale[:, None] - weight).square().sum(1)
+        error = _round_weight(weight, scale, top).mul_(scale[:, None]).sub_(weight).square_().sum(1)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
@@ -108,7 +108,7 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _round_weight(weight: Tensor, scale: Tensor, top: int) -> Tensor:
-    return torch.round(weight / scale[:, None]).clamp(-top - 1, top)
+    return (weight / scale[:, None]).round_().clamp_(-top - 1, top)
 
 
 def fake_log_sqrt2(x: Tensor, delta: float, bits: int) -> Tensor:

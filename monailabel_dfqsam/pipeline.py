@@ -1,0 +1,237 @@
+"""From a checkpoint to an artifact: synthesize, calibrate, pack, measure. Pure of servers and of globals.
+
+Nothing here opens a datastore or a connection; images come out of the weights, or noise, or, for comparison
+alone, out of a folder named by the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from monailabel_dfqsam import __version__
+from monailabel_dfqsam.artifact import FORMAT_VERSION, Artifact, encode_layer, stored
+from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, silent
+from monailabel_dfqsam.engines import Encoder, load_encoder, select
+from monailabel_dfqsam.fidelity import mask_agreement
+from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
+from monailabel_dfqsam.quantization.cost import encoder_cost
+from monailabel_dfqsam.sam.checkpoint import Checkpoint
+from monailabel_dfqsam.sam.model import Sam, build
+from monailabel_dfqsam.sam.preprocess import to_input
+from monailabel_dfqsam.sam.variants import Variant
+from monailabel_dfqsam.sam.vit import ImageEncoderViT
+from monailabel_dfqsam.synthesis.auxiliary import embedded_auxiliary
+from monailabel_dfqsam.synthesis.patch_similarity import encoder_patch_entropies
+from monailabel_dfqsam.synthesis.synthesize import Synthesis, synthesize
+
+FIDELITY_IMAGES = 2
+FIDELITY_ITERATIONS = 100
+# Keeps fidelity images apart from calibration images of any usual seed.
+FIDELITY_SEED_OFFSET = 1_000_000
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """An artifact and what a report shows of its making.
+
+    Attributes:
+        synthesis: how the calibration images came to be, for `Calibration.SYNTHETIC`.
+        calibration_images: [N, 3, S, S] float32, normalised.
+        layer_errors: relative error of each quantized layer's output within the quantized encoder.
+        entropies: patch-similarity entropy of each block, averaged over images, by kind of image.
+    """
+
+    artifact: Artifact
+    synthesis: Synthesis | None
+    calibration_images: Tensor
+    layer_errors: dict[str, float]
+    entropies: dict[str, list[float]]
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    config: QuantizationConfig,
+    *,
+    device: torch.device = torch.device("cpu"),
+    progress: Progress = silent,
+) -> QuantizationResult:
+    """Quantizes a checkpoint's image encoder; the same arguments give the same artifact but for its times.
+
+    Args:
+        device: where images are synthesized; calibration and packing run on the CPU.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ValueError: when the checkpoint does not fit its model, or a calibration folder holds no image.
+    """
+    started = time.monotonic()
+    sam = build(checkpoint)
+    synthesis = None
+    if config.calibration is Calibration.SYNTHETIC:
+        synthesis = _synthesize(sam, config, config.images, config.seed, device, progress)
+        images = synthesis.images
+    elif config.calibration is Calibration.GAUSSIAN:
+        images = gaussian_images(checkpoint.variant, config.images, config.seed)
+    else:
+        assert config.folder is not None
+        images = folder_images(checkpoint.variant, Path(config.folder), config.images)
+    quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, progress)
+    held_out = replace(
+        config, synthesis=replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations))
+    )
+    unseen = _synthesize(
+        sam, held_out, FIDELITY_IMAGES, config.seed + FIDELITY_SEED_OFFSET, device, progress, "fidelity"
+    ).images
+    artifact = _pack(checkpoint, config, sam, quantized, images)
+    encoder = load_encoder(artifact, select(artifact))
+    mean_iou, count = mask_agreement(sam, encoder, unseen)
+    header = {
+        **artifact.header,
+        "fidelity": {"mean_iou": mean_iou, "n": count, "engine": encoder.kind.value},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    noise = gaussian_images(checkpoint.variant, len(images), config.seed)
+    return QuantizationResult(
+        artifact=replace(artifact, header=header),
+        synthesis=synthesis,
+        calibration_images=images,
+        layer_errors=layer_errors(sam.image_encoder, encoder, images[:1]),
+        entropies={
+            config.calibration.value: encoder_patch_entropies(sam.image_encoder, images).mean(0).tolist(),
+            "gaussian": encoder_patch_entropies(sam.image_encoder, noise).mean(0).tolist(),
+        },
+    )
+
+
+def gaussian_images(variant: Variant, count: int, seed: int) -> Tensor:
+    """[N, 3, S, S] standard normal noise in the model's normalised space, the paper's baseline."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, variant.input_size, variant.input_size, generator=generator)
+
+
+def folder_images(variant: Variant, folder: Path, count: int) -> Tensor:
+    """[N, 3, S, S] of the first `count` pictures of a folder in the order of names, normalised.
+
+    Raises:
+        ValueError: when there are fewer pictures than asked for.
+    """
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)[:count]
+    if len(paths) < count:
+        raise ValueError(
+            f"the calibration folder holds {len(paths)} pictures ({', '.join(_IMAGE_SUFFIXES)}), "
+            f"but {count} are asked for"
+        )
+    return torch.cat([to_input(variant, np.array(Image.open(path).convert("RGB")))[0] for path in paths])
+
+
+def layer_errors(float_encoder: ImageEncoderViT, encoder: Encoder, images: Tensor) -> dict[str, float]:
+    """‖quantized − float‖ / ‖float‖ of each quantized layer's output, errors of earlier layers included."""
+    names = list(quantizable(float_encoder))
+    expected = _outputs(float_encoder, names, images)
+    actual = _outputs(encoder.encoder, names, images)
+    return {name: float((actual[name] - y).norm() / y.norm().clamp_min(1e-12)) for name, y in expected.items()}
+
+
+def _synthesize(
+    sam: Sam,
+    config: QuantizationConfig,
+    count: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    stage: str = "synthesis",
+) -> Synthesis:
+    auxiliary = embedded_auxiliary() if sam.variant.name == "tiny" else None
+
+    def staged(_: str, done: int, total: int) -> None:
+        progress(stage, done, total)
+
+    sam.to(device)
+    try:
+        return synthesize(
+            sam, config.synthesis, images=count, seed=seed, auxiliary=auxiliary, progress=staged
+        )
+    finally:
+        sam.to("cpu")
+
+
+def _pack(
+    checkpoint: Checkpoint, config: QuantizationConfig, sam: Sam, quantized: QuantizedEncoder, images: Tensor
+) -> Artifact:
+    layers: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in quantized.layers.items():
+        layers[name], parts = encode_layer(name, layer)
+        tensors.update(parts)
+    tensors.update({f"image_encoder.{key}": stored(value) for key, value in quantized.float_tensors.items()})
+    tensors.update({f"image_encoder.{key}.ranges": value for key, value in quantized.attention.items()})
+    encoder_bytes = _bytes(tensors)
+    for prefix, module in (("prompt_encoder", sam.prompt_encoder), ("mask_decoder", sam.mask_decoder)):
+        tensors.update({f"{prefix}.{key}": stored(value) for key, value in module.state_dict().items()})
+    cost = encoder_cost(
+        checkpoint.variant,
+        {name: layer.weight_bits for name, layer in quantized.layers.items()},
+        quantized.attention_bits,
+    )
+    encoder_float = {k: v for k, v in checkpoint.state_dict.items() if k.startswith("image_encoder.")}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "variant": checkpoint.variant.name,
+        "source_sha256": checkpoint.sha256,
+        "source_name": checkpoint.path.name,
+        "config": asdict(config),
+        "key": config.key(checkpoint.sha256),
+        "seed": config.seed,
+        "images_sha256": [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images],
+        "layers": layers,
+        "attention_bits": quantized.attention_bits,
+        "sizes": {
+            "checkpoint_bytes": _bytes(checkpoint.state_dict),
+            "artifact_bytes": _bytes(tensors),
+            "encoder_checkpoint_bytes": _bytes(encoder_float),
+            "encoder_artifact_bytes": encoder_bytes,
+        },
+        "macs": cost.macs,
+        "bops": cost.bops,
+        "bops_float": cost.bops_float,
+        "versions": {
+            "monailabel-dfqsam": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    return Artifact(header, tensors)
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _outputs(encoder: ImageEncoderViT, names: list[str], images: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    handles = [
+        encoder.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: found.__setitem__(name, output.detach().clone())
+        )
+        for name in names
+    ]
+    try:
+        with torch.inference_mode():
+            encoder(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
