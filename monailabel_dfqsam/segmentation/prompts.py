@@ -125,8 +125,8 @@ def _slice(
 
 def _box(roi: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float64]:
     """[4] float (x0, y0, x1, y1), the outer edges of a ROI's voxels inside the image."""
-    (i0, i1), (j0, j1) = roi[0], roi[1] + 0.0
-    edges = np.array([j0, i0, j1 + 2 * _CENTRE, i1 + 2 * _CENTRE])
+    (i0, i1), (j0, j1) = roi[0], roi[1]
+    edges = np.array([j0, i0, j1 + 1, i1 + 1])
     limit = np.array([shape[1], shape[0], shape[1], shape[0]], dtype=np.float64)
     return np.clip(edges, 0, limit)
 

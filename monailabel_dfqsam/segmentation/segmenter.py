@@ -176,6 +176,8 @@ def load_segmenter(artifact: Artifact, engine: EngineKind | None = None) -> Segm
     Raises:
         ValueError: when the artifact's decoder does not fit its variant; the engine raises its own.
     """
+    # First, since it also says what is wrong with an artifact of an unknown model.
+    encoder = load_encoder(artifact, engine)
     variant = VARIANTS[artifact.header["variant"]]
     prompt_encoder, mask_decoder = build_decoder(variant)
     for prefix, module in (("prompt_encoder.", prompt_encoder), ("mask_decoder.", mask_decoder)):
@@ -187,7 +189,6 @@ def load_segmenter(artifact: Artifact, engine: EngineKind | None = None) -> Segm
             raise ValueError(
                 f"the artifact's {prefix[:-1]} is not that of '{variant.name}': {lines}"
             ) from None
-    encoder = load_encoder(artifact, engine)
     name = f"{artifact.label} ({encoder.kind.value})"
     return Segmenter(name, variant, encoder.embed, prompt_encoder, mask_decoder)
 
