@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from monailabel_dfqsam.config import Progress as ProgressCallback
@@ -19,15 +19,20 @@ output = Console(highlight=False)
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
     """A progress callback that draws one bar a stage on stderr."""
-    with _bars() as bars:
-        tasks = {}
+    bars = _bars()
+    tasks: dict[str, TaskID] = {}
 
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, text="")
-            bars.update(tasks[stage], completed=done, total=total)
+    def progress(stage: str, done: int, total: int) -> None:
+        bars.start()  # not before there is something to show: an error would come after an empty line
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total, text="")
+        bars.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield progress
+    finally:
+        if tasks:
+            bars.stop()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from monailabel_dfqsam.config import EngineKind, Preset, Progress, QuantizationC
 from monailabel_dfqsam.engines import select
 from monailabel_dfqsam.pipeline import quantize
 from monailabel_dfqsam.sam import Checkpoint, CheckpointError, build, read_checkpoint
+from monailabel_dfqsam.sam.checkpoint import EMBEDDED, file_sha256
 from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter, load_segmenter
 
 Named = tuple[Segmenter, dict[str, Any]]
@@ -75,13 +76,12 @@ def _read(path: Path) -> Checkpoint | Artifact:
 
 
 def _embedded(sha256: str, artifact: Artifact) -> Checkpoint:
-    embedded = read_checkpoint()
-    if embedded.sha256 != sha256:
+    if not EMBEDDED.is_file() or file_sha256(EMBEDDED) != sha256:
         raise ValueError(
             f"the artifact {artifact.header['key']} was made of '{artifact.header['source_name']}': give "
             "that checkpoint with --model too, for drop and agreement are measured against it"
         )
-    return embedded
+    return read_checkpoint()
 
 
 def _named(artifact: Artifact, engine: EngineKind | None) -> Named:
