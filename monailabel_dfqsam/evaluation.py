@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -196,27 +197,32 @@ def evaluate(
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the rows of `evaluate` as a table."""
+    """Prints the rows of `evaluate`, a table for each model and prompt, within 80 columns."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="IoU, Dice, surface Dice and agreement: means; drop against full precision")
-    for head in ("model", "engine", "policy", "prompt", "modality"):
-        table.add_column(head)
-    numbers = ("n", "iou", "dice", "nsd", "agreement", "drop")
-    for head in (*numbers, "drop 95 %", "box", "ellipse", "Otsu"):
-        table.add_column(head, justify="right")
-    for row in rows:
-        low, high = row["drop_ci"]
-        table.add_row(
-            *(str(row[key] or "") for key in ("model", "engine", "policy", "prompt", "modality")),
-            str(row["n"]),
-            *(f"{row[key]:.3f}" for key in numbers[1:]),
-            f"{low:+.3f} … {high:+.3f}",
-            *(f"{row[key]:.3f}" for key in BASELINES),
-            end_section=row is rows[-1] or row["modality"] == rows[-1]["modality"],
-        )
-    Console().print(table)
+    def title(row: Mapping[str, Any]) -> str:
+        names = (row["model"], row["engine"], row["policy"], f"{row['prompt']} prompts")
+        return ", ".join(str(name) for name in names if name)
+
+    console = Console()
+    scores = ("iou", "dice", "nsd", "agreement")
+    for name, group in groupby(rows, title):
+        table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("modality", no_wrap=True)
+        for head in ("n", "IoU", "Dice", "NSD", "agrees", "drop ± 95 %", *BASELINES):
+            table.add_column(head.removeprefix("baseline_"), justify="right", no_wrap=True)
+        for row in group:
+            low, high = row["drop_ci"]
+            table.add_row(
+                row["modality"],
+                str(row["n"]),
+                *(f"{row[key]:.3f}" for key in scores),
+                f"{row['drop']:+.3f} ± {(high - low) / 2:.3f}",
+                *(f"{row[key]:.3f}" for key in BASELINES),
+            )
+        console.print(table)
 
 
 def _masks(segmenter: Segmenter, item: Item, prompts: Sequence[str]) -> dict[str, Mask]:

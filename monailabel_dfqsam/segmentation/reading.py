@@ -15,7 +15,7 @@ _SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".png", ".jpg", ".jpeg", ".dcm"
 _MODALITY_TAG = "0008|0060"
 _HEADER_BYTES = 1 << 16
 # Fields by which a header names another file as the place of its voxels; such a file could be any on disk.
-_ELSEWHERE = re.compile(rb"^(data ?file:|ElementDataFile *= *(?!LOCAL))", re.IGNORECASE | re.MULTILINE)
+_ELSEWHERE = re.compile(rb"^(data ?file:|ElementDataFile *=(?! *LOCAL))", re.IGNORECASE | re.MULTILINE)
 
 
 class ImageError(ValueError):
@@ -47,12 +47,15 @@ def _read_file(path: Path) -> tuple[sitk.Image, Modality]:
         raise ImageError(f"'{path.name}' is not an image of a known kind: expected {', '.join(_SUFFIXES)}")
     if path.suffix.lower() in (".nrrd", ".mha") and _ELSEWHERE.search(head.split(b"\n\n", 1)[0]):
         raise ImageError(f"'{path.name}' keeps its voxels in another file, which is not read")
+    is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
     try:
         image = sitk.ReadImage(str(path))
+        if is_nifti and "float" in image.GetPixelIDTypeAsString():
+            image = _restore_nan(image, path)
     except RuntimeError as error:
-        if path.name.lower().endswith((".nii", ".nii.gz")) and "orthonormal" in str(error):
+        if is_nifti and "orthonormal" in str(error):
             return _read_sheared(path), None
-        raise ImageError(f"'{path.name}' cannot be read: it is damaged or no image") from None
+        raise ImageError(f"'{path.name}' cannot be read: it is damaged, or of a rare kind") from None
     return image, image.GetMetaData(_MODALITY_TAG).strip() if image.HasMetaDataKey(_MODALITY_TAG) else None
 
 
@@ -70,6 +73,16 @@ def _read_series(folder: Path) -> tuple[sitk.Image, Modality]:
     except RuntimeError:
         raise ImageError(f"the DICOM series in '{folder.name}' cannot be read") from None
     return image, first.GetMetaData(_MODALITY_TAG).strip() if first.HasMetaDataKey(_MODALITY_TAG) else None
+
+
+def _restore_nan(image: sitk.Image, path: Path) -> sitk.Image:
+    """A floating NIfTI with its NaN and infinities, which ITK reads as 0: soft tissue, in a CT."""
+    array = np.asanyarray(nibabel.load(path).dataobj)
+    if array.ndim != image.GetDimension() or np.isfinite(array).all():
+        return image
+    restored = sitk.GetImageFromArray(np.ascontiguousarray(array.T), isVector=False)
+    restored.CopyInformation(image)
+    return restored
 
 
 def _read_sheared(path: Path) -> sitk.Image:
@@ -106,11 +119,10 @@ def _to_grey_or_rgb(image: sitk.Image, name: str) -> sitk.Image:
     if channels == 1:
         return image
     eight_bit = "8-bit unsigned" in image.GetPixelIDTypeAsString()
-    if channels not in (2, 3, 4) or not eight_bit:
+    if channels not in (3, 4) or not eight_bit:
         raise ImageError(
             f"'{name}' holds {channels} values a pixel ({image.GetPixelIDTypeAsString()}); expected one, or "
             "colour of 8 bit"
         )
-    # Opacity is left out: of grey with opacity the grey, of RGBA the RGB.
-    bands = [sitk.VectorIndexSelectionCast(image, c) for c in range(1 if channels == 2 else 3)]
-    return bands[0] if len(bands) == 1 else sitk.Compose(bands)
+    # Opacity is left out.
+    return sitk.Compose([sitk.VectorIndexSelectionCast(image, channel) for channel in range(3)])

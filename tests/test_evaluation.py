@@ -1,0 +1,241 @@
+"""Measures against slow versions, rows against figures worked out by hand, and the published baselines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis.extra import numpy as hnp
+from monai.metrics import compute_surface_dice
+from PIL import Image
+
+from monailabel_dfqsam import evaluation
+from monailabel_dfqsam.evaluation import (
+    BASELINES,
+    NSD_TOLERANCE,
+    EvaluationError,
+    Item,
+    dice,
+    evaluate,
+    iou,
+    print_rows,
+    read_items,
+    surface_dice,
+)
+from monailabel_dfqsam.phantom_study import write_phantom_study
+from monailabel_dfqsam.sam import VARIANTS, Sam
+from monailabel_dfqsam.segmentation.segmenter import (
+    Embedding,
+    Prediction,
+    Prompts,
+    Segmenter,
+    full_precision_segmenter,
+)
+
+REALDATA = Path(__file__).parents[2] / "shared" / "realdata"
+KEYS = {
+    "model", "engine", "policy", "prompt", "modality", "n", "iou", "dice", "nsd", "drop", "drop_ci",
+    "agreement", "baseline_box", "baseline_ellipse", "baseline_otsu",
+}  # fmt: skip
+FLOAT = 1e-6
+
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+masks = hnp.arrays(bool, (6, 5))
+
+
+@relaxed
+@given(masks, masks)
+def test_overlaps_are_those_of_sets(a: np.ndarray, b: np.ndarray) -> None:
+    first, second = ({tuple(p) for p in np.argwhere(m)} for m in (a, b))
+    union = first | second
+    assert iou(a, b) == (len(first & second) / len(union) if union else 1)
+    sizes = len(first) + len(second)
+    assert dice(a, b) == (2 * len(first & second) / sizes if sizes else 1)
+
+
+@settings(relaxed, max_examples=25)
+@given(hnp.arrays(bool, (14, 11)), hnp.arrays(bool, (14, 11)))
+def test_surface_dice_is_monais(predicted: np.ndarray, truth: np.ndarray) -> None:
+    truth[4:9, 3:8] = True
+    found = surface_dice(predicted, truth)
+    if not predicted.any():
+        assert found == 0
+        return
+    pair = [torch.from_numpy(np.stack([~m, m])[None]).float() for m in (predicted, truth)]
+    expected = compute_surface_dice(*pair, class_thresholds=[NSD_TOLERANCE], include_background=False)
+    assert found == pytest.approx(float(expected), abs=FLOAT)
+
+
+def bright_square() -> Item:
+    """A square of 8 in a picture of 20 by 30, brighter than its surroundings."""
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[6:14, 10:18] = True
+    return Item(np.where(mask, 200, 50).astype(np.uint8)[..., None].repeat(3, 2), mask, "toy")
+
+
+def test_baselines_of_a_square() -> None:
+    item = bright_square()
+    assert iou(BASELINES["baseline_box"](item), item.mask) == 1
+    inside = sum((x - 3.5) ** 2 + (y - 3.5) ** 2 <= 16 for x in range(8) for y in range(8))
+    assert iou(BASELINES["baseline_ellipse"](item), item.mask) == inside / 64
+    assert iou(BASELINES["baseline_otsu"](item), item.mask) == 1  # one grey in the box
+
+
+def test_otsu_takes_the_side_that_fills_the_middle() -> None:
+    mask = np.zeros((20, 20), dtype=bool)
+    yy, xx = np.indices(mask.shape)
+    mask[(yy - 10) ** 2 + (xx - 10) ** 2 < 36] = True
+    for inside, outside in ((30, 180), (180, 30)):
+        rgb = np.where(mask, inside, outside).astype(np.uint8)[..., None].repeat(3, 2)
+        assert iou(BASELINES["baseline_otsu"](Item(rgb, mask, "toy")), mask) == 1
+
+
+class Oracle(Segmenter):
+    """Answers from the prompts alone: a box with itself, less `cut` rows; a point with its pixel."""
+
+    def __init__(self, cut: int = 0) -> None:
+        self.cut = cut
+
+    def embed(self, rgb: np.ndarray) -> Embedding:
+        return Embedding(torch.from_numpy(rgb), None)  # type: ignore[arg-type]
+
+    def predict(self, embedding: Embedding, prompts: Prompts, multimask: bool = True) -> Prediction:
+        mask = np.zeros(embedding.tensor.shape[:2], dtype=bool)
+        if prompts.box is not None:
+            x0, y0, x1, y1 = prompts.box.astype(int)
+            mask[y0 + self.cut : y1, x0:x1] = True
+        for x, y in prompts.points.astype(int):
+            mask[y, x] = True
+        return Prediction(mask, 1.0, torch.zeros(1, 1, 1, 1))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two pictures: an 8 × 8 square in 'A', a 4 × 6 (rows × columns) rectangle in 'B'."""
+    rows = []
+    for name, modality, box in (("a", "A", (6, 14, 10, 18)), ("b", "B", (2, 6, 3, 9))):
+        mask = np.zeros((20, 30), dtype=np.uint8)
+        mask[box[0] : box[1], box[2] : box[3]] = 255
+        Image.fromarray(mask // 2 + 60).save(tmp_path / f"{name}.png")
+        Image.fromarray(mask).convert("1").save(tmp_path / f"{name}_mask.png")
+        rows.append({"image": f"{name}.png", "mask": f"{name}_mask.png", "modality": modality, "more": 1})
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return tmp_path
+
+
+def test_rows_are_those_worked_out_by_hand(pictures: Path) -> None:
+    reference, cut = Oracle(), Oracle(cut=1)
+    named = [
+        (reference, {"model": "m", "engine": "e", "policy": None}),
+        (cut, {"model": "m", "engine": "e", "policy": "deploy"}),
+    ]
+    rows = evaluate(pictures, named, reference)
+    assert all(set(row) == KEYS for row in rows)
+    assert [(r["policy"], r["prompt"], r["modality"], r["n"]) for r in rows] == [
+        (policy, prompt, modality, n)
+        for policy in (None, "deploy")
+        for prompt in ("box", "point")
+        for modality, n in (("all", 2), ("A", 1), ("B", 1))
+    ]
+    full, _, _, point, point_a, _, quantized, quantized_a, quantized_b, same, _, _ = rows
+    assert (full["iou"], full["dice"], full["nsd"], full["drop"], full["agreement"]) == (1, 1, 1, 0, 1)
+    assert full["drop_ci"] == [0, 0]
+    assert (quantized_a["iou"], quantized_b["iou"]) == (7 / 8, 3 / 4)
+    assert quantized["iou"] == quantized["agreement"] == pytest.approx((7 / 8 + 3 / 4) / 2)
+    assert quantized["dice"] == pytest.approx((14 / 15 + 6 / 7) / 2)
+    assert quantized["drop"] == pytest.approx((1 / 8 + 1 / 4) / 2)
+    assert quantized["drop_ci"] == pytest.approx([1 / 8, 1 / 4])
+    assert (point_a["iou"], point["baseline_box"]) == (1 / 64, 1)
+    assert (same["iou"], same["drop"]) == (point["iou"], 0)
+    json.dumps(rows)
+
+
+def test_only_the_prompts_asked_for_are_scored_and_progress_is_told(pictures: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    rows = evaluate(pictures, [(Oracle(), {})], Oracle(), ["point"], lambda *step: told.append(step))
+    assert {row["prompt"] for row in rows} == {"point"}
+    assert told == [("evaluation", done, 2) for done in (0, 1, 2)]
+    for wrong in (["scribble"], []):
+        with pytest.raises(EvaluationError, match="box, point"):
+            evaluate(pictures, [], Oracle(), wrong)
+
+
+def test_volumes_with_masks_are_scored_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_phantom_study(tmp_path)
+    torch.manual_seed(0)
+    segmenter = full_precision_segmenter(Sam(VARIANTS["tiny"]))
+    rows = evaluate(tmp_path, [(segmenter, {"model": "random"})], segmenter)
+    assert {(row["modality"], row["n"]) for row in rows} == {("all", 3), ("CT", 1), ("other", 2)}
+    print_rows(rows)
+    printed = capsys.readouterr().out
+    assert "random, box prompts" in printed
+    assert "random, point prompts" in printed
+    for row in rows:
+        assert f"{row['iou']:.3f}" in printed
+        assert f"{row['baseline_otsu']:.3f}" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def _manifest(folder: Path, text: str) -> Path:
+    (folder / "manifest.jsonl").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "neither a manifest"),
+        ("[]", "line 1 of manifest"),
+        ('{"image": "a.png"}', "line 1 of manifest"),
+        ("\n{", "line 2 of manifest"),
+        ('{"image": "x.png", "mask": "y.png", "modality": "A"}', "missing or no picture"),
+    ],
+)
+def test_damaged_data_is_refused_with_a_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
+    folder = tmp_path if text is None else _manifest(tmp_path, text)
+    with pytest.raises(EvaluationError, match=sentence):
+        [read() for read in read_items(folder)]
+    with pytest.raises(EvaluationError, match="neither a manifest"):
+        read_items(tmp_path / "absent")
+
+
+def test_a_mask_that_is_empty_or_of_another_size_is_refused(pictures: Path) -> None:
+    for mask in (np.zeros((20, 30), np.uint8), np.ones((20, 31), np.uint8)):
+        Image.fromarray(mask).save(pictures / "a_mask.png")
+        with pytest.raises(EvaluationError, match="empty or has another shape"):
+            read_items(pictures)[0]()
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, monailabel_dfqsam.evaluation\n"
+        "print([name for name in ('monai', 'skimage', 'monailabel') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not REALDATA.is_dir(), reason="../shared/realdata is absent")
+def test_baselines_on_real_images_are_the_recorded_ones() -> None:
+    items = [read() for read in read_items(REALDATA)]
+    assert len(items) == 169
+    found = {name: np.mean([iou(make(i), i.mask) for i in items]) for name, make in BASELINES.items()}
+    assert {name: round(float(value), 3) for name, value in found.items()} == {
+        "baseline_box": 0.711,
+        "baseline_ellipse": 0.792,
+        "baseline_otsu": 0.709,
+    }
+    ellipse = evaluation.ellipse_baseline
+    by_modality = {
+        modality: round(float(np.mean([iou(ellipse(i), i.mask) for i in items if i.modality == modality])), 3)
+        for modality in ("CT", "MR", "US", "X-ray", "microscopy")
+    }
+    assert by_modality == {"CT": 0.762, "MR": 0.756, "US": 0.883, "X-ray": 0.635, "microscopy": 0.839}
