@@ -209,7 +209,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     console = Console()
     scores = ("iou", "dice", "nsd", "agreement")
     for name, group in groupby(rows, title):
-        table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         table.add_column("modality", no_wrap=True)
         for head in ("n", "IoU", "Dice", "NSD", "agrees", "drop ± 95 %", *BASELINES):
             table.add_column(head.removeprefix("baseline_"), justify="right", no_wrap=True)
