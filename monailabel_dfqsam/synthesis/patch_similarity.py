@@ -19,8 +19,9 @@ from torch import Tensor, nn
 EVALUATION_POINTS = 10
 # All 256 tokens of a 256-pixel input. Of a larger input's a fixed random choice: its pairs would be 4096².
 MAX_TOKENS = 512
-# The least standard deviation of a similarity, in cosine units: keeps the entropy of a constant image finite.
-MIN_SPREAD = 1e-3
+# The least standard deviation of a similarity: keeps the entropy of a constant image finite. Early blocks may
+# tell patches apart by a thousandth only; float32 resolves a ten-millionth.
+MIN_SPREAD = 1e-5
 _SAMPLE_SEED = 20
 
 
