@@ -64,7 +64,7 @@ def encode_layer(name: str, layer: QuantizedLayer) -> tuple[dict[str, Any], dict
     }
     if layer.geometry is not None:
         entry["geometry"] = asdict(layer.geometry)
-    weight = pack_int4(layer.weight) if layer.weight_bits == 4 else layer.weight
+    weight = pack_int4(layer.weight) if layer.weight_bits == 4 else layer.weight.contiguous()
     tensors = {
         f"{_ENCODER}{name}.weight": weight,
         f"{_ENCODER}{name}.weight_scale": layer.weight_scale.float(),

@@ -36,26 +36,33 @@ def _(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
 
 
 @torch.library.custom_op("dfqsam::int_linear", mutates_args=())
-def int_linear(x: Tensor, weight: Tensor, zero_point: int, scale: Tensor, bias: Tensor) -> Tensor:
-    """y[m, n] = scale[n]·Σ_k (x[m, k] − zero_point)·weight[n, k] + bias[n].
+def int_linear(
+    x: Tensor, weight: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor
+) -> Tensor:
+    """y[m, n] = (Σ_k (x[m, k] − zero_point)·weight[n, k] · scale)·weight_scale[n] + bias[n].
+
+    The order of the two float products is oneDNN's, so that both round alike.
 
     Args:
         x: [M, K] uint8.
         weight: [N, K] int8.
+        scale: of x, > 0.
         zero_point: of x.
-        scale: [N] float32, the product of activation and weight scale.
+        weight_scale: [N] float32.
         bias: [N] float32.
 
     Returns:
         [M, N] float32.
     """
     accumulator = int_accumulate(x, weight) - zero_point * weight.sum(1, dtype=torch.int64)
-    return accumulator.to(torch.float32) * scale + bias
+    return accumulator.to(torch.float32).mul_(scale).mul_(weight_scale).add_(bias)
 
 
 @int_linear.register_fake
-def _(x: Tensor, weight: Tensor, zero_point: int, scale: Tensor, bias: Tensor) -> Tensor:
-    return scale.new_empty(x.shape[0], weight.shape[0])
+def _(
+    x: Tensor, weight: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor
+) -> Tensor:
+    return weight_scale.new_empty(x.shape[0], weight.shape[0])
 
 
 def int_accumulate(x: Tensor, weight: Tensor) -> Tensor:

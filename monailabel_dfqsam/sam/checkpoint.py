@@ -113,13 +113,13 @@ def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line]
-        reason = lines[0].strip() if lines else "it is not a torch file"
-        raise CheckpointError(
-            f"'{path.name}' was refused, since only tensors are read from checkpoints, never code: {reason}"
-        ) from None
     except Exception as error:  # a damaged pickle can raise anything
+        refused = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise CheckpointError(
+                f"'{path.name}' was refused, since only tensors are read from checkpoints, never code: "
+                f"{refused[0]}"
+            ) from None
         reason = str(error).split(". ")[0]
         raise CheckpointError(
             f"'{path.name}' is damaged or no torch file ({type(error).__name__}: {reason})"

@@ -1,0 +1,9 @@
+"""Settings for the whole suite."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+# A loaded machine makes any deadline a matter of luck.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")

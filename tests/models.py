@@ -1,0 +1,55 @@
+"""Models by seed for tests: right shapes, lively numbers, no training."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from monailabel_dfqsam.sam import VARIANTS, Sam
+from monailabel_dfqsam.sam.checkpoint import Checkpoint
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+REALDATA = Path(__file__).parents[2] / "shared" / "realdata"
+
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason="the golden outputs of ../shared/reference are not here"
+)
+needs_realdata = pytest.mark.skipif(
+    not REALDATA.is_dir(), reason="the real images of ../shared/realdata are not here"
+)
+
+
+def golden_tensor(key: str, shape: list[int]) -> torch.Tensor:
+    """A weight by its name, as the golden outputs were made."""
+    g = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    n = torch.randn(shape, generator=g)
+    if key.endswith("running_var"):
+        return 1 + 0.1 * n.abs()
+    if len(shape) == 1:
+        return 1 + 0.1 * n if key.endswith("weight") else 0.1 * n
+    return 0.02 * n
+
+
+def golden_state(sam: Sam) -> dict[str, torch.Tensor]:
+    """A whole state dict by name."""
+    return {key: golden_tensor(key, list(value.shape)) for key, value in sam.state_dict().items()}
+
+
+def seeded_sam(variant: str) -> Sam:
+    """A SAM whose weights follow their names; norms vary by channel, so that reparameterization has work."""
+    sam = Sam(VARIANTS[variant])
+    sam.load_state_dict(golden_state(sam))
+    return sam.eval().requires_grad_(False)
+
+
+def seeded_checkpoint(variant: str) -> Checkpoint:
+    """The checkpoint of `seeded_sam`."""
+    return Checkpoint(VARIANTS[variant], seeded_sam(variant).state_dict(), "0" * 64, Path(f"{variant}.pth"))
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return float((a.double() - b.double()).norm() / b.double().norm())

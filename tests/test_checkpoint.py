@@ -1,0 +1,115 @@
+"""Reading checkpoints: every wrapping, and no code ever."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from monailabel_dfqsam.sam import CheckpointError, build, read_checkpoint
+from tests.models import seeded_sam
+
+
+def _state() -> dict[str, torch.Tensor]:
+    return seeded_sam("tiny").state_dict()
+
+
+def test_embedded_default_loads_and_builds() -> None:
+    checkpoint = read_checkpoint()
+    assert checkpoint.variant.name == "tiny"
+    assert len(checkpoint.sha256) == 64
+    build(checkpoint)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+def test_every_wrapping_reads_the_same(tmp_path: Path, wrapper: str | None, prefix: str, suffix: str) -> None:
+    state = {prefix + key: value for key, value in _state().items()}
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".safetensors":
+        if wrapper:
+            pytest.skip("safetensors files hold tensors alone, so there is nothing to wrap in")
+        save_file(state, path)
+    else:
+        torch.save({wrapper: state} if wrapper else state, path)
+    read = read_checkpoint(path).state_dict
+    assert read.keys() == _state().keys()
+    assert all(torch.equal(read[key], value) for key, value in _state().items())
+
+
+def test_pickled_adam_of_sam_med2d_is_skipped(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "sam-med2d_b.pth"
+    torch.save({"model": _state(), "optimizer": optimizer}, path)
+    build(read_checkpoint(path))
+
+
+class _Payload:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str, int]]:
+        return os.mkdir, (str(self.target), 0o700)
+
+
+def test_any_other_global_is_refused_and_not_run(tmp_path: Path) -> None:
+    path, target = tmp_path / "evil.pth", tmp_path / "was-run"
+    torch.save({"model": _state(), "extra": _Payload(target)}, path)
+    with pytest.raises(CheckpointError, match="never code.*mkdir"):
+        read_checkpoint(path)
+    assert not target.exists()
+
+
+def _truncated(folder: Path) -> Path:
+    path = folder / "short.pth"
+    torch.save(_state(), path)
+    path.write_bytes(path.read_bytes()[:50_000])
+    return path
+
+
+def _text(folder: Path) -> Path:
+    path = folder / "text.pt"
+    path.write_text("not a checkpoint")
+    return path
+
+
+def _other_model(folder: Path) -> Path:
+    path = folder / "resnet.pth"
+    torch.save({"conv1.weight": torch.zeros(3)}, path)
+    return path
+
+
+def _no_tensors(folder: Path) -> Path:
+    path = folder / "empty.pth"
+    torch.save({"epoch": 3}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_truncated, "damaged"),
+        (_text, "damaged"),
+        (_other_model, "image_encoder.pos_embed"),
+        (_no_tensors, "no state dict"),
+        (lambda folder: folder / "none.pth", "no checkpoint file"),
+        (lambda folder: (folder / "a.png").write_bytes(b"x") and folder / "a.png", "expected .pth"),
+    ],
+)
+def test_unusable_files_are_refused_with_a_sentence(tmp_path: Path, make: object, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(make(tmp_path))  # type: ignore[operator]
+
+
+def test_unknown_variant_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(_state(), path)
+    with pytest.raises(CheckpointError, match="unknown model 'huge'"):
+        read_checkpoint(path, variant="huge")
