@@ -112,7 +112,9 @@ class SlicerSession:
         if roi is not None:
             params["roi"] = list(roi)
         points = params["foreground"] or params["background"]
-        params["slice"] = slice_index if slice_index is not None else points[-1][2] if points else None
+        if slice_index is None and points and len(points[-1]) > 2:
+            slice_index = points[-1][2]
+        params["slice"] = slice_index
         params.setdefault("result_extension", ".nrrd")
         params.setdefault("result_dtype", "uint8")
         return self.infer_raw(image, params, session_id=session_id, model=model)

@@ -38,6 +38,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         """
         self._settings = read_settings(conf or {}, Path(app_dir), tuple(WINDOWS))
         self._models = Models(self._settings)
+        compat.quieten()
         super().__init__(
             app_dir=app_dir,
             studies=studies,

@@ -1,6 +1,6 @@
 """MONAI Label 0.8.5, made safe and exact from outside: everything that knows its inside is here.
 
-`install` runs once, when the app enters server mode, and puts right what is listed here:
+`install` runs once, when the app enters server mode, and `quieten` before; they put right:
 
 - `GET …` and `PUT …` parameters become paths, pages of any origin may call: `security.Guard` in front.
 - `POST /infer/{model}` blocks the event loop, takes `image` from its JSON too, leaves uploads behind when it
@@ -10,7 +10,7 @@
 - Tokens are decoded without naming algorithms, which PyJWT refuses; an administrator is no user.
 - `/proxy/dicom` drops the query.
 - A DICOMweb label is looked for in the archive under the image's name, although it lies here.
-- Prompts, image names and paths are logged at INFO: only from DEBUG on.
+- Prompts, image names and paths are logged at INFO: `quieten`.
 
 Each is a replacement by name in a module of a pinned version; a test holds every one against the server.
 """
@@ -80,7 +80,6 @@ def install(app: FastAPI, check_training: CheckTraining, trusted_hosts: Sequence
         check_training: raises Refusal for a trainer's name or options that cannot be used.
         trusted_hosts: as for `Guard`.
     """
-    _quieten()
     _put_guard(app, trusted_hosts)
     app.add_api_route("/infer/{model}", _infer, methods=["POST"], include_in_schema=False)
     app.router.routes.insert(0, app.router.routes.pop())
@@ -108,7 +107,8 @@ def image_path(store: Any, image: str) -> str:
     return path
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Has upstream name images, paths and prompts in the log from DEBUG on alone; call it first."""
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -125,7 +125,7 @@ def _put_guard(app: FastAPI, trusted_hosts: Sequence[str]) -> None:
         allow_methods=["*"],
         allow_headers=["*"],
     )
-    others = [m for m in app.user_middleware if m.cls != CORSMiddleware]
+    others = [m for m in app.user_middleware if m.cls is not CORSMiddleware]  # type: ignore[comparison-overlap]
     app.user_middleware = [guard, *([cors] if origins else []), *others]
     app.middleware_stack = None  # built again by the first request; start-up itself still runs in the old one
 

@@ -165,7 +165,7 @@ class SegmentTask(InferTask):  # type: ignore[misc]
         self._neighbours.next([lambda n=n: self._embed(served, path, volume, n, window) for n in near])  # type: ignore[misc]
 
     def _with_defaults(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The request with the config entries it lacks; a choice comes from Slicer as a list, chosen first."""
+        """The request with the config entries it lacks; Slicer sends a choice as a list, chosen first."""
         merged = {**self._config, **request}
         for key in self._config:
             value = merged[key]

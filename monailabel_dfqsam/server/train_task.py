@@ -89,7 +89,7 @@ class QuantizeTask(TrainTask):  # type: ignore[misc]
 
     def _run(self, config: QuantizationConfig, path: Path, report: _Reporter) -> None:
         # The server answers clicks without these.
-        from monailabel_dfqsam.quantization import quantize
+        from monailabel_dfqsam.pipeline import quantize
         from monailabel_dfqsam.report import write_report
         from monailabel_dfqsam.sam import read_checkpoint
 

@@ -1,0 +1,144 @@
+"""A real MONAI Label server in a process of its own, and a study whose geometry hides no mistake."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import requests
+import torch
+from safetensors.torch import save_file
+
+from monailabel_dfqsam.sam import VARIANTS, Sam
+from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.slicer_session import SlicerSession
+
+SAMPLE_APP = Path(__file__).parents[1] / "sample-apps" / "dfqsam"
+SHAPE = (72, 56, 7)  # no two axes alike
+OBJECT = (44, 20, 3)  # voxel in the middle of the bright ball, far from every axis of symmetry
+START_SECONDS = 120.0
+WORK_SECONDS = 180.0
+
+
+def checkpoint(folder: Path) -> Path:
+    """The embedded weights; where these are not built yet, random ones of the same model."""
+    if EMBEDDED.is_file():
+        return EMBEDDED
+    torch.manual_seed(0)
+    path = folder / "random-tiny.safetensors"
+    save_file(Sam(VARIANTS["tiny"]).state_dict(), path)
+    return path
+
+
+def affine() -> np.ndarray:
+    """[4, 4] RAS: an oblique, anisotropic grid with two axes against patient axes."""
+    a, b = np.deg2rad(20), np.deg2rad(-15)
+    about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    matrix = np.eye(4)
+    matrix[:3, :3] = about_z @ about_x @ np.diag([-0.8, -1.1, 3.0])
+    matrix[:3, 3] = [31.0, -17.0, 250.0]
+    return matrix
+
+
+def write_volume(path: Path, seed: int = 0) -> None:
+    """A NIfTI with one bright ball at `OBJECT` on dark, noisy ground."""
+    i, j, k = np.indices(SHAPE)
+    radius = np.sqrt((i - OBJECT[0]) ** 2 + (j - OBJECT[1]) ** 2 + (4 * (k - OBJECT[2])) ** 2)
+    noise = np.random.default_rng(seed).normal(0, 8, SHAPE)
+    values = np.where(radius < 10, 320, 60) + noise
+    nibabel.save(nibabel.Nifti1Image(values.astype(np.int16), affine()), path)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Server:
+    """One server, started and stopped as a hospital would: `monailabel start_server`, then SIGTERM."""
+
+    def __init__(self, app: Path, studies: str, log: Path) -> None:
+        self.app, self.studies, self.log = app, studies, log
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.session = SlicerSession(self.url)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(
+        self,
+        conf: Mapping[str, object] | None = None,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> float:
+        """Starts and waits for /info/; answers the seconds that took."""
+        pairs = [word for key, value in (conf or {}).items() for word in ("--conf", key, str(value))]
+        line = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(self.app)]
+        line += ["--studies", self.studies, "--host", "127.0.0.1", "--port", str(self.port), *pairs]
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(environment or {})}
+        begin = time.monotonic()
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen([*prefix, *line], stdout=log, stderr=log, env=variables)
+        wait(lambda: self._answers() or self._process.poll() is not None, START_SECONDS)  # type: ignore[union-attr]
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the server ended:\n{self.text()[-3000:]}")
+        return time.monotonic() - begin
+
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def stop(self) -> None:
+        """SIGTERM, and waits for the end."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait(30)
+            self._process = None
+
+    def serving(self) -> str:
+        """The name of the model that answers."""
+        return str(self.session.info()["models"]["dfqsam"]["serving"]["model"])
+
+    def text(self) -> str:
+        """All that the server wrote."""
+        return self.log.read_text(errors="replace")
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/info/", timeout=5).status_code == 200
+        except requests.ConnectionError:
+            return False
+
+
+def wait(condition, seconds: float, every: float = 0.2) -> None:  # type: ignore[no-untyped-def]
+    """Until `condition()` is true; fails when that takes longer."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {seconds} s")
+        time.sleep(every)
+
+
+def new_server(folder: Path, volumes: int = 1) -> Server:
+    """An app folder as shipped and a study folder with phantoms, nothing started."""
+    app, studies = folder / "app", folder / "studies"
+    app.mkdir()
+    studies.mkdir()
+    shutil.copy(SAMPLE_APP / "main.py", app)
+    for n in range(volumes):
+        write_volume(studies / f"phantom{n}.nii.gz", seed=n)
+    return Server(app, str(studies), folder / "server.log")

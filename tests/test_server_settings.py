@@ -1,0 +1,99 @@
+"""`--conf` pairs and training options: what is taken, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from monailabel_dfqsam.config import Calibration, Policy, Preset
+from monailabel_dfqsam.server.options import OptionError, defaults, read_options
+from monailabel_dfqsam.server.settings import DEFAULT_LABELS, Settings, SettingsError, read_settings
+
+APP = Path("/app")
+
+
+def test_without_conf_the_embedded_model_is_quantized_to_4_bits() -> None:
+    settings = read_settings({}, APP)
+    assert settings.quantize
+    assert settings.quantization.bits == 4
+    assert settings.quantization.synthesis.iterations == Preset.FAST.iterations
+    assert settings.labels == DEFAULT_LABELS
+    assert settings.model_dir == APP / "model"
+
+
+def test_every_key_is_read(tmp_path: Path) -> None:
+    weights = tmp_path / "w.pth"
+    weights.touch()
+    conf = {
+        "checkpoint": str(weights), "variant": "medsam", "labels": " liver , spleen,", "quantize": "False",
+        "preset": "best", "images": "3", "bits": "8", "min_fidelity": "0.9", "cache_mb": "7",
+        "window": "b", "model_dir": str(tmp_path), "trusted_hosts": "PACS.example", "server_mode": "true",
+    }  # fmt: skip
+    settings = read_settings(conf, APP, windows=("a", "b"))
+    assert (settings.checkpoint, settings.variant) == (weights, "medsam")
+    assert settings.labels == ("liver", "spleen")
+    assert not settings.quantize
+    assert settings.quantization.synthesis.iterations == Preset.BEST.iterations
+    assert (settings.quantization.images, settings.quantization.bits) == (3, 8)
+    assert (settings.min_fidelity, settings.cache_mb, settings.window) == (0.9, 7, "b")
+    assert settings.model_dir == tmp_path
+    assert settings.trusted_hosts == ("pacs.example",)
+
+
+def test_iterations_win_over_the_preset() -> None:
+    conf = {"preset": "best", "iterations": "17"}
+    assert read_settings(conf, APP).quantization.synthesis.iterations == 17
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("iteration", "5"), ("quantize", "maybe"), ("bits", "5"), ("bits", "four"), ("images", "0"),
+        ("iterations", "1.5"), ("min_fidelity", "1.01"), ("min_fidelity", "nan"), ("cache_mb", "-1"),
+        ("preset", "slow"), ("variant", "sam3"), ("window", "c"), ("checkpoint", "/no/such/file.pth"),
+    ],
+)  # fmt: skip
+def test_a_wrong_pair_is_named(key: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=key):
+        read_settings({key: value}, APP, windows=("a", "b"))
+
+
+def test_training_options_as_slicer_and_ohif_send_them() -> None:
+    settings = Settings(APP)
+    shown = defaults(settings)
+    from_slicer = {**shown, "bits": "8", "policy": ["paper", "deploy"], "client_id": "user-xyz", "model": "dfqsam"}
+    config, checkpoint = read_options(from_slicer, settings, "dfqsam")
+    assert (config.bits, config.policy, config.calibration) == (8, Policy.PAPER, Calibration.SYNTHETIC)
+    assert checkpoint == settings.checkpoint
+    from_ohif = {"model": "dfqsam", "gpus": "all", "dfqsam": {"bits": 6, "seed": "3"}}
+    config, _ = read_options(from_ohif, settings, "dfqsam")
+    assert (config.bits, config.seed) == (6, 3)
+
+
+def test_a_request_says_only_what_differs() -> None:
+    settings = read_settings({"images": "2", "iterations": "40"}, APP)
+    config, _ = read_options({"calibration": "gaussian"}, settings, "dfqsam")
+    assert (config.images, config.synthesis.iterations) == (2, 40)
+    assert read_options({}, settings, "dfqsam")[0] == settings.quantization
+    assert read_options({"preset": "best"}, settings, "dfqsam")[0].synthesis.iterations == 1500
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_epochs", 5), ("bits", 3), ("bits", "many"), ("bits", True), ("bits", 4.0), ("images", 0),
+        ("iterations", 0), ("iterations", 10**9), ("seed", -1), ("policy", "all"), ("calibration", "folder"),
+        ("preset", None), ("checkpoint", "../weights.pth"), ("checkpoint", "/etc/passwd"), ("checkpoint", ".."),
+        ("checkpoint", "not-there.pth"), ("checkpoint", 5),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_named(option: str, value: object) -> None:
+    with pytest.raises(OptionError, match=option):
+        read_options({option: value}, Settings(APP), "dfqsam")
+
+
+def test_a_checkpoint_in_the_model_folder_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "other.pth").touch()
+    _, checkpoint = read_options({"checkpoint": "other.pth"}, Settings(tmp_path), "dfqsam")
+    assert checkpoint == tmp_path / "other.pth"

@@ -1,0 +1,214 @@
+"""Quantization as MONAI Label's training process runs it, and what it leaves in the model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from monailabel_dfqsam.artifact import read_header
+from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.sam.checkpoint import file_sha256
+from monailabel_dfqsam.server.models import FULL_PRECISION, ModelFolder, Models
+from monailabel_dfqsam.server.options import OptionError
+from monailabel_dfqsam.server.settings import Settings
+from monailabel_dfqsam.server.train_task import QuantizeTask
+from tests.server_fixtures import checkpoint, wait
+
+SWAP_SECONDS = 30.0
+# The shortest quantization there is: noise to calibrate on, two steps of synthesis to measure fidelity.
+QUICK = QuantizationConfig(calibration=Calibration.GAUSSIAN, synthesis=SynthesisConfig(iterations=2))
+
+can_unshare = pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], check=False).returncode != 0,
+    reason="network namespaces are not permitted here",
+)
+
+
+class Untouchable:
+    """A datastore of which nothing may be asked."""
+
+    def __getattribute__(self, name: str) -> object:
+        raise AssertionError(f"the datastore was asked for {name}")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("weights")
+    return Settings(folder / "model", checkpoint=checkpoint(folder), quantization=QUICK, min_fidelity=0.0)
+
+
+@pytest.fixture(scope="module")
+def quantized(settings: Settings) -> Settings:
+    """A model folder with one published artifact, made while nothing may be read."""
+    stats = QuantizeTask("dfqsam", settings)({"model": "dfqsam", "gpus": "all"}, Untouchable())
+    assert stats["state"] == "published"
+    return settings
+
+
+@pytest.fixture
+def folder(quantized: Settings, tmp_path: Path) -> Iterator[Settings]:
+    """A copy that a test may damage."""
+    shutil.copytree(quantized.model_dir, tmp_path / "model")
+    yield replace(quantized, model_dir=tmp_path / "model")
+
+
+def key_of(settings: Settings) -> str:
+    return settings.quantization.key(file_sha256(settings.checkpoint))
+
+
+def test_quantization_needs_no_data(quantized: Settings) -> None:
+    model = ModelFolder(quantized.model_dir)
+    key = key_of(quantized)
+    assert model.published() == {"key": key, "default_key": key}
+    assert read_header(model.artifact(key))["config"]["bits"] == 4
+    assert "<html" in model.report.read_text()[:200].lower()
+    assert not model.building.exists()
+    assert not [path for path in quantized.model_dir.iterdir() if path.name.startswith(".")]
+
+
+def test_statistics_are_in_slicers_words(quantized: Settings) -> None:
+    stats = QuantizeTask("dfqsam", quantized).stats()
+    model = ModelFolder(quantized.model_dir)
+    fidelity = read_header(model.artifact(key_of(quantized)))["fidelity"]["mean_iou"]
+    assert stats["best_metric"] == pytest.approx(fidelity, abs=1e-4)  # rounded for people
+    assert stats["total_time"] > 0
+    assert 0 <= stats["epoch"] <= stats["total_epochs"]
+    json.dumps(stats)
+
+
+@can_unshare
+def test_quantization_needs_no_network(quantized: Settings, tmp_path: Path) -> None:
+    code = f"""
+        from pathlib import Path
+        from monailabel_dfqsam.config import *
+        from monailabel_dfqsam.server.settings import Settings
+        from monailabel_dfqsam.server.train_task import QuantizeTask
+        config = QuantizationConfig(calibration=Calibration.GAUSSIAN, synthesis=SynthesisConfig(iterations=2))
+        settings = Settings(
+            Path({str(tmp_path)!r}), checkpoint=Path({str(quantized.checkpoint)!r}), quantization=config,
+            min_fidelity=0.0,
+        )
+        print(QuantizeTask("dfqsam", settings)({{}}, None)["state"])
+    """
+    line = ["unshare", "-rn", sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-1] == "published"
+
+
+def test_the_same_request_quantizes_nothing_twice(folder: Settings) -> None:
+    path = ModelFolder(folder.model_dir).artifact(key_of(folder))
+    before = path.stat().st_mtime_ns
+    assert QuantizeTask("dfqsam", folder)({}, Untouchable())["state"] == "published"
+    assert path.stat().st_mtime_ns == before
+
+
+def test_low_fidelity_is_not_published(folder: Settings) -> None:
+    strict = replace(folder, min_fidelity=1.0)
+    before = ModelFolder(folder.model_dir).stamp()
+    stats = QuantizeTask("dfqsam", strict)({"seed": 1}, Untouchable())
+    assert stats["state"] == "rejected"
+    assert "fidelity" in stats["error"]
+    assert ModelFolder(folder.model_dir).stamp() == before
+
+
+def test_a_failure_is_told_and_leaves_nothing(folder: Settings, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no weights")
+    task = QuantizeTask("dfqsam", replace(folder, checkpoint=broken))
+    before = sorted(folder.model_dir.glob("*.safetensors"))
+    with pytest.raises(ValueError, match="broken"):
+        task({}, Untouchable())
+    assert task.stats()["state"] == "failed"
+    assert sorted(folder.model_dir.glob("*.safetensors")) == before
+
+
+def test_a_wrong_option_fails_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="bits"):
+        QuantizeTask("dfqsam", Settings(tmp_path / "model"))({"bits": 5}, Untouchable())
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_killed_quantization_shows_as_stopped(folder: Settings) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    ModelFolder(folder.model_dir).write_progress({"state": "running", "pid": ended.pid})
+    assert QuantizeTask("dfqsam", folder).stats() == {"state": "stopped"}
+
+
+def test_the_published_artifact_is_served(folder: Settings) -> None:
+    served = Models(folder).current()
+    assert served.segmenter.name.startswith("W4A4")
+    assert served.identity == key_of(folder)
+
+
+def test_a_model_published_later_is_taken_over(folder: Settings) -> None:
+    (folder.model_dir / "current.json").unlink()
+    artifact = ModelFolder(folder.model_dir).artifact(key_of(folder))
+    artifact.rename(folder.model_dir / "aside")
+    models = Models(folder)
+    first = models.current()
+    assert first.segmenter.name == FULL_PRECISION
+    (folder.model_dir / "aside").rename(artifact)
+    ModelFolder(folder.model_dir).publish(key_of(folder), key_of(folder))
+    wait(lambda: models.current().identity == key_of(folder), SWAP_SECONDS)
+    assert first.segmenter.name == FULL_PRECISION  # whoever holds the old one may finish with it
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "newer", "empty"])
+def test_a_damaged_artifact_is_refused_in_one_line_and_made_again(
+    folder: Settings, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = ModelFolder(folder.model_dir).artifact(key_of(folder))
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[-100] ^= 1
+    elif damage == "newer":
+        content = bytearray(bytes(content).replace(b'\\"format_version\\": 1', b'\\"format_version\\": 9'))
+    else:
+        content = bytearray()
+    path.write_bytes(content)
+    asked: list[str] = []
+    models = Models(folder)
+    models.start(quantize=lambda: asked.append("quantize"))
+    wait(lambda: bool(asked), SWAP_SECONDS)
+    assert models.current().segmenter.name == FULL_PRECISION
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1
+    assert "quantize again" in errors[0]
+
+
+def test_another_configuration_does_not_serve_the_old_choice(folder: Settings) -> None:
+    other = replace(folder, quantization=replace(QUICK, seed=5))
+    assert Models(other).current().segmenter.name == FULL_PRECISION
+
+
+def test_an_artifact_below_the_threshold_is_neither_served_nor_made_again(folder: Settings) -> None:
+    strict = replace(folder, min_fidelity=1.0)
+    asked: list[str] = []
+    models = Models(strict)
+    models.start(quantize=lambda: asked.append("quantize"))
+    wait(lambda: models.describe()["model"] == FULL_PRECISION, SWAP_SECONDS)
+    wait(lambda: not any(t.name == "dfqsam-models" for t in threading.enumerate()), SWAP_SECONDS)
+    assert asked == []
+
+
+def test_a_start_clears_what_was_interrupted(tmp_path: Path) -> None:
+    model = ModelFolder(tmp_path)
+    model.building.mkdir()
+    (model.building / "artifact").touch()
+    (tmp_path / f".current.json.{os.getpid()}.partial").touch()
+    (tmp_path / "keep.safetensors").touch()
+    model.prepare()
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.safetensors"]
