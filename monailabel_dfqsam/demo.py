@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from monailabel_dfqsam import overlay
@@ -151,7 +152,10 @@ def _fresh_folder(out: Path) -> Path:
     work = out / "session"
     if work.exists() and not (work / _MARKER).is_file():
         raise DemoError(f"'{work}' is there and was not made by an earlier demo: choose another --out")
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        shutil.rmtree(work)
+        for old in (*out.glob("*.png"), out / "report.html", out / "results.json"):
+            old.unlink(missing_ok=True)
     work.mkdir(parents=True)
     (work / _MARKER).touch()
     return work
@@ -226,7 +230,7 @@ class _Play:
         }
 
     def _stats(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._session.info()["trainers"]["dfqsam"]["stats"]
+        found: dict[str, Any] = self._session.info()["train_stats"]["dfqsam"]
         return found
 
     def _serving(self) -> dict[str, Any]:
@@ -236,17 +240,23 @@ class _Play:
     def _wait_for_quantization(self, title: str) -> float:
         """Until the trainer has ended; returns the seconds that it took by its own clock."""
         deadline = time.monotonic() + QUANTIZE_SECONDS
+        last = ("", 1)
         with progress_bars() as progress:
             while time.monotonic() < deadline:
                 stats = self._stats()
-                if stats.get("state") in ("published", "rejected"):
+                stage, total = str(stats.get("stage", "")), int(stats.get("total_epochs", 1))
+                ended = stats.get("state") in ("published", "rejected")
+                if last[0] and (ended or stage != last[0]):
+                    progress(last[0], last[1], last[1])
+                if ended:
                     return float(stats["total_time"])
                 if stats.get("state") in ("failed", "stopped"):
                     raise DemoError(
                         f"{title} ended as '{stats['state']}': {stats.get('error', 'see the log')}"
                     )
-                if stats:
-                    progress(str(stats["stage"]), int(stats["epoch"]), int(stats["total_epochs"]))
+                if stage not in ("", "starting"):
+                    progress(stage, int(stats["epoch"]), total)
+                    last = (stage, total)
                 self._server.check()
                 time.sleep(POLL_SECONDS)
         raise DemoError(f"{title} took more than {in_seconds(QUANTIZE_SECONDS)}")
@@ -262,6 +272,11 @@ class _Play:
             time.sleep(POLL_SECONDS)
         raise DemoError(f"the server still answers with {old} after {in_seconds(SWAP_SECONDS)}")
 
+    def _wait_until_idle(self) -> None:
+        while self._session.is_training():
+            self._server.check()
+            time.sleep(POLL_SECONDS)
+
     def _requantize(self) -> dict[str, Any]:
         """Asks for another quantization by the admin API, and sees the model change without a restart."""
         before = self._serving()
@@ -269,10 +284,9 @@ class _Play:
             f"\nPOST /train/dfqsam with seed {REQUANTIZE_SEED} and {REQUANTIZE_ITERATIONS} iterations:",
             markup=False,
         )
+        self._wait_until_idle()  # the last one has published, but its process may still be ending
         self._session.train(seed=REQUANTIZE_SEED, iterations=REQUANTIZE_ITERATIONS)
-        while self._session.is_training():
-            self._server.check()
-            time.sleep(POLL_SECONDS)
+        self._wait_until_idle()
         seconds = self._wait_for_quantization("requantizing")
         stats = self._stats()
         if stats["state"] == "rejected":
@@ -308,8 +322,8 @@ class _Play:
 
     def _rows(self, full: Answers, quantized: Answers) -> list[dict[str, Any]]:
         rows = []
-        for (index, prompt), before in sorted(full.items()):
-            case, after = self._cases[index], quantized[index, prompt]
+        for index, prompt in quantized:
+            case, before, after = self._cases[index], full[index, prompt], quantized[index, prompt]
             rows.append(
                 {
                     "image": case.name,
@@ -329,19 +343,24 @@ class _Play:
 
     def _print_answers(self, full: Answers, quantized: Answers) -> None:
         name = quantized[0, "point"].model
+        short = name.split()[0]
         table = Table(
-            title=f"Overlap (IoU) with the true mask: full precision and {name}", title_justify="left"
+            title=f"Overlap (IoU) with the true mask, and the wait: full precision and {name}",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
-        for head in ("image", "object", "slice", "prompt"):
-            table.add_column(head)
-        for head in ("full\nprecision", name.replace(" ", "\n"), "agreement", "full\nms", "quantized\nms"):
+        for head in ("object", "prompt"):
+            table.add_column(head, overflow="fold")
+        for head in ("full", short, "agreement", "full ms", f"{short} ms"):
             table.add_column(head, justify="right")
         for row in self._rows(full, quantized):
             table.add_row(
-                *(str(row[key]) for key in ("image", "label", "slice", "prompt")),
+                f"{row['image']} {row['label']}",
+                row["prompt"],
                 *(f"{row[key]:.3f}" for key in ("iou_full_precision", "iou_quantized", "agreement")),
                 *(f"{1000 * row[f'seconds_{m}']:.0f}" for m in ("full_precision", "quantized")),
-                end_section=row["prompt"] == PROMPTS[0],
+                end_section=row["prompt"] == PROMPTS[-1],
             )
         output.print(table)
         output.print("Full precision answered while the same machine was quantizing.")
@@ -381,7 +400,7 @@ class _Play:
         return overlay.Panel(
             title=f"{case.name}, slice {case.click.k}, {prompt}",
             rgb=case.rgb.transpose(1, 0, 2),
-            outlines=[overlay.Outline(m.T, c, w) for m, c, w in zip(masks, colours, (7, 4, 2), strict=True)],
+            outlines=[overlay.Outline(m.T, c, w) for m, c, w in zip(masks, colours, (9, 6, 2), strict=True)],
             point=(j, i) if prompt == "point" else None,
             box=(j0, j1, i0, i1) if prompt == "box" else None,
         )

@@ -13,11 +13,11 @@ from scipy import ndimage
 
 Colour = tuple[int, int, int]
 
-# Okabe and Ito's, which people with any colour vision tell apart; the widest lies lowest, so that outlines
-# on the same place are all seen.
+# After Okabe and Ito, told apart with any colour vision; the widest lies lowest, so that outlines on the
+# same place are all seen.
 TRUTH: Colour = (240, 228, 66)
 FULL_PRECISION: Colour = (86, 180, 233)
-QUANTIZED: Colour = (213, 94, 0)
+QUANTIZED: Colour = (255, 96, 16)
 PROMPT: Colour = (255, 255, 255)
 
 _PANEL = 520  # pixels of a panel's longer side
