@@ -98,7 +98,9 @@ def stored(tensor: Tensor) -> Tensor:
 
 def float_tensors(artifact: Artifact, prefix: str) -> dict[str, Tensor]:
     """The floating tensors under a prefix as float32, the prefix taken off, quantized layers left out."""
-    taken = {f"{_ENCODER}{n}.{p}" for n in artifact.header["layers"] for p in ("weight", "weight_scale", "bias")}
+    taken = {
+        f"{_ENCODER}{n}.{p}" for n in artifact.header["layers"] for p in ("weight", "weight_scale", "bias")
+    }
     return {
         key.removeprefix(prefix): value.float()
         for key, value in artifact.tensors.items()

@@ -115,7 +115,9 @@ class QuantizationConfig:
         _require(1 <= self.images <= 256, "images must be 1 to 256", self.images)
         _require(self.seed >= 0, "seed must not be negative", self.seed)
         with_folder = self.calibration is Calibration.FOLDER
-        _require(with_folder == (self.folder is not None), "calibration 'folder' goes with a folder", self.folder)
+        _require(
+            with_folder == (self.folder is not None), "calibration 'folder' goes with a folder", self.folder
+        )
 
     def canonical(self) -> str:
         """The configuration as JSON with sorted keys, the same text for the same choices."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from monailabel_dfqsam.engines import Encoder
@@ -54,7 +57,7 @@ def _low_res_mask(segmenter: Segmenter, embedding: Embedding, prompts: Prompts) 
     return segmenter.predict(embedding, prompts).low_res_logits[0, 0] > 0
 
 
-def _box(mask: Tensor) -> np.ndarray:
+def _box(mask: Tensor) -> NDArray[Any]:
     ys, xs = np.nonzero(mask.numpy())
     return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], dtype=np.float64)
 

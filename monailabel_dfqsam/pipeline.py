@@ -64,19 +64,20 @@ def quantize(
     checkpoint: Checkpoint,
     config: QuantizationConfig,
     *,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device | None = None,
     progress: Progress = silent,
 ) -> QuantizationResult:
     """Quantizes a checkpoint's image encoder; the same arguments give the same artifact but for its times.
 
     Args:
-        device: where images are synthesized; calibration and packing run on the CPU.
+        device: where images are synthesized, by default the CPU; calibration and packing run on the CPU.
         progress: called with (stage, done, total).
 
     Raises:
         ValueError: when the checkpoint does not fit its model, or a calibration folder holds no image.
     """
     started = time.monotonic()
+    device = device or torch.device("cpu")
     sam = build(checkpoint)
     synthesis = None
     if config.calibration is Calibration.SYNTHETIC:
@@ -89,7 +90,8 @@ def quantize(
         images = folder_images(checkpoint.variant, Path(config.folder), config.images)
     quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, progress)
     held_out = replace(
-        config, synthesis=replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations))
+        config,
+        synthesis=replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations)),
     )
     unseen = _synthesize(
         sam, held_out, FIDELITY_IMAGES, config.seed + FIDELITY_SEED_OFFSET, device, progress, "fidelity"
@@ -142,7 +144,9 @@ def layer_errors(float_encoder: ImageEncoderViT, encoder: Encoder, images: Tenso
     names = list(quantizable(float_encoder))
     expected = _outputs(float_encoder, names, images)
     actual = _outputs(encoder.encoder, names, images)
-    return {name: float((actual[name] - y).norm() / y.norm().clamp_min(1e-12)) for name, y in expected.items()}
+    return {
+        name: float((actual[name] - y).norm() / y.norm().clamp_min(1e-12)) for name, y in expected.items()
+    }
 
 
 def _synthesize(

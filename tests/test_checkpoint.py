@@ -62,7 +62,7 @@ class _Payload:
 def test_any_other_global_is_refused_and_not_run(tmp_path: Path) -> None:
     path, target = tmp_path / "evil.pth", tmp_path / "was-run"
     torch.save({"model": _state(), "extra": _Payload(target)}, path)
-    with pytest.raises(CheckpointError, match="never code.*mkdir"):
+    with pytest.raises(CheckpointError, match=r"never code.*mkdir"):
         read_checkpoint(path)
     assert not target.exists()
 

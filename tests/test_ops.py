@@ -13,7 +13,9 @@ from monailabel_dfqsam.ops import Geometry, int_accumulate, int_linear, pack_int
 FLOAT_TOLERANCE = 1e-6
 
 
-@given(st.lists(st.lists(st.integers(-8, 7), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5))
+@given(
+    st.lists(st.lists(st.integers(-8, 7), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5)
+)
 def test_packing_round_trips(rows: list[list[int]], width: int) -> None:
     values = torch.tensor(rows, dtype=torch.int8)[:, :width]
     packed = pack_int4(values)

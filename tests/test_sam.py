@@ -10,7 +10,14 @@ import torch
 
 from monailabel_dfqsam.sam import VARIANTS, Sam, build
 from monailabel_dfqsam.sam.variants import Preprocessing, detect
-from tests.models import REFERENCE, golden_tensor, needs_reference, relative_error, seeded_checkpoint, seeded_sam
+from tests.models import (
+    REFERENCE,
+    golden_tensor,
+    needs_reference,
+    relative_error,
+    seeded_checkpoint,
+    seeded_sam,
+)
 
 GOLDEN_TOLERANCE = 1e-4
 
@@ -38,7 +45,9 @@ def test_outputs_agree_with_the_original_code(variant: str) -> None:
                 dense_prompt_embeddings=dense,
                 multimask_output=True,
             )
-            assert relative_error(masks, torch.from_numpy(golden[f"{kind}_low_res_logits"])) < GOLDEN_TOLERANCE
+            assert (
+                relative_error(masks, torch.from_numpy(golden[f"{kind}_low_res_logits"])) < GOLDEN_TOLERANCE
+            )
             assert relative_error(iou, torch.from_numpy(golden[f"{kind}_iou"])) < GOLDEN_TOLERANCE
 
 

@@ -55,7 +55,7 @@ class IntegerLinear(nn.Module):
         """[..., K] or [B, C, H, W] float32, to [..., N] or [B, N, H', W'] float32."""
         q = quantize(x, self.scale, self.zero_point, self.bits)
         if self.geometry is None:
-            return self.kernel(q.flatten(0, -2)).unflatten(0, x.shape[:-1])
+            return self.kernel(q.flatten(0, -2)).view(*x.shape[:-1], -1)
         rows = self.geometry.gather(q, self.zero_point)
         return self.geometry.scatter(self.kernel(rows.contiguous()), x.shape[0], x.shape[2], x.shape[3])
 
@@ -88,7 +88,9 @@ def assemble(
             _replace(encoder, name, make_core(ranges, attention_bits))
     expected = set(encoder.state_dict())
     if not expected <= set(floats):
-        raise ArtifactError(f"the artifact lacks tensors, '{min(expected - set(floats))}' first: quantize again")
+        raise ArtifactError(
+            f"the artifact lacks tensors, '{min(expected - set(floats))}' first: quantize again"
+        )
     encoder.load_state_dict({key: floats.pop(key) for key in expected}, strict=True, assign=True)
     for key, value in floats.items():
         parent, _, buffer = key.rpartition(".")

@@ -59,9 +59,7 @@ def int_linear(
 
 
 @int_linear.register_fake
-def _(
-    x: Tensor, weight: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor) -> Tensor:
     return weight_scale.new_empty(x.shape[0], weight.shape[0])
 
 

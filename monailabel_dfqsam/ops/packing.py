@@ -1,7 +1,7 @@
 """4-bit storage: two values a byte, low nibble first, row-major along the last dimension.
 
-    values   v0 v1 v2 v3 v4            each −8 … 7
-    bytes    v1v0  v3v2  0 v4          high nibble | low nibble, two's complement; a last odd one is padded
+values   v0 v1 v2 v3 v4            each −8 … 7
+bytes    v1v0  v3v2  0 v4          high nibble | low nibble, two's complement; a last odd one is padded
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def pack_int4(values: Tensor) -> Tensor:
     """
     if values.dtype != torch.int8:
         raise ValueError(f"4-bit packing takes int8, not {values.dtype}")
-    if values.numel() and not (-8 <= int(values.min()) and int(values.max()) <= 7):
+    if values.numel() and not (int(values.min()) >= -8 and int(values.max()) <= 7):
         raise ValueError("a value outside −8 … 7 cannot be packed into 4 bits")
     nibbles = (values & 0x0F).to(torch.uint8)
     if nibbles.shape[-1] % 2:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
@@ -40,11 +42,11 @@ class Example:
     labels: Tensor
 
 
-def _objects(g: Generator, labels: LabelMap) -> np.ndarray:
+def _objects(g: Generator, labels: LabelMap) -> NDArray[Any]:
     """[M, S, S] bool: connected components of random regions, painted objects before background fields."""
     regions = labels.regions.numpy()
     weight = torch.where(labels.classes == PhantomClass.BACKGROUND, 1.0, 3.0)
-    masks: list[np.ndarray] = []
+    masks: list[NDArray[Any]] = []
     for _ in range(4 * MASKS_PER_IMAGE):
         region = int(torch.multinomial(weight, 1, generator=g))
         components, count = ndimage.label(regions == region)
@@ -58,7 +60,7 @@ def _objects(g: Generator, labels: LabelMap) -> np.ndarray:
     return np.stack([masks[i % len(masks)] for i in range(MASKS_PER_IMAGE)])
 
 
-def _box(g: Generator, mask: np.ndarray, jitter: float = 0.05) -> list[float]:
+def _box(g: Generator, mask: NDArray[Any], jitter: float = 0.05) -> list[float]:
     ys, xs = np.nonzero(mask)
     x0, x1, y0, y1 = xs.min(), xs.max() + 1, ys.min(), ys.max() + 1
     w, h, size = x1 - x0, y1 - y0, mask.shape[0]
@@ -67,7 +69,7 @@ def _box(g: Generator, mask: np.ndarray, jitter: float = 0.05) -> list[float]:
     return [min(max(float(v), 0.0), float(size)) for v in box]
 
 
-def _points(g: Generator, mask: np.ndarray) -> tuple[list[list[float]], list[int]]:
+def _points(g: Generator, mask: NDArray[Any]) -> tuple[list[list[float]], list[int]]:
     """Foreground first, then either kind; background from the object's surroundings."""
     inside = np.argwhere(ndimage.binary_erosion(mask, iterations=2))
     inside = inside if len(inside) else np.argwhere(mask)

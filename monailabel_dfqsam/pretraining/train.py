@@ -49,10 +49,12 @@ class DenseHead(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(super().forward(x), dim=1)
+        return F.normalize(super().forward(x), dim=1)  # type: ignore[no-untyped-call]
 
 
-def contrastive_loss(features: Tensor, regions: Tensor, temperature: float = 0.1, pixels: int = 256) -> Tensor:
+def contrastive_loss(
+    features: Tensor, regions: Tensor, temperature: float = 0.1, pixels: int = 256
+) -> Tensor:
     """Supervised contrastive loss over random pixels of each image.
 
     Args:
@@ -95,7 +97,9 @@ def mask_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * bce + dice, iou
 
 
-def _prompt_loss(sam: Sam, embedding: Tensor, example: dict[str, Tensor], kind: float) -> tuple[Tensor, Tensor]:
+def _prompt_loss(
+    sam: Sam, embedding: Tensor, example: dict[str, Tensor], kind: float
+) -> tuple[Tensor, Tensor]:
     """Loss and box-or-point IoU of one image's objects for one randomly drawn kind of prompt."""
     target = F.avg_pool2d(example["masks"][:, None].float(), 4)
     boxes = points = masks = None
@@ -109,9 +113,9 @@ def _prompt_loss(sam: Sam, embedding: Tensor, example: dict[str, Tensor], kind: 
     iou = embedding.new_zeros(())
     for _ in range(rounds):
         sparse, dense = sam.prompt_encoder(points, boxes, masks)
-        logits, predicted = sam.mask_decoder.predict_masks(
+        logits, predicted = sam.mask_decoder.predict_masks(  # type: ignore[operator]
             image_embeddings=embedding,
-            image_pe=sam.prompt_encoder.get_dense_pe(),
+            image_pe=sam.prompt_encoder.get_dense_pe(),  # type: ignore[operator]
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
         )

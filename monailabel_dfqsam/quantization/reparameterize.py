@@ -20,7 +20,9 @@ from monailabel_dfqsam.quantization.quantizer import Affine
 from monailabel_dfqsam.sam.vit import Block, ImageEncoderViT
 
 
-def reparameterize_norm(norm: nn.LayerNorm, linear: nn.Linear, channels: Affine) -> tuple[Affine, Tensor, Tensor]:
+def reparameterize_norm(
+    norm: nn.LayerNorm, linear: nn.Linear, channels: Affine
+) -> tuple[Affine, Tensor, Tensor]:
     """Changes one LayerNorm and the Linear behind it in place.
 
     Args:
@@ -36,11 +38,10 @@ def reparameterize_norm(norm: nn.LayerNorm, linear: nn.Linear, channels: Affine)
     zero_point = torch.round(z.mean()).clamp(0, (1 << channels.bits) - 1)
     r1, shift = s / scale, s * (z - zero_point)
     with torch.no_grad():
-        linear.bias -= linear.weight @ shift
-        linear.weight *= r1
-        norm.bias += shift
-        norm.bias /= r1
-        norm.weight /= r1
+        linear.bias.sub_(linear.weight @ shift)
+        linear.weight.mul_(r1)
+        norm.bias.add_(shift).div_(r1)
+        norm.weight.div_(r1)
     return Affine(scale[None], zero_point[None], channels.bits), r1, shift
 
 

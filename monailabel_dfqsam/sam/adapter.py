@@ -15,7 +15,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.channel = nn.Sequential(
-            nn.Linear(dim, dim // 4, bias=False), nn.ReLU(), nn.Linear(dim // 4, dim, bias=False), nn.Sigmoid()
+            nn.Linear(dim, dim // 4, bias=False),
+            nn.ReLU(),
+            nn.Linear(dim // 4, dim, bias=False),
+            nn.Sigmoid(),
         )
         self.spatial = nn.Sequential(
             nn.Conv2d(dim, dim, 3, stride=2, padding=1, bias=False),

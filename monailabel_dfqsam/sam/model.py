@@ -34,7 +34,8 @@ def _segment_anything_modeling() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         _MODELING, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODELING] = module
     spec.loader.exec_module(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class Preprocessing(str, Enum):
@@ -48,7 +49,7 @@ class Variant:
         return 0 if block in self.global_blocks else self.window_size
 
 
-_SAM_B = dict(embed_dim=768, depth=12, num_heads=12, global_blocks=(2, 5, 8, 11))
+_SAM_B: dict[str, Any] = {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_blocks": (2, 5, 8, 11)}
 
 VARIANTS: dict[str, Variant] = {
     v.name: v
@@ -58,10 +59,10 @@ VARIANTS: dict[str, Variant] = {
             preprocessing=Preprocessing.TINY, relative_position=False, embed_channels=128,
             decoder_mlp_dim=256,
         ),
-        Variant("sam_b_256", 256, preprocessing=Preprocessing.SAM_MED2D, **_SAM_B),  # type: ignore[arg-type]
-        Variant("sam_med2d_b", 256, preprocessing=Preprocessing.SAM_MED2D, adapters=True, **_SAM_B),  # type: ignore[arg-type]
-        Variant("sam_b_1024", 1024, preprocessing=Preprocessing.SAM, **_SAM_B),  # type: ignore[arg-type]
-        Variant("medsam", 1024, preprocessing=Preprocessing.MEDSAM, **_SAM_B),  # type: ignore[arg-type]
+        Variant("sam_b_256", 256, preprocessing=Preprocessing.SAM_MED2D, **_SAM_B),
+        Variant("sam_med2d_b", 256, preprocessing=Preprocessing.SAM_MED2D, adapters=True, **_SAM_B),
+        Variant("sam_b_1024", 1024, preprocessing=Preprocessing.SAM, **_SAM_B),
+        Variant("medsam", 1024, preprocessing=Preprocessing.MEDSAM, **_SAM_B),
         Variant(
             "sam_l_1024", 1024, embed_dim=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23),
             preprocessing=Preprocessing.SAM,

@@ -105,14 +105,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] float to the same."""
-        b, h, w, c = x.shape
+        _, h, w, c = x.shape
         qkv = self.qkv(x)
         if self.window:
             fill = self.qkv.bias if self.pad_qkv is None else self.pad_qkv
             qkv = window_partition(qkv, self.window, fill)
         side = qkv.shape[1]
         q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.heads, c // self.heads)).permute(2, 0, 3, 1, 4)
-        bias = relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, side) if self.relative_position else None
+        bias = (
+            relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, side)
+            if self.relative_position
+            else None
+        )
         out = self.core(q, k, v, bias).transpose(1, 2).flatten(2).unflatten(1, (side, side))
         if self.window:
             out = window_unpartition(out, self.window, h, w)
@@ -154,14 +158,18 @@ class Block(nn.Module):
 
     def norm2_restore(self, x: Tensor) -> Tensor:
         """norm2's output as it was before reparameterization: x·r1 − s⊙r2 (DFQ-SAM Eq. 14)."""
-        return x if self.restore_scale is None else x * self.restore_scale + self.restore_shift
+        if self.restore_scale is None or self.restore_shift is None:
+            return x
+        return x * self.restore_scale + self.restore_shift
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] float to the same."""
         x = x + self.attn(self.norm1(x))
         normed = self.norm2(x)
-        y = x + self.mlp(normed)
-        return y if self.Adapter is None else y + self.Adapter(self.norm2_restore(normed))
+        y: Tensor = x + self.mlp(normed)
+        if self.Adapter is not None:
+            y = y + self.Adapter(self.norm2_restore(normed))
+        return y
 
 
 class PatchEmbed(nn.Module):

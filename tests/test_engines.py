@@ -1,0 +1,159 @@
+"""Engines against each other and against plain arithmetic; artifacts made of seeded models and noise."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, encode_layer, stored
+from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, silent
+from monailabel_dfqsam.engines import load_encoder, onednn, select
+from monailabel_dfqsam.engines.encoder import IntegerLinear
+from monailabel_dfqsam.ops import int_accumulate
+from monailabel_dfqsam.pipeline import gaussian_images
+from monailabel_dfqsam.quantization.calibrate import calibrate
+from monailabel_dfqsam.sam import VARIANTS
+from monailabel_dfqsam.sam.preprocess import frame_of
+from monailabel_dfqsam.segmentation.segmenter import Embedding, Prompts, full_precision_segmenter
+from tests.models import relative_error, seeded_sam
+
+LAYER_TOLERANCE = 1e-5
+EMBEDDING_TOLERANCE = 1e-2
+MASK_AGREEMENT = 0.998
+
+needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN quantized linear")
+
+
+def make_artifact(variant: str, bits: int = 4, policy: Policy = Policy.DEPLOY) -> Artifact:
+    """An artifact of a seeded model calibrated on noise, header entries that engines read only."""
+    sam = seeded_sam(variant)
+    quantized = calibrate(sam.image_encoder, gaussian_images(sam.variant, 1, seed=3), bits, policy, silent)
+    layers, tensors = {}, {}
+    for name, layer in quantized.layers.items():
+        layers[name], parts = encode_layer(name, layer)
+        tensors.update(parts)
+    tensors.update({f"image_encoder.{key}": stored(value) for key, value in quantized.float_tensors.items()})
+    tensors.update({f"image_encoder.{key}.ranges": value for key, value in quantized.attention.items()})
+    config = asdict(QuantizationConfig(bits=bits, policy=policy))
+    header = {
+        "format_version": 1,
+        "variant": variant,
+        "layers": layers,
+        "attention_bits": quantized.attention_bits,
+        "config": config,
+    }
+    return Artifact(header, tensors)
+
+
+@pytest.fixture(scope="module", params=["tiny", "sam_b_256"])
+def artifact(request: pytest.FixtureRequest) -> Artifact:
+    return make_artifact(request.param)
+
+
+def _image(artifact: Artifact, seed: int = 8) -> Tensor:
+    return gaussian_images(VARIANTS[artifact.header["variant"]], 1, seed)
+
+
+@needs_onednn
+def test_same_integers_give_the_same_accumulators(artifact: Artifact) -> None:
+    reference = load_encoder(artifact, EngineKind.REFERENCE)
+    fast = load_encoder(artifact, EngineKind.ONEDNN)
+    for name, entry in artifact.header["layers"].items():
+        integers = torch.randint(0, 2 ** entry["activation_bits"], (17, entry["shape"][1]), dtype=torch.uint8)
+        expected = reference.encoder.get_submodule(name).kernel(integers)
+        actual = fast.encoder.get_submodule(name).kernel(integers)
+        assert relative_error(actual, expected) <= LAYER_TOLERANCE, name
+
+
+@needs_onednn
+def test_onednn_accumulates_exactly() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (31, 2304), generator=g, dtype=torch.uint8)
+    weight = torch.randint(-8, 8, (65, 2304), generator=g, dtype=torch.int8)
+    ops = torch.ops.onednn
+    raw = ops.qlinear_pointwise(
+        x, 1.0, 0, ops.qlinear_prepack(weight, None), torch.ones(65), torch.zeros(65, dtype=torch.int64),
+        None, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    assert torch.equal(raw.long(), int_accumulate(x, weight))
+
+
+@needs_onednn
+def test_whole_encoder_and_its_masks_agree(artifact: Artifact) -> None:
+    reference = load_encoder(artifact, EngineKind.REFERENCE)
+    fast = load_encoder(artifact, EngineKind.ONEDNN)
+    image = _image(artifact)
+    expected, actual = reference.embed(image), fast.embed(image)
+    assert relative_error(actual, expected) <= EMBEDDING_TOLERANCE
+    sam = seeded_sam(artifact.header["variant"])
+    segmenter = full_precision_segmenter(sam)
+    frame = frame_of(sam.variant, 256, 256)
+    prompts = Prompts(box=torch.tensor([50.0, 76.0, 180.0, 205.0]).numpy())
+    a, b = (segmenter.predict(Embedding(e, frame), prompts).mask for e in (expected, actual))
+    union = (a | b).sum()
+    assert union == 0 or (a & b).sum() / union >= MASK_AGREEMENT
+
+
+@needs_onednn
+def test_same_output_twice_and_in_a_batch(artifact: Artifact) -> None:
+    encoder = load_encoder(artifact, EngineKind.ONEDNN)
+    images = torch.cat([_image(artifact, 8), _image(artifact, 9)])
+    batch = encoder.embed(images)
+    assert torch.equal(batch, encoder.embed(images))
+    for row, image in zip(batch, images, strict=True):
+        assert relative_error(encoder.embed(image[None])[0], row) <= EMBEDDING_TOLERANCE
+
+
+def test_reference_layer_is_the_dequantized_product() -> None:
+    artifact = make_artifact("tiny")
+    layer = load_encoder(artifact, EngineKind.REFERENCE).encoder.get_submodule("blocks.0.attn.qkv")
+    assert isinstance(layer, IntegerLinear)
+    entry = artifact.header["layers"]["blocks.0.attn.qkv"]
+    x = torch.randn(5, 144)
+    q = (x.double() / entry["input_scale"]).round() + entry["input_zero_point"]
+    dequantized = (q.clamp(0, 15) - entry["input_zero_point"]) * entry["input_scale"]
+    stored_layer = decode_layer(artifact, "blocks.0.attn.qkv")
+    weight = stored_layer.weight.double() * stored_layer.weight_scale.double()[:, None]
+    expected = dequantized @ weight.T + stored_layer.bias.double()
+    assert relative_error(layer(x), expected) <= LAYER_TOLERANCE
+
+
+def test_eight_bits_are_closer_to_float_than_four() -> None:
+    image = gaussian_images(VARIANTS["tiny"], 1, seed=8)
+    expected = seeded_sam("tiny")(image)
+    errors = {
+        bits: relative_error(load_encoder(make_artifact("tiny", bits)).embed(image), expected)
+        for bits in (4, 6, 8)
+    }
+    assert errors[8] < errors[6] < errors[4] < 0.5
+
+
+def test_paper_policy_runs_on_the_reference_alone() -> None:
+    artifact = make_artifact("tiny", policy=Policy.PAPER)
+    assert select(artifact) is EngineKind.REFERENCE
+    image = gaussian_images(VARIANTS["tiny"], 1, seed=8)
+    error = relative_error(load_encoder(artifact).embed(image), seeded_sam("tiny")(image))
+    assert 0 < error < 1
+    with pytest.raises(ArtifactError, match="only the reference engine"):
+        load_encoder(artifact, EngineKind.ONEDNN)
+
+
+def test_adapter_layers_are_quantized_too() -> None:
+    artifact = make_artifact("sam_med2d_b")
+    image = gaussian_images(VARIANTS["sam_med2d_b"], 1, seed=8)
+    error = relative_error(load_encoder(artifact).embed(image), seeded_sam("sam_med2d_b")(image))
+    assert error < 0.5
+    assert artifact.header["layers"]["blocks.0.Adapter.channel.0"]["weight_bits"] == 4
+    assert artifact.header["layers"]["blocks.0.Adapter.spatial.2"]["weight_bits"] == 8
+
+
+def test_missing_tensor_and_unknown_model_are_named() -> None:
+    artifact = make_artifact("tiny")
+    tensors = {k: v for k, v in artifact.tensors.items() if k != "image_encoder.neck.1.weight"}
+    with pytest.raises(ArtifactError, match=r"neck\.1\.weight"):
+        load_encoder(replace(artifact, tensors=tensors))
+    with pytest.raises(ArtifactError, match="unknown here: 'huge'"):
+        load_encoder(replace(artifact, header={**artifact.header, "variant": "huge"}))

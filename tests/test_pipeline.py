@@ -1,0 +1,130 @@
+"""From checkpoint to artifact on the embedded model, with real synthesis kept short."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from monailabel_dfqsam.artifact import read_artifact, write_artifact
+from monailabel_dfqsam.config import Calibration, Policy, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.pipeline import QuantizationResult, quantize
+from monailabel_dfqsam.quantization.cost import encoder_cost
+from monailabel_dfqsam.sam import VARIANTS, read_checkpoint
+from monailabel_dfqsam.segmentation.segmenter import Prompts, load_segmenter
+
+SHORT = QuantizationConfig(synthesis=SynthesisConfig(iterations=4))
+
+
+@pytest.fixture(scope="module")
+def result() -> QuantizationResult:
+    return quantize(read_checkpoint(), SHORT)
+
+
+def test_header_says_what_was_done(result: QuantizationResult) -> None:
+    header = result.artifact.header
+    checkpoint = read_checkpoint()
+    assert header["source_sha256"] == checkpoint.sha256
+    assert header["key"] == SHORT.key(checkpoint.sha256)
+    assert header["variant"] == "tiny"
+    assert 0 < header["fidelity"]["mean_iou"] <= 1
+    assert header["fidelity"]["n"] > 0
+    assert header["sizes"]["encoder_artifact_bytes"] < header["sizes"]["encoder_checkpoint_bytes"] / 5
+    assert len(header["images_sha256"]) == 1
+    assert set(result.layer_errors) == set(header["layers"])
+    assert all(0 < error < 1 for error in result.layer_errors.values())
+
+
+def test_same_seed_gives_the_same_bytes_but_for_the_time(result: QuantizationResult, tmp_path: Path) -> None:
+    again = quantize(read_checkpoint(), SHORT)
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for path, artifact in zip(paths, (result.artifact, again.artifact), strict=True):
+        write_artifact(replace(artifact, header={**artifact.header, "created": "", "seconds": 0}), path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_another_seed_gives_another_artifact(result: QuantizationResult) -> None:
+    other = quantize(read_checkpoint(), replace(SHORT, seed=1)).artifact
+    assert other.header["key"] != result.artifact.header["key"]
+    assert other.header["images_sha256"] != result.artifact.header["images_sha256"]
+
+
+def test_artifact_alone_segments(result: QuantizationResult, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_artifact(result.artifact, path)
+    segmenter = load_segmenter(read_artifact(path))
+    rgb = np.zeros((120, 160, 3), dtype=np.uint8)
+    rgb[40:80, 50:110] = 200
+    box = np.array([50.0, 40.0, 110.0, 80.0])
+    mask = segmenter.predict(segmenter.embed(rgb), Prompts(box=box)).mask
+    truth = rgb[..., 0] > 0
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.7
+
+
+def test_folder_calibration_reads_pictures_and_counts_them(tmp_path: Path) -> None:
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    config = replace(SHORT, calibration=Calibration.FOLDER, folder=str(tmp_path), images=2)
+    assert quantize(read_checkpoint(), config).calibration_images.shape == (2, 3, 256, 256)
+    with pytest.raises(ValueError, match=r"holds 2 pictures .* but 3 are asked for"):
+        quantize(read_checkpoint(), replace(config, images=3))
+
+
+def test_paper_policy_quantizes_attention() -> None:
+    config = replace(SHORT, calibration=Calibration.GAUSSIAN, policy=Policy.PAPER)
+    header = quantize(read_checkpoint(), config).artifact.header
+    assert header["attention_bits"] == 4
+    assert header["fidelity"]["engine"] == "reference"
+    assert header["bops"] == header["macs"] * 16
+
+
+def test_cost_counts_every_product_of_a_plain_transformer() -> None:
+    v = VARIANTS["tiny"]
+    tokens, c = v.grid**2, v.embed_dim
+    block = tokens * c * c * (3 + 1 + 4 + 4) + 2 * tokens * tokens * c
+    patches = tokens * c * 3 * 16 * 16
+    neck = tokens * (c * v.embed_channels + v.embed_channels**2 * 9)
+    assert encoder_cost(v, {}, 0).macs == v.depth * block + patches + neck
+    assert encoder_cost(v, {}, 0).bops == encoder_cost(v, {}, 0).bops_float
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or os.geteuid() != 0, reason="cutting the network off needs root and unshare"
+)
+def test_quantizes_with_the_network_cut(tmp_path: Path) -> None:
+    command = ["unshare", "-n", sys.executable, "-m", "monailabel_dfqsam", "quantize", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--iterations", "2", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 5}, "bits must be 4, 6 or 8"),
+        ({"images": 0}, "images must be 1 to 256"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"folder": "x"}, "goes with a folder"),
+    ],
+)
+def test_configuration_is_checked_once(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SHORT, **change)  # type: ignore[arg-type]
+
+
+def test_key_depends_on_every_choice() -> None:
+    configs = [SHORT, replace(SHORT, bits=8), replace(SHORT, seed=2), replace(SHORT, policy=Policy.PAPER)]
+    keys = {config.key(sha) for config in configs for sha in ("a" * 64, "b" * 64)}
+    assert len(keys) == 8
