@@ -98,7 +98,7 @@ def demo(
 ) -> None:
     """Plays a Slicer session against the real server: clicks, quantizes, clicks again, compares."""
     with plain_errors():
-        from monailabel_dfqsam.demo import run
+        from monailabel_dfqsam.demo.play import run
         from monailabel_dfqsam.slicer_session import ServerAnswer
 
         try:

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.cli import app
-from monailabel_dfqsam.demo import find_cases
-from monailabel_dfqsam.demo_server import DemoServer, ServerFailed
+from monailabel_dfqsam.demo.objects import find_cases
+from monailabel_dfqsam.demo.server import DemoServer, ServerFailed
 from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.sam import VARIANTS, Sam
 
@@ -295,7 +295,7 @@ def test_a_server_that_does_not_start_says_why(folders: tuple[Path, Path, Path])
 @pytest.mark.slow
 def test_sigterm_ends_the_server_too(folders: tuple[Path, Path, Path]) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from monailabel_dfqsam.demo_server import DemoServer\n"
+        "import sys, time; from pathlib import Path; from monailabel_dfqsam.demo.server import DemoServer\n"
         "with DemoServer(*map(Path, sys.argv[1:])) as server:\n"
         "    print(server.url, flush=True); time.sleep(300)\n"
     )

@@ -31,7 +31,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "pipeline",
         "server",
         "evaluation report slicer_session",
-        "overlay demo_server evaluation_models",
+        "evaluation_models",
         "demo",
         "cli",
         "__main__",

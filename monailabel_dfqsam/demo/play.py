@@ -1,0 +1,245 @@
+"""The demo's session, act by act.
+
+Everything it makes lies in one folder: pictures, report and results on top, and under `session/` the images,
+the server's app folder and its log.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monailabel_dfqsam.artifact import read_header
+from monailabel_dfqsam.console import output, print_rows, progress_bars
+from monailabel_dfqsam.demo.comparison import PROMPTS, Answer, Answers, Comparison, Prompt, latencies
+from monailabel_dfqsam.demo.objects import Case, DemoError, find_cases
+from monailabel_dfqsam.demo.server import DemoServer
+from monailabel_dfqsam.numbers import in_bytes, in_seconds
+from monailabel_dfqsam.phantom_study import write_phantom_study
+from monailabel_dfqsam.segmentation.volume import load_volume
+from monailabel_dfqsam.server.models import FULL_PRECISION, ModelFolder
+from monailabel_dfqsam.slicer_session import SlicerSession
+
+QUANTIZE_SECONDS = 1800.0
+SWAP_SECONDS = 60.0
+POLL_SECONDS = 0.5
+REQUANTIZE_SEED = 1
+REQUANTIZE_ITERATIONS = 50
+
+_MARKER = "made-by-dfqsam-demo"
+
+
+def run(studies: Path | None, out: Path) -> bool:
+    """Plays the session and prints what happened.
+
+    Args:
+        studies: volumes with masks, as `phantom_study.find_pairs` finds them; None makes phantoms.
+        out: where everything is written; an earlier demo's files are replaced.
+
+    Returns:
+        Whether every object was answered by both models.
+
+    Raises:
+        DemoError: when there is nothing to show, or the server does not do its part.
+    """
+    if studies is not None:
+        cases = find_cases(studies)
+        work = _fresh_folder(out)
+    else:
+        work = _fresh_folder(out)
+        write_phantom_study(work / "phantoms")
+        cases = find_cases(work / "phantoms")
+        output.print("Wrote a phantom study: no patient is in it.")
+    served = work / "studies"
+    served.mkdir()
+    for image in {case.image for case in cases}:
+        shutil.copy(image, served)
+    output.print(f"Starting the server on {len(cases)} objects to segment …")
+    with DemoServer(served, work / "app", work / "server.log") as server:
+        result = _Play(server, cases, out).run()
+    (out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    output.print(f"\nPictures, report.html and results.json are in {out}", markup=False, soft_wrap=True)
+    return bool(result["complete"])
+
+
+def _fresh_folder(out: Path) -> Path:
+    """`out/session`, empty; what an earlier demo left is removed, anything else is left alone."""
+    work = out / "session"
+    if work.exists() and not (work / _MARKER).is_file():
+        raise DemoError(f"'{work}' is there and was not made by an earlier demo: choose another --out")
+    if work.exists():
+        shutil.rmtree(work)
+        for old in (*out.glob("*.png"), out / "report.html", out / "results.json"):
+            old.unlink(missing_ok=True)
+    work.mkdir(parents=True)
+    (work / _MARKER).touch()
+    return work
+
+
+class _Play:
+    """One annotator at one server."""
+
+    def __init__(self, server: DemoServer, cases: Sequence[Case], out: Path) -> None:
+        self._server = server
+        self._cases = cases
+        self._out = out
+        self._folder = ModelFolder(server.app / "model")
+        self._session = SlicerSession(server.url)
+
+    def run(self) -> dict[str, Any]:
+        """All acts; returns what `results.json` holds."""
+        models = ", ".join(self._session.info()["models"])
+        output.print(f"It offers {models}, and answers while it quantizes:", markup=False)
+        first = self._ask(0, "point")
+        until_first = time.monotonic() - self._server.started
+        output.print(
+            f"  first answer {in_seconds(until_first)} after the start, by {first.model}", markup=False
+        )
+        full = {**self._ask_all(), (0, "point"): first}
+        seconds = self._wait_for_quantization("quantizing")
+        header = self._published_header()
+        shutil.copy(self._folder.report, self._out / "report.html")
+        self._wait_for_swap({"model": FULL_PRECISION})
+        comparison = Comparison(self._cases, full, self._ask_all())
+        output.print(comparison.table())
+        output.print("Full precision answered while the same machine was quantizing.")
+        comparison.write_pictures(self._out)
+        requantized = self._requantize()
+        self._save_label(comparison)
+        summary = {
+            **_sizes_and_fidelity(header),
+            "quantization": in_seconds(seconds),
+            "start to first answer": in_seconds(until_first),
+            "click, full precision": latencies(comparison.full),
+            "click, quantized": latencies(comparison.quantized),
+        }
+        print_rows(summary)
+        if comparison.strays:
+            output.print(f"{comparison.strays} answers came from another model than asked.", style="bold red")
+        return {
+            "complete": not comparison.strays,
+            "summary": summary,
+            "rows": comparison.rows(),
+            "requantized": requantized,
+        }
+
+    def _ask(self, index: int, prompt: Prompt) -> Answer:
+        case = self._cases[index]
+        i, j = case.click.point_ij
+        where: dict[str, Any] = (
+            {"foreground": [[i, j, case.click.k]]} if prompt == "point" else {"roi": case.click.roi}
+        )
+        begin = time.perf_counter()
+        reply = self._session.infer(case.name, label=case.label, slice_index=case.click.k, **where)
+        seconds = time.perf_counter() - begin
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(reply.file_name).name
+            path.write_bytes(reply.image)
+            mask = load_volume(path).array[:, :, case.click.k] != 0
+        return Answer(mask, reply.params["model"], seconds, bool(reply.params["cached"]), reply.image)
+
+    def _ask_all(self) -> Answers:
+        return {
+            (index, prompt): self._ask(index, prompt)
+            for index in range(len(self._cases))
+            for prompt in PROMPTS
+        }
+
+    def _stats(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._session.info()["train_stats"]["dfqsam"]
+        return found
+
+    def _serving(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._session.info()["models"]["dfqsam"]["serving"]
+        return found
+
+    def _wait_for_quantization(self, title: str) -> float:
+        """Until the trainer has ended; returns the seconds that it took by its own clock."""
+        deadline = time.monotonic() + QUANTIZE_SECONDS
+        last = ("", 1)
+        with progress_bars() as progress:
+            while time.monotonic() < deadline:
+                stats = self._stats()
+                stage, total = str(stats.get("stage", "")), int(stats.get("total_epochs", 1))
+                ended = stats.get("state") in ("published", "rejected")
+                if last[0] and (ended or stage != last[0]):
+                    progress(last[0], last[1], last[1])
+                if ended:
+                    return float(stats["total_time"])
+                if stats.get("state") in ("failed", "stopped"):
+                    raise DemoError(
+                        f"{title} ended as '{stats['state']}': {stats.get('error', 'see the log')}"
+                    )
+                if stage not in ("", "starting"):
+                    progress(stage, int(stats["epoch"]), total)
+                    last = (stage, total)
+                self._server.check()
+                time.sleep(POLL_SECONDS)
+        raise DemoError(f"{title} took more than {in_seconds(QUANTIZE_SECONDS)}")
+
+    def _published_header(self) -> dict[str, Any]:
+        published = self._folder.published()
+        if published is None:
+            reason = self._stats().get("error", "no reason given")
+            raise DemoError(f"the quantized model was not published: {reason}")
+        return read_header(self._folder.artifact(published["key"]))
+
+    def _wait_for_swap(self, old: dict[str, Any]) -> dict[str, Any]:
+        """Clicks until another model than `old` answers; `old` holds some of `serving`'s entries."""
+        deadline = time.monotonic() + SWAP_SECONDS
+        while time.monotonic() < deadline:
+            self._ask(0, "point")
+            now = self._serving()
+            if any(now[key] != value for key, value in old.items()):
+                return now
+            time.sleep(POLL_SECONDS)
+        raise DemoError(f"the server still answers with {old} after {in_seconds(SWAP_SECONDS)}")
+
+    def _wait_until_idle(self) -> None:
+        while self._session.is_training():
+            self._server.check()
+            time.sleep(POLL_SECONDS)
+
+    def _requantize(self) -> dict[str, Any]:
+        """Asks for another quantization by the admin API, and sees the model change without a restart."""
+        before = self._serving()
+        text = f"with seed {REQUANTIZE_SEED} and {REQUANTIZE_ITERATIONS} iterations"
+        output.print(f"\nPOST /train/dfqsam {text}:", markup=False)
+        self._wait_until_idle()  # the last one has published, but its process may still be ending
+        self._session.train(seed=REQUANTIZE_SEED, iterations=REQUANTIZE_ITERATIONS)
+        self._wait_until_idle()
+        seconds = self._wait_for_quantization("requantizing")
+        stats = self._stats()
+        if stats["state"] == "rejected":
+            output.print(f"  not published: {stats['error']}", markup=False)
+            return {"published": False, "seconds": seconds, "reason": stats["error"]}
+        now = self._wait_for_swap({key: before[key] for key in ("model", "fidelity")})
+        output.print(
+            f"  {in_seconds(seconds)} later the same server answers with another model,\n"
+            f"  of fidelity {now['fidelity']:.3f} where the last had {before['fidelity']:.3f}",
+            markup=False,
+        )
+        return {"published": True, "seconds": seconds, "before": before, "now": now}
+
+    def _save_label(self, comparison: Comparison) -> None:
+        """Submits the first box's mask as a finished label, as Slicer's Submit button does."""
+        case = self._cases[0]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "label.nrrd"
+            path.write_bytes(comparison.quantized[0, "box"].file)
+            self._session.save_label(case.name, path, [{"name": case.label, "idx": 1}])
+        output.print(f"Saved a label '{case.label}' for {case.name}.\n", markup=False)
+
+
+def _sizes_and_fidelity(header: dict[str, Any]) -> dict[str, str]:
+    sizes, fidelity = header["sizes"], header["fidelity"]
+    before, after = sizes["checkpoint_bytes"], sizes["artifact_bytes"]
+    return {
+        "size": f"{in_bytes(before)} in 32-bit float → {in_bytes(after)} ({before / after:.1f}×)",
+        "fidelity": f"{fidelity['mean_iou']:.3f} mean IoU with full precision on {fidelity['n']} masks",
+    }
