@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 import torch
 from click.testing import Result
 from safetensors.torch import save_file
@@ -24,8 +20,6 @@ from typer.testing import CliRunner
 
 from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.cli import app
-from monailabel_dfqsam.demo.objects import find_cases
-from monailabel_dfqsam.demo.server import DemoServer, ServerFailed
 from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.sam import VARIANTS, Sam
 
@@ -237,9 +231,6 @@ def test_serve_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
     assert not (tmp_path / "app").exists()
 
 
-# The demo; the whole of it is `make demo`.
-
-
 def test_a_demo_leaves_a_strangers_folder_alone(tmp_path: Path) -> None:
     precious = tmp_path / "session" / "precious.txt"
     precious.parent.mkdir()
@@ -251,62 +242,3 @@ def test_a_demo_leaves_a_strangers_folder_alone(tmp_path: Path) -> None:
 def test_a_demo_needs_masks(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     assert_refused(run("demo", "--out", tmp_path, "--studies", tmp_path / "images"), "no volume with a mask")
-
-
-def test_cases_point_into_their_objects(tmp_path: Path) -> None:
-    write_phantom_study(tmp_path)
-    cases = find_cases(tmp_path)
-    assert {(case.name, case.label) for case in cases} >= {("phantom_ct", "organ"), ("phantom_mr", "lesion")}
-    for case in cases:
-        i0, i1, j0, j1 = case.click.roi[:4]
-        assert case.truth[case.click.point_ij]
-        assert case.truth[i0 : i1 + 1, j0 : j1 + 1].sum() == case.truth.sum() > 0
-        assert case.rgb.shape[:2] == case.truth.shape
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Iterator[tuple[Path, Path, Path]]:
-    (tmp_path / "studies").mkdir()
-    yield tmp_path / "studies", tmp_path / "app", tmp_path / "log"
-    shutil.rmtree(tmp_path / "app", ignore_errors=True)
-
-
-@pytest.mark.slow
-def test_the_demo_server_answers_and_is_gone_afterwards(folders: tuple[Path, Path, Path]) -> None:
-    def fail(server: DemoServer) -> None:
-        assert requests.get(f"{server.url}/info/", timeout=10).json()["name"] == "DFQ-SAM"
-        raise RuntimeError("on purpose")
-
-    server = DemoServer(*folders)
-    with pytest.raises(RuntimeError, match="on purpose"), server:
-        fail(server)
-    with pytest.raises(requests.ConnectionError):
-        requests.get(f"{server.url}/info/", timeout=10)
-
-
-def test_a_server_that_does_not_start_says_why(folders: tuple[Path, Path, Path]) -> None:
-    studies, app_dir, log = folders
-    app_dir.mkdir()
-    (app_dir / "something.txt").touch()
-    with pytest.raises(ServerFailed, match="is no app folder"), DemoServer(studies, app_dir, log):
-        pass
-
-
-@pytest.mark.slow
-def test_sigterm_ends_the_server_too(folders: tuple[Path, Path, Path]) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from monailabel_dfqsam.demo.server import DemoServer\n"
-        "with DemoServer(*map(Path, sys.argv[1:])) as server:\n"
-        "    print(server.url, flush=True); time.sleep(300)\n"
-    )
-    program = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, folders)], stdout=subprocess.PIPE, text=True
-    )
-    assert program.stdout is not None
-    url = program.stdout.readline().strip()
-    assert requests.get(f"{url}/info/", timeout=10).ok
-    program.send_signal(signal.SIGTERM)
-    assert program.wait(30) == 128 + signal.SIGTERM
-    program.stdout.close()
-    with pytest.raises(requests.ConnectionError):
-        requests.get(f"{url}/info/", timeout=10)
