@@ -141,11 +141,17 @@ def test_paper_policy_runs_on_the_reference_alone() -> None:
         load_encoder(artifact, EngineKind.ONEDNN)
 
 
-def test_adapter_layers_are_quantized_too() -> None:
-    artifact = make_artifact("sam_med2d_b")
-    image = gaussian_images(VARIANTS["sam_med2d_b"], 1, seed=8)
-    error = relative_error(load_encoder(artifact).embed(image), seeded_sam("sam_med2d_b")(image))
-    assert error < 0.5
+def test_windows_and_adapters_are_quantized_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(
+        VARIANTS["tiny"], name="small", adapters=True, window_size=14, global_blocks=(2,), depth=3
+    )
+    monkeypatch.setitem(VARIANTS, "small", small)
+    artifact = make_artifact("small")
+    image = gaussian_images(small, 1, seed=8)
+    actual = load_encoder(artifact).embed(image)
+    assert relative_error(actual, seeded_sam("small")(image)) < 0.5
+    expected = load_encoder(artifact, EngineKind.REFERENCE).embed(image)
+    assert relative_error(actual, expected) <= EMBEDDING_TOLERANCE
     assert artifact.header["layers"]["blocks.0.Adapter.channel.0"]["weight_bits"] == 4
     assert artifact.header["layers"]["blocks.0.Adapter.spatial.2"]["weight_bits"] == 8
 

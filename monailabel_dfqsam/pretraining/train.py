@@ -30,7 +30,7 @@ from monailabel_dfqsam.sam.variants import VARIANTS
 class PretrainConfig:
     """Training settings; the defaults made the embedded weights."""
 
-    steps: int = 3000
+    steps: int = 1900
     batch: int = 8
     lr: float = 8e-4
     warmup: int = 200
@@ -154,7 +154,7 @@ def train_sam(
         optimizer.load_state_dict(state["optimizer"])
         first = int(state["step"])
     data = PhantomDataset(config.seed, first * config.batch, (config.steps - first) * config.batch)
-    loader = DataLoader(data, batch_size=config.batch, num_workers=config.workers, prefetch_factor=4)
+    loader = DataLoader(data, batch_size=config.batch, num_workers=config.workers)
     average = {"box": 0.0, "point": 0.0, "contrast": 0.0}
     started = time.monotonic()
     for step, batch in enumerate(loader, start=first):
