@@ -75,7 +75,7 @@ def train_auxiliary(
         logits = network(normalize(batch["image"].to(device) * 255))
         loss = F.cross_entropy(logits, target, weight=weight)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         recall = mean_recall(logits.detach().argmax(1), target)
         average += (0.05 if done > first + 1 else 1.0) * (

@@ -7,6 +7,7 @@ for noise; its differential entropy measures that width.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EVALUATION_POINTS = 10
-# All 256 tokens of a 256-pixel input. Of a larger input's a fixed random choice: its pairs would be 4096².
+# Of a 1024-pixel input's 4096 tokens, and of the pairs of any larger number than 128 tokens, a fixed random
+# choice: all of them would take gigabytes and most of the time of an iteration, for the same estimate.
 MAX_TOKENS = 512
+MAX_PAIRS = 8192
 # The least standard deviation of a similarity: keeps the entropy of a constant image finite. Early blocks may
 # tell patches apart by a thousandth only; float32 resolves a ten-millionth.
 MIN_SPREAD = 1e-5
@@ -34,7 +37,8 @@ def patch_entropy(features: Tensor) -> Tensor:
     Without the margin, features that are all alike would have an empty range and seem more diverse than any.
 
     Args:
-        features: [T, d] float, T >= 2; of more than `MAX_TOKENS` tokens, a fixed random choice is used.
+        features: [T, d] float, T >= 2; of more than `MAX_TOKENS` tokens or `MAX_PAIRS` pairs, a fixed random
+            choice is used.
 
     Returns:
         A scalar in nats, negative for narrow distributions; differentiable.
@@ -51,8 +55,10 @@ def patch_entropy(features: Tensor) -> Tensor:
     low, high = similarity.min() - bandwidth, similarity.max() + bandwidth
     steps = torch.linspace(0, 1, EVALUATION_POINTS, device=features.device, dtype=features.dtype)
     points = low + (high - low) * steps
-    distance = (points[:, None] - similarity[None, :]) / bandwidth
-    density = torch.exp(-0.5 * distance.square()).mean(1) / (bandwidth * math.sqrt(2 * math.pi))
+    # The kernel's constants go into its arguments, which are few, and not into its values, which are many.
+    width = bandwidth * math.sqrt(2)
+    distance = (points / width)[:, None] - (similarity / width)[None, :]
+    density = torch.exp(-distance.square()).mean(1) / (width * math.sqrt(math.pi))
     # p·log p tends to 0 with p; the smallest normal number keeps the logarithm finite there.
     integrand = -density * torch.log(density.clamp_min(torch.finfo(features.dtype).tiny))
     return torch.trapezoid(integrand, points)
@@ -60,19 +66,30 @@ def patch_entropy(features: Tensor) -> Tensor:
 
 def _sample_tokens(features: Tensor) -> Tensor:
     count = features.shape[0]
-    if count <= MAX_TOKENS:
-        return features
     # Random and not every n-th, which would be the same few columns of the token grid.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SAMPLE_SEED))
-    return features[order[:MAX_TOKENS].to(features.device)]
+    return features if count <= MAX_TOKENS else features[_choice(count, MAX_TOKENS).to(features.device)]
 
 
 def _pair_similarities(features: Tensor) -> Tensor:
-    """[T, d] to [T·(T - 1)/2], the cosine similarity of each unordered pair of distinct tokens."""
+    """[T, d] to [pairs], the cosine similarities of unordered pairs of distinct tokens."""
     unit = F.normalize(features, dim=1)
-    count = len(unit)
-    rows, columns = torch.triu_indices(count, count, 1, device=features.device)
-    return (unit @ unit.T).flatten().index_select(0, rows * count + columns)
+    pairs = _pairs(len(unit)).to(features.device)
+    return (unit @ unit.T).flatten().index_select(0, pairs)
+
+
+@functools.lru_cache(maxsize=8)
+def _pairs(count: int) -> Tensor:
+    """[pairs] int64, positions in a flattened [T, T] matrix, at most `MAX_PAIRS`."""
+    rows, columns = torch.triu_indices(count, count, 1)
+    pairs = rows * count + columns
+    chosen: Tensor = pairs if len(pairs) <= MAX_PAIRS else pairs[_choice(len(pairs), MAX_PAIRS)]
+    return chosen
+
+
+def _choice(count: int, wanted: int) -> Tensor:
+    """`wanted` of the numbers below `count`, at random and always the same."""
+    generator = torch.Generator().manual_seed(_SAMPLE_SEED)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
 @contextmanager

@@ -39,6 +39,7 @@ WARMUP = 100
 CYCLE = 500
 MASK_CELL = 4  # model-input pixels per cell of the low-resolution masks
 ROLL = 15 / 256  # largest roll, as a share of the input's side
+COLOUR = 0.1  # of the channels' differences that is kept, see `mute`
 BOX_JITTER = 0.1  # of a box's extent
 PROMPTS = 4  # boxes an iteration; a decoder run costs about as much as a block of the encoder
 SNAPSHOTS = 10  # label maps kept of an evolution
@@ -120,6 +121,26 @@ def to_model(variant: Variant, normalized: Tensor) -> Tensor:
     return converted
 
 
+def mute(images: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
+    """Nearly grey images: in each pixel, channels come within a tenth of their distance from their mean.
+
+    The channels of real images go together, those of medical ones most of all. Free channels are where
+    optimisation goes first: complementary colours, which no training image had, make the similarities of
+    patches span the whole range of the cosine, far beyond what real images reach.
+
+    Args:
+        images: [N, 3, S, S] float, mean/std-normalised.
+        bounds: black and white, each [3, 1, 1], normalised likewise.
+
+    Returns:
+        The same shape, within the bounds if `images` was.
+    """
+    low, high = bounds
+    unit = (images - low) / (high - low)
+    grey = unit.mean(1, keepdim=True)
+    return low + (grey + COLOUR * (unit - grey)) * (high - low)
+
+
 def learning_rate(step: int, config: SynthesisConfig) -> float:
     """Adam's rate at a step: cycles of at most 500 steps, each a linear warm-up and half a cosine to zero."""
     cycles = math.ceil(config.iterations / CYCLE)
@@ -168,16 +189,15 @@ class _Painter:
         self.grid = self.size // MASK_CELL
         self.rules = EvolutionRules.of(config, self.grid)
         device = next(sam.parameters()).device
-        self.bounds = [
-            normalize(torch.full((3, 1, 1), value)).to(device) for value in (0.0, 255.0)
-        ]  # black and white
-        noise = torch.randn(1, 3, self.size, self.size, generator=generator).to(device)
-        self.image = noise.clamp(*self.bounds).requires_grad_()
+        black, white = (normalize(torch.full((3, 1, 1), value)).to(device) for value in (0.0, 255.0))
+        self.bounds = black, white
+        noise = torch.randn(1, 1, self.size, self.size, generator=generator).to(device)
+        self.image = noise.expand(-1, 3, -1, -1).clamp(black, white).requires_grad_()
         # Class 0 of an auxiliary model is its background; without one there is a single class.
         self.kinds = [0]
         if auxiliary is not None:
             with torch.no_grad():
-                self.kinds = list(range(1, auxiliary.scores(self.image).shape[1]))
+                self.kinds = list(range(1, auxiliary.scores(self._muted()).shape[1]))
         self.labels = random_ellipse(generator, self.grid, self.kinds, self.rules)
         self.evolution = [EvolutionStep(0, self.labels, 0.0)]
         self.losses: dict[str, list[float]] = {name: [] for name in LOSSES}
@@ -189,7 +209,7 @@ class _Painter:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, self.config)
             optimizer.zero_grad(set_to_none=True)
-            self._loss(step).backward()  # type: ignore[no-untyped-call]
+            self._loss(step).backward()
             optimizer.step()
             with torch.no_grad():
                 self.image.clamp_(*self.bounds)
@@ -197,12 +217,16 @@ class _Painter:
 
     def result(self) -> Tensor:
         """The image [1, 3, S, S] on the CPU, as the model takes it."""
-        return to_model(self.sam.variant, self.image.detach()).cpu()
+        return to_model(self.sam.variant, self._muted().detach()).cpu()
+
+    def _muted(self) -> Tensor:
+        return mute(self.image, self.bounds)
 
     def _loss(self, step: int) -> Tensor:
         """Eq. 11 for one augmented view of the image; evolves the labels by what the model saw in it."""
         view = Augmentation.draw(self.generator, self.size)
-        seen = view.apply(self.image, MASK_CELL)
+        image = self._muted()
+        seen = view.apply(image, MASK_CELL)
         with attention_outputs(self.sam.image_encoder) as outputs:
             embedding = self.sam.image_encoder(to_model(self.sam.variant, seen))
         similarity = -torch.stack([patch_entropy(tokens[0]) for tokens in outputs]).sum()
@@ -217,7 +241,7 @@ class _Painter:
             full = self.auxiliary.scores(seen)
             scores = F.interpolate(full, (self.grid, self.grid), mode="area")[0]
             terms["class"] = class_loss(scores, labels.to(scores.device))
-        terms["variation"] = (total_variation(self.image) - self.config.tv_target).abs()
+        terms["variation"] = (total_variation(image) - self.config.tv_target).abs()
         config = self.config
         terms["total"] = (
             terms["mask"]
