@@ -1,8 +1,12 @@
-"""Settings for the whole suite."""
+"""Settings and fixtures for the whole suite."""
 
 from __future__ import annotations
 
 from hypothesis import settings
+
+from tests.server_fixtures import running
+
+__all__ = ["running"]
 
 # A loaded machine makes any deadline a matter of luck.
 settings.register_profile("no-deadline", deadline=None)

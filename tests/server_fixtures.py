@@ -9,18 +9,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import pytest
 import requests
 import torch
 from safetensors.torch import save_file
 
 from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
-from monailabel_dfqsam.slicer_session import SlicerSession
+from monailabel_dfqsam.slicer_session import InferReply, SlicerSession
 
 SAMPLE_APP = Path(__file__).parents[1] / "sample-apps" / "dfqsam"
 SHAPE = (72, 56, 7)  # no two axes alike
@@ -80,18 +82,18 @@ class Server:
         self,
         conf: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
-        prefix: Sequence[str] = (),
+        path: str = "/info/",
     ) -> float:
-        """Starts and waits for /info/; answers the seconds that took."""
+        """Starts and waits until `path` answers; answers the seconds that took."""
         pairs = [word for key, value in (conf or {}).items() for word in ("--conf", key, str(value))]
         line = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(self.app)]
         line += ["--studies", self.studies, "--host", "127.0.0.1", "--port", str(self.port), *pairs]
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(environment or {})}
+        programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        variables = {**os.environ, "PATH": programs, "OMP_NUM_THREADS": "1", **(environment or {})}
         begin = time.monotonic()
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen([*prefix, *line], stdout=log, stderr=log, env=variables)
-        wait(lambda: self._answers() or self._process.poll() is not None, START_SECONDS)  # type: ignore[union-attr]
+            self._process = subprocess.Popen(line, stdout=log, stderr=log, env=variables)
+        wait(lambda: self._answers(path) or self._process.poll() is not None, START_SECONDS)  # type: ignore[union-attr]
         if self._process.poll() is not None:
             raise RuntimeError(f"the server ended:\n{self.text()[-3000:]}")
         return time.monotonic() - begin
@@ -117,14 +119,14 @@ class Server:
         """All that the server wrote."""
         return self.log.read_text(errors="replace")
 
-    def _answers(self) -> bool:
+    def _answers(self, path: str) -> bool:
         try:
-            return requests.get(f"{self.url}/info/", timeout=5).status_code == 200
+            return requests.get(self.url + path, timeout=5).status_code == 200
         except requests.ConnectionError:
             return False
 
 
-def wait(condition, seconds: float, every: float = 0.2) -> None:  # type: ignore[no-untyped-def]
+def wait(condition: Callable[[], bool], seconds: float, every: float = 0.2) -> None:
     """Until `condition()` is true; fails when that takes longer."""
     end = time.monotonic() + seconds
     while not condition():
@@ -142,3 +144,40 @@ def new_server(folder: Path, volumes: int = 1) -> Server:
     for n in range(volumes):
         write_volume(studies / f"phantom{n}.nii.gz", seed=n)
     return Server(app, str(studies), folder / "server.log")
+
+
+# The shortest quantization, which random weights pass too.
+QUICK = {"iterations": 2, "min_fidelity": 0}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that began in full precision and then quantized by itself.
+
+    Attributes:
+        conf: what it was started with.
+        first: its answer to a click before it was quantized.
+        weights: its checkpoint.
+    """
+
+    server: Server
+    conf: dict[str, object]
+    first: InferReply
+    weights: Path
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One server for all tests that leave it as it is; quantized when they begin."""
+    folder = tmp_path_factory.mktemp("server")
+    weights = checkpoint(folder)
+    server = new_server(folder, volumes=2)
+    conf: dict[str, object] = {**QUICK, "checkpoint": weights}
+    try:
+        server.start(conf)
+        first = server.session.infer("phantom0", [OBJECT])
+        wait(lambda: server.serving().startswith("W4A4"), WORK_SECONDS)
+        wait(lambda: not server.session.is_training(), WORK_SECONDS)  # that process takes seconds to end
+        yield Running(server, conf, first, weights)
+    finally:
+        server.stop()

@@ -51,7 +51,9 @@ def test_no_path_leads_upwards(path: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["image", "label", "id"])
-@pytest.mark.parametrize("value", ["/etc/passwd", "../x", "a/b", "..%5Cx", "%252e%252e%252fx", "..", "x%00", "a" * 256])
+@pytest.mark.parametrize(
+    "value", ["/etc/passwd", "../x", "a/b", "..%5Cx", "%252e%252e%252fx", "..", "x%00", "a" * 256]
+)
 def test_no_parameter_is_a_path(key: str, value: str) -> None:
     status, detail = ask("GET", "/datastore/image", f"{key}={value}")
     assert status == 400

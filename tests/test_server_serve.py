@@ -29,7 +29,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_the_command_is_upstreams_with_our_defaults(tmp_path: Path) -> None:
     weights = tmp_path / "w.pth"
     weights.touch()
-    line, environment = command("/studies", checkpoint=weights, app_dir=tmp_path / "app", extra=["--verbose", "DEBUG"])
+    line, environment = command(
+        "/studies", checkpoint=weights, app_dir=tmp_path / "app", extra=["--verbose", "DEBUG"]
+    )
     assert line[:4] == [sys.executable, "-m", "monailabel.main", "start_server"]
     options = dict(zip(line[4::2], line[5::2], strict=False))
     assert options["--host"] == "127.0.0.1"
@@ -43,7 +45,9 @@ def test_a_missing_checkpoint_is_said_before_anything_starts(tmp_path: Path) -> 
         command("/studies", checkpoint=tmp_path / "none.pth", app_dir=tmp_path / "app")
 
 
-def test_the_data_folder_follows_the_desktop_standard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_data_folder_follows_the_desktop_standard(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert default_app_dir() == tmp_path / "dfqsam" / "app"
 

@@ -62,7 +62,13 @@ def test_a_wrong_pair_is_named(key: str, value: str) -> None:
 def test_training_options_as_slicer_and_ohif_send_them() -> None:
     settings = Settings(APP)
     shown = defaults(settings)
-    from_slicer = {**shown, "bits": "8", "policy": ["paper", "deploy"], "client_id": "user-xyz", "model": "dfqsam"}
+    from_slicer = {
+        **shown,
+        "bits": "8",
+        "policy": ["paper", "deploy"],
+        "client_id": "user-xyz",
+        "model": "dfqsam",
+    }
     config, checkpoint = read_options(from_slicer, settings, "dfqsam")
     assert (config.bits, config.policy, config.calibration) == (8, Policy.PAPER, Calibration.SYNTHETIC)
     assert checkpoint == settings.checkpoint
@@ -84,8 +90,8 @@ def test_a_request_says_only_what_differs() -> None:
     [
         ("max_epochs", 5), ("bits", 3), ("bits", "many"), ("bits", True), ("bits", 4.0), ("images", 0),
         ("iterations", 0), ("iterations", 10**9), ("seed", -1), ("policy", "all"), ("calibration", "folder"),
-        ("preset", None), ("checkpoint", "../weights.pth"), ("checkpoint", "/etc/passwd"), ("checkpoint", ".."),
-        ("checkpoint", "not-there.pth"), ("checkpoint", 5),
+        ("preset", None), ("checkpoint", "../weights.pth"), ("checkpoint", "/etc/passwd"),
+        ("checkpoint", ".."), ("checkpoint", "not-there.pth"), ("checkpoint", 5),
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_named(option: str, value: object) -> None:

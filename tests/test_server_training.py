@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +28,8 @@ SWAP_SECONDS = 30.0
 QUICK = QuantizationConfig(calibration=Calibration.GAUSSIAN, synthesis=SynthesisConfig(iterations=2))
 
 can_unshare = pytest.mark.skipif(
-    shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], check=False).returncode != 0,
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "-rn", "true"], check=False).returncode != 0,
     reason="network namespaces are not permitted here",
 )
 
@@ -56,10 +56,10 @@ def quantized(settings: Settings) -> Settings:
 
 
 @pytest.fixture
-def folder(quantized: Settings, tmp_path: Path) -> Iterator[Settings]:
+def folder(quantized: Settings, tmp_path: Path) -> Settings:
     """A copy that a test may damage."""
     shutil.copytree(quantized.model_dir, tmp_path / "model")
-    yield replace(quantized, model_dir=tmp_path / "model")
+    return replace(quantized, model_dir=tmp_path / "model")
 
 
 def key_of(settings: Settings) -> str:

@@ -169,10 +169,10 @@ class Models:
             return self._served
 
     def describe(self) -> dict[str, Any]:
-        """What `/info/` says about the model served, without loading one."""
-        served = self._served
-        if served is None:
+        """What `/info/` says about the model served; it does not wait for the first one to load."""
+        if self._served is None:
             return {"model": "loading", "engine": "", "fidelity": None}
+        served = self.current()
         return {"model": served.segmenter.name, "engine": served.engine, "fidelity": served.fidelity}
 
     def default_key(self) -> str:

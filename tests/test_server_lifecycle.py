@@ -1,0 +1,112 @@
+"""Starts, stops and accidents of the real server: what it serves afterwards, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from monailabel_dfqsam.server.models import ModelFolder
+from tests.server_fixtures import OBJECT, WORK_SECONDS, Running, Server, new_server, wait
+
+LONG = {"seed": 1, "iterations": 50_000}  # still at its beginning when the test is through with it
+ORPHAN_SECONDS = 15.0
+
+
+def beside(running: Running, folder: Path) -> Server:
+    """Another server with a copy of the quantized one's models."""
+    server = new_server(folder)
+    shutil.copytree(running.server.app / "model", server.app / "model")
+    return server
+
+
+@pytest.fixture(scope="module")
+def second(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = beside(running, tmp_path_factory.mktemp("second"))
+    try:
+        server.start(running.conf)
+        yield server
+    finally:
+        server.stop()
+
+
+def artifacts(server: Server) -> dict[str, int]:
+    """Model files by name and size, without the progress file."""
+    folder = server.app / "model"
+    return {
+        str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.name != "progress.json"
+    }
+
+
+def train(server: Server) -> int:
+    """Starts a long quantization; answers its process once it is at work."""
+    model = ModelFolder(server.app / "model")
+    old = model.read_progress().get("pid")
+    server.session.train(**LONG)
+    wait(lambda: model.read_progress().get("pid") != old, WORK_SECONDS)
+    wait(lambda: model.read_progress()["stage"] == "synthesis", WORK_SECONDS)
+    return int(model.read_progress()["pid"])
+
+
+def exists(pid: int) -> bool:
+    """Whether a process runs; one that has ended but was not collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_second_start_is_quantized_at_once(second: Server) -> None:
+    assert second.session.infer("phantom0", [OBJECT]).params["model"] == "W4A4 (onednn)"
+    assert not second.session.is_training()
+
+
+def test_a_stopped_quantization_leaves_the_served_model(second: Server) -> None:
+    before = artifacts(second)
+    pid = train(second)
+    assert second.session.is_training()
+    status = second.session.train_status()
+    assert status["status"] == "RUNNING"
+    wait(lambda: any("synthesis" in line for line in second.session.train_status()["details"]), WORK_SECONDS)
+    stats = second.session.info()["train_stats"]["dfqsam"]
+    assert (stats["state"], stats["total_epochs"]) == ("running", LONG["iterations"])
+    assert second.session.infer("phantom0", [OBJECT]).params["model"] == "W4A4 (onednn)"
+    assert second.session.stop_training()["status"] == "STOPPED"
+    wait(lambda: not exists(pid), ORPHAN_SECONDS)
+    assert second.session.info()["train_stats"]["dfqsam"]["state"] == "stopped"
+    assert second.session.infer("phantom0", [OBJECT]).params["model"] == "W4A4 (onednn)"
+    assert artifacts(second) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+def test_quantization_ends_with_its_server(second: Server) -> None:
+    """The last test of `second`, which it kills as the kernel would."""
+    before = artifacts(second)
+    pid = train(second)
+    os.kill(second.pid, signal.SIGKILL)
+    wait(lambda: not exists(pid), ORPHAN_SECONDS)
+    assert {
+        name: size for name, size in artifacts(second).items() if not name.startswith("building")
+    } == before
+
+
+def test_a_truncated_artifact_is_refused_and_made_again(running: Running, tmp_path: Path) -> None:
+    server = beside(running, tmp_path)
+    path = next((server.app / "model").glob("*.safetensors"))
+    whole = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(whole // 2)
+    try:
+        server.start(running.conf)
+        assert server.session.infer("phantom0", [OBJECT]).params["model"] == "full precision"
+        wait(lambda: server.serving().startswith("W4A4"), WORK_SECONDS)
+        refused = [line for line in server.text().splitlines() if "Refused the quantized model" in line]
+        assert len(refused) == 1
+        assert path.name in refused[0]
+        assert path.stat().st_size == pytest.approx(whole, rel=0.01)  # its header holds times
+    finally:
+        server.stop()

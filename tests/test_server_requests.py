@@ -1,0 +1,345 @@
+"""A Slicer session against the real server: answers, geometry, labels, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import requests
+import SimpleITK as sitk
+
+from monailabel_dfqsam.artifact import read_artifact
+from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.segmentation.segmenter import Prompts, load_segmenter
+from monailabel_dfqsam.slicer_session import InferReply, ServerAnswer
+from tests.server_fixtures import OBJECT, SHAPE, Running, affine, wait, write_volume
+
+TINY = 1e-4  # millimetres, float32 headers
+SAME_MASK = 0.999  # IoU: rounding of one grey value may move a pixel on the edge
+MOSTLY = 0.6  # far above what a mask with its axes turned would reach, which is 0
+UPLOADS = Path(tempfile.gettempdir())
+
+
+def image_of(reply: InferReply, folder: Path) -> sitk.Image:
+    path = folder / reply.file_name
+    path.write_bytes(reply.image)
+    return sitk.ReadImage(str(path))
+
+
+def voxels(image: sitk.Image) -> np.ndarray:
+    """[I, J, K]"""
+    return sitk.GetArrayFromImage(image).T
+
+
+def test_before_quantization_full_precision_answered(running: Running) -> None:
+    assert running.first.params["model"] == "full precision"
+    assert running.first.image
+    assert running.server.session.infer("phantom0", [OBJECT]).params["model"] == "W4A4 (onednn)"
+
+
+def test_info_tells_viewers_what_they_need(running: Running) -> None:
+    info = running.server.session.info()
+    assert isinstance(info["labels"], list)
+    model = info["models"]["dfqsam"]
+    assert (model["type"], model["dimension"], model["labels"]) == ("deepgrow", 2, [])
+    assert set(model["config"]) == {"multimask", "window", "largest_component"}
+    assert 0 <= model["serving"]["fidelity"] <= 1
+    assert info["train_stats"]["dfqsam"]["state"] == "published"
+    assert info["strategies"].keys() == {"random", "first"}
+
+
+def test_the_reply_says_what_happened(running: Running) -> None:
+    reply = running.server.session.infer("phantom0", [OBJECT], label="liver", window="ct bone")
+    params = reply.params
+    assert params["label_names"] == {"liver": 1}
+    assert params["slice"] == OBJECT[2]
+    assert params["engine"] == "onednn"
+    laps = params["latencies"]
+    assert set(laps) == {"load", "embed", "decode", "post", "write", "total"}
+    assert laps["total"] == pytest.approx(sum(v for k, v in laps.items() if k != "total"), abs=1e-3)
+    assert running.server.session.infer("phantom0", [OBJECT], window="ct bone").params["cached"]
+
+
+def test_the_mask_lies_on_the_images_grid(running: Running, tmp_path: Path) -> None:
+    mask = image_of(running.server.session.infer("phantom0", [OBJECT]), tmp_path)
+    source = sitk.ReadImage(str(Path(running.server.studies) / "phantom0.nii.gz"))
+    assert mask.GetSize() == source.GetSize() == SHAPE
+    for a, b in (
+        (mask.GetOrigin(), source.GetOrigin()),
+        (mask.GetSpacing(), source.GetSpacing()),
+        (mask.GetDirection(), source.GetDirection()),
+    ):
+        np.testing.assert_allclose(a, b, atol=TINY)
+    # The same point by nibabel's way, whose millimetres are RAS where ITK's are LPS.
+    lps = mask.TransformIndexToPhysicalPoint(OBJECT)
+    np.testing.assert_allclose(np.array(lps) * (-1, -1, 1), (affine() @ [*OBJECT, 1])[:3], atol=1e-3)
+
+
+def test_only_the_clicked_slice_is_set_and_no_axis_is_turned(running: Running, tmp_path: Path) -> None:
+    """The mask is the one that the model gives for the slice as nibabel reads it."""
+    server = running.server
+    reply = server.session.infer("phantom0", [OBJECT], [[2, 50, OBJECT[2]]], window="full range")
+    mask = voxels(image_of(reply, tmp_path))
+    assert set(np.flatnonzero(mask.any(axis=(0, 1)))) <= {OBJECT[2]}
+    values = np.asanyarray(nibabel.load(Path(server.studies) / "phantom0.nii.gz").dataobj).astype(float)
+    grey = np.rint((values[:, :, OBJECT[2]] - values.min()) / (values.max() - values.min()) * 255)
+    segmenter = load_segmenter(read_artifact(next((server.app / "model").glob("*.safetensors"))))
+    xy = np.array([[OBJECT[1] + 0.5, OBJECT[0] + 0.5], [50.5, 2.5]])
+    embedding = segmenter.embed(np.repeat(grey[:, :, None], 3, axis=2).astype(np.uint8))
+    expected = segmenter.predict(embedding, Prompts(xy, np.array([1, 0]))).mask
+    assert expected.any()
+    assert not expected.all()
+    found = mask[:, :, OBJECT[2]] > 0
+    assert (found & expected).sum() / (found | expected).sum() > SAME_MASK
+
+
+@pytest.mark.skipif(not EMBEDDED.is_file(), reason="the embedded weights are not built")
+def test_the_ball_is_found_by_click_and_by_box(running: Running, tmp_path: Path) -> None:
+    i, j = np.indices(SHAPE[:2])
+    ball = np.hypot(i - OBJECT[0], j - OBJECT[1]) < 10
+    clicked = voxels(image_of(running.first, tmp_path))[:, :, OBJECT[2]] > 0
+    assert clicked[OBJECT[:2]]
+    assert (clicked & ball).sum() / clicked.sum() > MOSTLY
+    roi = [OBJECT[0] + 10, OBJECT[0] - 10, OBJECT[1] - 10, OBJECT[1] + 10, 5, 1]
+    reply = running.server.session.infer("phantom0", roi=roi)
+    assert reply.params["slice"] == OBJECT[2]
+    boxed = voxels(image_of(reply, tmp_path))[:, :, OBJECT[2]] > 0
+    assert (boxed & ball).sum() / (boxed | ball).sum() > MOSTLY
+
+
+@pytest.mark.parametrize("extension", [".nrrd", ".nii.gz", ".nii"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_the_result_comes_as_asked(running: Running, tmp_path: Path, extension: str, dtype: str) -> None:
+    reply = running.server.session.infer(
+        "phantom0", [OBJECT], result_extension=extension, result_dtype=dtype, result_compress=True
+    )
+    assert reply.file_name.endswith(extension)
+    assert voxels(image_of(reply, tmp_path)).dtype == dtype
+
+
+def test_ohifs_request_gets_the_file_alone(running: Running, tmp_path: Path) -> None:
+    fields = {
+        "params": json.dumps(
+            {"foreground": [list(OBJECT)], "background": [], "result_extension": ".nrrd",
+             "result_dtype": "uint8", "result_compress": False, "restore_label_idx": False}
+        )
+    }  # fmt: skip
+    url = f"{running.server.url}/infer/dfqsam?image=phantom0&output=image"
+    answer = requests.post(url, files={k: (None, v) for k, v in fields.items()}, timeout=60)
+    assert answer.status_code == 200
+    assert answer.content.startswith(b"NRRD")
+    assert b"encoding: raw" in answer.content[:500]
+
+
+def test_a_session_with_an_own_volume(running: Running, tmp_path: Path) -> None:
+    own = tmp_path / "own volume.nii.gz"
+    write_volume(own, seed=7)
+    session = running.server.session.create_session(own)
+    reply = running.server.session.infer("3: own/volume", [OBJECT], session_id=session)
+    assert voxels(image_of(reply, tmp_path)).shape == SHAPE
+    with pytest.raises(ServerAnswer, match="session") as refused:
+        running.server.session.infer("own", [OBJECT], session_id="2f0c7a5e-0000-11ef-9d5c-0242ac120002")
+    assert refused.value.status == 404
+
+
+def test_a_label_is_saved_and_the_next_sample_is_another(running: Running, tmp_path: Path) -> None:
+    session = running.server.session
+    assert session.next_sample("first")["id"] == "phantom0"
+    assert len(session.download_image("phantom0")) > 0
+    reply = session.infer("phantom0", [OBJECT])
+    label = tmp_path / "label.nrrd"
+    label.write_bytes(reply.image)
+    assert session.save_label("phantom0", label, [{"name": "organ", "idx": 1}])["label"] == "phantom0"
+    saved = Path(running.server.studies) / "labels" / "final" / "phantom0.nrrd"
+    assert saved.read_bytes() == reply.image
+    assert session.info()["datastore"]["completed"] == 1
+    assert session.next_sample("first")["id"] == "phantom1"
+
+
+K = OBJECT[2]
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({}, "nothing to segment"),
+    "empty prompts": ({"foreground": [], "background": []}, "nothing to segment"),
+    "outside": ({"foreground": [[72, 1, 1]]}, "outside"),
+    "negative": ({"foreground": [[1, -3, 1]]}, "outside"),
+    "not a number": ({"foreground": [["a", 1, 1]]}, "foreground"),
+    "not a list": ({"foreground": 5}, "foreground"),
+    "two indices": ({"foreground": [[1, 2]]}, "foreground"),
+    "other slice": ({"foreground": [[1, 2, 3]], "slice": 5}, "slice"),
+    "slice outside": ({"foreground": [[1, 2, 3]], "slice": 99}, "slice"),
+    "short roi": ({"roi": [1, 2, 3]}, "roi"),
+    "window": ({"foreground": [OBJECT], "window": "pink"}, "window"),
+    "flag": ({"foreground": [OBJECT], "multimask": 7}, "multimask"),
+    "label": ({"foreground": [OBJECT], "label": 7}, "label"),
+    "extension": ({"foreground": [OBJECT], "result_extension": ".exe"}, "result_extension"),
+    "dtype": ({"foreground": [OBJECT], "result_dtype": "complex"}, "result_dtype"),
+    "image inside": ({"foreground": [OBJECT], "image": "/etc/passwd"}, "image"),
+    "model inside": ({"foreground": [OBJECT], "model": "other"}, "model"),
+    "tag": ({"foreground": [OBJECT], "save_label": True, "label_tag": "../../x"}, "tag"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_400_and_a_sentence(running: Running, name: str) -> None:
+    params, word = BAD[name]
+    with pytest.raises(ServerAnswer, match=word) as refused:
+        running.server.session.infer_raw("phantom0", params)
+    assert refused.value.status == 400
+
+
+def test_unknown_names_are_said(running: Running) -> None:
+    session = running.server.session
+    with pytest.raises(ServerAnswer, match="no image 'nobody'") as image:
+        session.infer("nobody", [OBJECT])
+    with pytest.raises(ServerAnswer, match="no model 'sam9'") as model:
+        session.infer("phantom0", [OBJECT], model="sam9")
+    with pytest.raises(ServerAnswer, match="no trainer 'sam9'") as trainer:
+        session.train("sam9")
+    assert [e.value.status for e in (image, model, trainer)] == [400, 404, 404]
+
+
+@pytest.mark.parametrize("params", ["{", "[1]", "5"])
+def test_params_that_are_no_object(running: Running, params: str) -> None:
+    url = f"{running.server.url}/infer/dfqsam?image=phantom0"
+    answer = requests.post(url, files={"params": (None, params)}, timeout=60)
+    assert answer.status_code == 400
+    assert "JSON" in answer.json()["detail"]
+
+
+def test_neither_image_nor_session(running: Running) -> None:
+    answer = requests.post(f"{running.server.url}/infer/dfqsam", files={"params": (None, "{}")}, timeout=60)
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize(("shape", "word"), [((4, 4, 4, 2), "dimensions"), ((), "")])
+def test_an_upload_that_is_no_volume(
+    running: Running, tmp_path: Path, shape: tuple[int, ...], word: str
+) -> None:
+    """4-D, or no image at all; and the upload does not stay behind."""
+    path = tmp_path / "upload.nii.gz"
+    if shape:
+        nibabel.save(nibabel.Nifti1Image(np.zeros(shape, dtype=np.int16), np.eye(4)), path)
+    else:
+        path.write_bytes(b"")
+    before = set(UPLOADS.glob("*.nii.gz"))
+    answer = requests.post(
+        f"{running.server.url}/infer/dfqsam",
+        files={"file": (path.name, path.read_bytes()), "params": (None, '{"foreground": [[1, 1, 1]]}')},
+        timeout=60,
+    )
+    assert answer.status_code == 400, answer.text
+    assert word in answer.json()["detail"]
+    assert set(UPLOADS.glob("*.nii.gz")) <= before
+
+
+def test_training_options_are_checked_before_anything_runs(running: Running) -> None:
+    for options, word in (
+        ({"bits": 5}, "bits"),
+        ({"epochs": 3}, "epochs"),
+        ({"checkpoint": "../x"}, "checkpoint"),
+    ):
+        with pytest.raises(ServerAnswer, match=word) as refused:
+            running.server.session.train(**options)  # type: ignore[arg-type]
+        assert refused.value.status == 400
+    answer = requests.post(f"{running.server.url}/train/", json={"dfqsam": {"bits": 5}}, timeout=60)
+    assert answer.status_code == 400
+    answer = requests.post(f"{running.server.url}/train/dfqsam?run_sync=true", json={}, timeout=60)
+    assert answer.status_code == 400
+    assert not running.server.session.is_training()
+
+
+SECRET = "secret text of another file"
+
+
+def test_no_path_is_read(running: Running, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.nii.gz"
+    write_volume(outside)
+    relative = os.path.relpath(outside.with_name("outside"), running.server.studies)
+    for name in (str(outside), relative, "../app/main", "%2e%2e/app", str(outside).replace("/", "\\")):
+        with pytest.raises(ServerAnswer) as refused:
+            running.server.session.infer(name, [OBJECT])
+        assert refused.value.status == 400
+        with pytest.raises(ServerAnswer) as refused:
+            running.server.session.download_image(name)
+        assert refused.value.status == 400
+
+
+def test_no_path_is_written(running: Running, tmp_path: Path) -> None:
+    server, content = running.server, (tmp_path / "x.nii.gz")
+    write_volume(content)
+    before = {p for p in server.app.parent.rglob("*") if "logs" not in p.parts}
+    for url, field, name in (
+        ("/datastore/image?image=../x", "file", "x.nii.gz"),
+        ("/datastore/?image=../x", "file", "x.nii.gz"),
+        ("/datastore/image?image=x", "file", "x.py"),
+        ("/datastore/image?image=x", "file", "x.pkl"),
+        ("/datastore/label?image=phantom1&tag=../../x", "label", "x.nii.gz"),
+        ("/datastore/label?image=../phantom1", "label", "x.nii.gz"),
+        ("/datastore/label?image=phantom1", "label", "x.pt"),
+        ("/session/", "files", "x.py"),
+        ("/session/?uncompress=true", "files", "x.zip"),
+        ("/model/dfqsam", "file", "x.pt"),
+    ):
+        answer = requests.put(server.url + url, files={field: (name, content.read_bytes())}, timeout=60)
+        assert answer.status_code in (400, 403), (url, answer.text)
+        assert answer.json()["detail"]
+    assert {p for p in server.app.parent.rglob("*") if "logs" not in p.parts} == before
+
+
+def test_upstreams_open_doors_are_closed(running: Running) -> None:
+    url = running.server.url
+    assert requests.post(f"{url}/reload", timeout=60).status_code == 403
+    evil = {"Origin": "http://evil.example"}
+    answer = requests.get(f"{url}/info/", headers={**evil, "Cookie": "a=b"}, timeout=60)
+    assert "access-control-allow-origin" not in answer.headers
+    assert requests.post(f"{url}/train/dfqsam", json={}, headers=evil, timeout=60).status_code == 403
+    assert requests.get(f"{url}/info/", headers={"Host": "evil.example"}, timeout=60).status_code == 403
+    assert requests.get(f"{url}/proxy/dicom/studies", timeout=60).status_code == 404
+    assert requests.delete(f"{url}/datastore/image?id=nobody", timeout=60).status_code == 404
+    assert (
+        requests.put(f"{url}/datastore/image/info?image=phantom0", data={"info": "{"}, timeout=60).status_code
+        == 400
+    )
+
+
+def test_the_log_names_no_image_and_no_prompt(running: Running) -> None:
+    running.server.session.infer("phantom1", [OBJECT], label="rarename")
+    log = running.server.text()
+    for word in ("phantom", "rarename", str(list(OBJECT))):
+        assert word not in log
+
+
+def test_the_server_answers_while_it_segments(running: Running) -> None:
+    """Our route runs in a worker thread, so that /info/ need not wait for a click."""
+    done: list[InferReply] = []
+    threads = [
+        threading.Thread(
+            target=lambda k=k: done.append(running.server.session.infer("phantom1", [[5, 5, k]]))
+        )
+        for k in range(SHAPE[2])
+    ]
+    for thread in threads:
+        thread.start()
+    running.server.session.info()
+    wait(lambda: len(done) == SHAPE[2], 60)
+    assert {reply.params["slice"] for reply in done} == set(range(SHAPE[2]))
+
+
+def test_neighbouring_slices_are_ready_before_they_are_clicked(running: Running) -> None:
+    session = running.server.session
+    session.infer("phantom0", [[5, 5, 1]], window="ct brain")
+
+    def ready() -> bool:
+        before = session.info()["models"]["dfqsam"]["embedding_cache"]["misses"]
+        return (
+            bool(before >= 3) and session.infer("phantom0", [[5, 5, 2]], window="ct brain").params["cached"]
+        )
+
+    wait(ready, 30, every=1.0)
