@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import requests
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from monailabel_dfqsam.sam import VARIANTS, Sam
@@ -32,16 +33,17 @@ WORK_SECONDS = 180.0
 
 
 def checkpoint(folder: Path) -> Path:
-    """The embedded weights; where these are not built yet, random ones of the same model."""
+    """A copy of the embedded weights; where these are not built yet, random ones of the same model."""
+    path = folder / "tiny.safetensors"
     if EMBEDDED.is_file():
-        return EMBEDDED
-    torch.manual_seed(0)
-    path = folder / "random-tiny.safetensors"
-    save_file(Sam(VARIANTS["tiny"]).state_dict(), path)
+        shutil.copy(EMBEDDED, path)
+    else:
+        torch.manual_seed(0)
+        save_file(Sam(VARIANTS["tiny"]).state_dict(), path)
     return path
 
 
-def affine() -> np.ndarray:
+def affine() -> NDArray[np.float64]:
     """[4, 4] RAS: an oblique, anisotropic grid with two axes against patient axes."""
     a, b = np.deg2rad(20), np.deg2rad(-15)
     about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])

@@ -7,13 +7,17 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from monailabel_dfqsam.server.models import ModelFolder
 from tests.server_fixtures import OBJECT, WORK_SECONDS, Running, Server, new_server, wait
 
-LONG = {"seed": 1, "iterations": 50_000}  # still at its beginning when the test is through with it
+LONG: dict[str, Any] = {
+    "seed": 1,
+    "iterations": 50_000,
+}  # still at its beginning when the test is through with it
 ORPHAN_SECONDS = 15.0
 
 

@@ -19,7 +19,8 @@ import requests
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from tests.server_fixtures import OBJECT, Server, SlicerSession, checkpoint, new_server
+from monailabel_dfqsam.slicer_session import SlicerSession
+from tests.server_fixtures import OBJECT, Server, checkpoint, new_server
 
 KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 PUBLIC = KEY.public_key().public_bytes(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import requests
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
@@ -33,9 +34,10 @@ def image_of(reply: InferReply, folder: Path) -> sitk.Image:
     return sitk.ReadImage(str(path))
 
 
-def voxels(image: sitk.Image) -> np.ndarray:
+def voxels(image: sitk.Image) -> NDArray[Any]:
     """[I, J, K]"""
-    return sitk.GetArrayFromImage(image).T
+    array: NDArray[Any] = sitk.GetArrayFromImage(image)
+    return array.T
 
 
 def test_before_quantization_full_precision_answered(running: Running) -> None:

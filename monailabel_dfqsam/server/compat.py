@@ -62,6 +62,7 @@ _TOKEN_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES25
 _TALKATIVE = (
     "monailabel.endpoints", "monailabel.datastore", "monailabel.utils.sessions", "monailabel.interfaces.app",
     "monailabel.tasks.activelearning", "monailabel.utils.async_tasks.task", "monailabel.transform",
+    "monailabel.utils.others.generic", "dicomweb_client",
 )  # fmt: skip
 
 # Set by the server about the request, so not by the client within it.
@@ -94,14 +95,12 @@ def image_path(store: Any, image: str) -> str:
     """The file or folder of an image by its name; from an archive, it is fetched first.
 
     Raises:
-        HTTPException: 400 when there is none, 502 when the archive does not answer.
+        HTTPException: 400 when there is none.
     """
     try:
         path = str(store.get_image_uri(image))
     except (IndexError, KeyError):  # how upstream says that the archive has no such series
         path = ""
-    except requests.RequestException as error:
-        raise HTTPException(502, f"the image archive does not answer ({type(error).__name__})") from None
     if not path or not os.path.exists(path):
         raise HTTPException(400, f"there is no image '{image}' in the datastore")
     return path
@@ -135,6 +134,8 @@ def _translate(error: Exception) -> tuple[int, str] | None:
         return 404, error.msg
     if isinstance(error, MONAILabelException):
         return (400 if error.error is MONAILabelError.INVALID_INPUT else 500), error.msg
+    if isinstance(error, requests.RequestException):
+        return 502, f"the image archive does not answer ({type(error).__name__})"
     if isinstance(error, json.JSONDecodeError):
         return 400, "a field that must be JSON is not"
     return None
