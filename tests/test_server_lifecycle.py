@@ -17,7 +17,7 @@ from tests.server_fixtures import OBJECT, WORK_SECONDS, Running, Server, new_ser
 LONG: dict[str, Any] = {
     "seed": 1,
     "iterations": 50_000,
-}  # still at its beginning when the test is through with it
+}  # far from done when a test is
 ORPHAN_SECONDS = 15.0
 
 

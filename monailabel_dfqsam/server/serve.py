@@ -69,7 +69,8 @@ def command(
     if checkpoint is not None and not checkpoint.is_file():
         raise ServeError(f"there is no checkpoint file '{checkpoint}'")
     app = prepare_app(app_dir or default_app_dir())
-    line = [sys.executable, "-m", "monailabel.main", "start_server"]
+    # Further options come first: of two the last one counts, and nobody is to listen elsewhere unwarned.
+    line = [sys.executable, "-m", "monailabel.main", "start_server", *extra]
     line += ["--app", str(app), "--studies", studies, "--host", host, "--port", str(port)]
     if checkpoint is not None:
         line += ["--conf", "checkpoint", str(checkpoint.resolve())]
@@ -78,7 +79,7 @@ def command(
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     environment.setdefault("MONAI_LABEL_TRACKING_ENABLED", "false")
     environment.setdefault(_SERIES_FILTER, "{}")
-    return [*line, *extra], environment
+    return line, environment
 
 
 def serve(
