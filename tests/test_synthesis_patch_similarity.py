@@ -8,6 +8,7 @@ import torch
 
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.variants import VARIANTS
+from monailabel_dfqsam.synthesis import patch_similarity
 from monailabel_dfqsam.synthesis.patch_similarity import (
     MAX_TOKENS,
     MIN_SPREAD,
@@ -18,6 +19,7 @@ from monailabel_dfqsam.synthesis.patch_similarity import (
 
 FLOAT32_TOLERANCE = 1e-4
 FLOAT64_TOLERANCE = 1e-9
+SAMPLING_TOLERANCE = 0.1  # nats; images differ by several
 GRADIENT_TOLERANCE = 1e-5
 
 
@@ -83,12 +85,23 @@ def test_scale_of_the_features_does_not_matter() -> None:
     )
 
 
+def test_choosing_pairs_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = 1 + torch.randn(256, 36, generator=torch.Generator().manual_seed(8))
+    chosen = float(patch_entropy(features))
+    monkeypatch.setattr(patch_similarity, "MAX_PAIRS", 256 * 256)
+    patch_similarity._pairs.cache_clear()
+    everything = float(patch_entropy(features))
+    patch_similarity._pairs.cache_clear()
+    assert chosen != everything
+    assert chosen == pytest.approx(everything, abs=SAMPLING_TOLERANCE)
+
+
 def test_many_tokens_are_sampled_alike_each_time() -> None:
     features = torch.randn(4096, 8, generator=torch.Generator().manual_seed(6))
     few = features[torch.randperm(4096, generator=torch.Generator().manual_seed(7))[:MAX_TOKENS]]
     sampled = float(patch_entropy(features))
     assert sampled == float(patch_entropy(features))
-    assert sampled == pytest.approx(float(patch_entropy(few)), abs=0.1)
+    assert sampled == pytest.approx(float(patch_entropy(few)), abs=SAMPLING_TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4,), (2, 3, 4)])

@@ -16,12 +16,13 @@ from monailabel_dfqsam.synthesis.synthesize import (
     Synthesis,
     image_generator,
     learning_rate,
+    mute,
     synthesize,
     to_model,
 )
 from tests.models import seeded_sam
 
-SHORT = SynthesisConfig(iterations=6)
+SHORT = SynthesisConfig(iterations=4)
 RANGE_TOLERANCE = 1e-6
 
 
@@ -75,11 +76,11 @@ def test_does_not_touch_the_global_generator_nor_the_model(sam: Sam) -> None:
 @pytest.mark.parametrize("with_auxiliary", [True, False])
 def test_losses_fall_and_images_stay_in_range(sam: Sam, with_auxiliary: bool) -> None:
     auxiliary = Auxiliary(Dots()) if with_auxiliary else None
-    config = SynthesisConfig(iterations=40)
+    config = SynthesisConfig(iterations=16)
     result = synthesize(sam, config, images=1, seed=0, auxiliary=auxiliary, progress=silent)
     (losses,) = result.losses
     assert set(losses) == set(LOSSES)
-    assert all(len(values) == 40 and all(map(math.isfinite, values)) for values in losses.values())
+    assert all(len(values) == 16 and all(map(math.isfinite, values)) for values in losses.values())
     assert sum(losses["total"][-5:]) < sum(losses["total"][:5])
     assert sum(losses["similarity"][-5:]) < sum(losses["similarity"][:5])
     assert (max(losses["class"]) > 0) is with_auxiliary
@@ -90,7 +91,7 @@ def test_losses_fall_and_images_stay_in_range(sam: Sam, with_auxiliary: bool) ->
 
 @pytest.mark.parametrize("with_auxiliary", [True, False])
 def test_evolution_is_recorded_from_the_ellipse_to_its_last_iteration(sam: Sam, with_auxiliary: bool) -> None:
-    config = SynthesisConfig(iterations=36, min_score=0.3)
+    config = SynthesisConfig(iterations=12, min_score=0.3)
     auxiliary = Auxiliary(Dots()) if with_auxiliary else None
     result = synthesize(sam, config, images=1, seed=1, auxiliary=auxiliary, progress=silent)
     (steps,) = result.evolution
@@ -168,6 +169,25 @@ def test_black_and_white_reach_the_ends_of_every_models_range(name: str) -> None
     converted = to_model(VARIANTS[name], ends).view(2, 3)
     expected = torch.stack(input_range(VARIANTS[name]))
     torch.testing.assert_close(converted, expected)
+
+
+def test_muting_keeps_greys_and_the_range_and_a_tenth_of_the_colour() -> None:
+    low, high = (bound.view(3, 1, 1) for bound in input_range(VARIANTS["tiny"]))
+    unit = torch.tensor([[0.5, 1.0, 0.0], [0.5, 0.0, 0.0], [0.5, 0.2, 0.0]]).view(1, 3, 1, 3)
+    muted = (mute(low + unit * (high - low), (low, high)) - low) / (high - low)
+    assert muted[0, :, 0, 0].tolist() == pytest.approx([0.5] * 3, abs=RANGE_TOLERANCE)
+    assert muted[0, :, 0, 1].tolist() == pytest.approx([0.46, 0.36, 0.38], abs=RANGE_TOLERANCE)
+    assert muted[0, :, 0, 2].tolist() == pytest.approx([0.0] * 3, abs=RANGE_TOLERANCE)
+
+
+def test_images_are_nearly_grey_and_start_from_grey_noise(sam: Sam) -> None:
+    (image,) = synthesize(
+        sam, replace(SHORT, iterations=1), images=1, seed=0, auxiliary=None, progress=silent
+    ).images
+    low, high = (bound.view(3, 1, 1) for bound in input_range(sam.variant))
+    unit = (image - low) / (high - low)
+    assert float(unit.std(0).mean()) < 0.1 * float(unit.mean(0).std())
+    assert 0.5 < float(image.std()) < 1.5
 
 
 def test_generators_of_seeds_and_indices_differ() -> None:
