@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from monailabel_dfqsam.config import Calibration, Policy
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
+from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.sam.preprocess import input_range
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from monailabel_dfqsam.synthesis.label_evolution import EvolutionStep
     from monailabel_dfqsam.synthesis.synthesize import Synthesis
 
+# Patch-similarity entropies of real medical images under the embedded weights, measured once; for comparison
+# alone, nothing is fitted to them.
+REAL_IMAGES = EMBEDDED.with_name("dfqsam-tiny-real-images.json")
 MAX_IMAGES = 8
 MAX_STRIPS = 4
 MAX_STEPS = 8
@@ -125,7 +130,7 @@ def _context(result: QuantizationResult, checkpoint: Checkpoint) -> dict[str, An
         "images": _pictures(result.calibration_images, checkpoint.variant, calibration),
         "evolution": _strips(synthesis) if synthesis else [],
         "losses": _loss_charts(synthesis) if synthesis else [],
-        "entropy": _entropy_chart(result.entropies) if result.entropies else None,
+        **_entropies(result.entropies, checkpoint.sha256),
         "layers": _layer_rows(result.layer_errors),
         "provenance": _provenance(header, config),
     }
@@ -296,10 +301,23 @@ def _loss_charts(synthesis: Synthesis) -> list[Chart]:
     return charts
 
 
-def _entropy_chart(entropies: Mapping[str, Sequence[float]]) -> Chart:
-    return _line_chart(
-        "mean patch-similarity entropy by encoder block (0 is the first)", entropies, dots=True
-    )
+def _entropies(measured: Mapping[str, Sequence[float]], weights_sha256: str) -> dict[str, Any]:
+    """The chart of entropies, and, for weights measured on real images, how far each kind lies from those."""
+    if not measured:
+        return {"entropy": None, "entropy_rows": []}
+    curves = dict(measured)
+    reference = json.loads(REAL_IMAGES.read_text(encoding="utf-8"))
+    rows: list[tuple[str, str, str]] = []
+    if reference["weights_sha256"] == weights_sha256:
+        real = reference["mean"]
+        for name, curve in curves.items():
+            distance = float(np.abs(np.subtract(curve, real)).mean())
+            rows.append((name, f"{np.mean(curve):.2f}", f"{distance:.2f}"))
+        name = f"{reference['images']} real images"
+        rows.append((name, f"{np.mean(real):.2f}", "0"))
+        curves[name] = real
+    title = "mean patch-similarity entropy by encoder block (0 is the first)"
+    return {"entropy": _line_chart(title, curves, dots=True), "entropy_rows": rows}
 
 
 def _line_chart(title: str, curves: Mapping[str, Sequence[float]], *, dots: bool) -> Chart:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from PIL import Image
 from monailabel_dfqsam.config import Calibration, Policy, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 from monailabel_dfqsam.pipeline import QuantizationResult, quantize
-from monailabel_dfqsam.report import MAX_STEPS, write_report
-from monailabel_dfqsam.sam import VARIANTS, Checkpoint, Sam
+from monailabel_dfqsam.report import MAX_STEPS, REAL_IMAGES, write_report
+from monailabel_dfqsam.sam import VARIANTS, Checkpoint, Sam, read_checkpoint
 from monailabel_dfqsam.sam.preprocess import PIXEL_MEAN, PIXEL_STD
 
 ITERATIONS = 4
@@ -239,3 +240,19 @@ def test_an_old_report_is_replaced_whole(
 )
 def test_numbers_for_people(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_synthetic_images_lie_nearer_to_real_ones_than_noise_does(tmp_path: Path) -> None:
+    embedded = read_checkpoint()
+    config = QuantizationConfig(synthesis=SynthesisConfig(iterations=60))
+    made = quantize(embedded, config)
+    reference = json.loads(REAL_IMAGES.read_text())
+    assert reference["weights_sha256"] == embedded.sha256, "measure the real images again for these weights"
+    distance = {
+        kind: np.abs(np.subtract(values, reference["mean"])).mean() for kind, values in made.entropies.items()
+    }
+    assert distance["synthetic"] < distance["gaussian"]
+    write_report(made, embedded, tmp_path / "report.html")
+    text = Page(tmp_path / "report.html").text
+    assert f"{reference['images']} real images" in text
+    assert f"{distance['synthetic']:.2f}" in text
