@@ -3,7 +3,6 @@
 # make check  the same with the quick tests only
 #
 # PYTHON chooses the interpreter of the environment (3.10, 3.11 or 3.12); by default the first that works.
-# UV_TORCH_BACKEND=cpu, uv's own setting, installs torch without its CUDA libraries.
 
 VENV := .venv
 BIN := $(VENV)/bin
