@@ -122,7 +122,7 @@ def to_model(variant: Variant, normalized: Tensor) -> Tensor:
 
 
 def mute(images: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
-    """Nearly grey images: in each pixel, channels come within a tenth of their distance from their mean.
+    """Nearly grey images: in each pixel, channels keep the share `COLOUR` of their distance from their mean.
 
     The channels of real images go together, those of medical ones most of all. Free channels are where
     optimisation goes first: complementary colours, which no training image had, make the similarities of
