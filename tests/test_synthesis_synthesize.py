@@ -11,6 +11,7 @@ from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam.preprocess import input_range
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary
 from monailabel_dfqsam.synthesis.synthesize import (
+    COLOUR,
     LOSSES,
     Augmentation,
     Synthesis,
@@ -171,12 +172,14 @@ def test_black_and_white_reach_the_ends_of_every_models_range(name: str) -> None
     torch.testing.assert_close(converted, expected)
 
 
-def test_muting_keeps_greys_and_the_range_and_a_tenth_of_the_colour() -> None:
+def test_muting_keeps_greys_and_the_range_and_a_share_of_the_colour() -> None:
     low, high = (bound.view(3, 1, 1) for bound in input_range(VARIANTS["tiny"]))
     unit = torch.tensor([[0.5, 1.0, 0.0], [0.5, 0.0, 0.0], [0.5, 0.2, 0.0]]).view(1, 3, 1, 3)
     muted = (mute(low + unit * (high - low), (low, high)) - low) / (high - low)
+    # (1.0, 0.0, 0.2) has the grey level 0.4.
+    expected = [0.4 + COLOUR * 0.6, 0.4 - COLOUR * 0.4, 0.4 - COLOUR * 0.2]
     assert muted[0, :, 0, 0].tolist() == pytest.approx([0.5] * 3, abs=RANGE_TOLERANCE)
-    assert muted[0, :, 0, 1].tolist() == pytest.approx([0.46, 0.36, 0.38], abs=RANGE_TOLERANCE)
+    assert muted[0, :, 0, 1].tolist() == pytest.approx(expected, abs=RANGE_TOLERANCE)
     assert muted[0, :, 0, 2].tolist() == pytest.approx([0.0] * 3, abs=RANGE_TOLERANCE)
 
 
