@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from monailabel.interfaces.tasks.train import TrainTask
 
@@ -188,12 +189,10 @@ def _exit_with_parent() -> None:
 
 
 def _alive(pid: object) -> bool:
+    """Whether a process runs; one that has ended but was not yet collected by the server does not."""
     if not isinstance(pid, int):
         return False
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True
