@@ -21,8 +21,8 @@ from torch import Tensor
 
 from monailabel_dfqsam import __version__
 from monailabel_dfqsam.artifact import FORMAT_VERSION, Artifact, encode_layer, stored
-from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, silent
-from monailabel_dfqsam.engines import Encoder, load_encoder, select
+from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, SynthesisConfig, silent
+from monailabel_dfqsam.engines import Encoder, load_encoder
 from monailabel_dfqsam.fidelity import mask_agreement
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
 from monailabel_dfqsam.quantization.cost import encoder_cost
@@ -81,7 +81,7 @@ def quantize(
     sam = build(checkpoint)
     synthesis = None
     if config.calibration is Calibration.SYNTHETIC:
-        synthesis = _synthesize(sam, config, config.images, config.seed, device, progress)
+        synthesis = _synthesize(sam, config.synthesis, config.images, config.seed, device, progress)
         images = synthesis.images
     elif config.calibration is Calibration.GAUSSIAN:
         images = gaussian_images(checkpoint.variant, config.images, config.seed)
@@ -89,15 +89,12 @@ def quantize(
         assert config.folder is not None
         images = folder_images(checkpoint.variant, Path(config.folder), config.images)
     quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, progress)
-    held_out = replace(
-        config,
-        synthesis=replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations)),
-    )
+    held_out = replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations))
     unseen = _synthesize(
         sam, held_out, FIDELITY_IMAGES, config.seed + FIDELITY_SEED_OFFSET, device, progress, "fidelity"
     ).images
     artifact = _pack(checkpoint, config, sam, quantized, images)
-    encoder = load_encoder(artifact, select(artifact))
+    encoder = load_encoder(artifact)
     mean_iou, count = mask_agreement(sam, encoder, unseen)
     header = {
         **artifact.header,
@@ -105,15 +102,17 @@ def quantize(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 2),
     }
-    noise = gaussian_images(checkpoint.variant, len(images), config.seed)
+    kinds = {config.calibration.value: images}
+    if config.calibration is not Calibration.GAUSSIAN:
+        kinds["gaussian"] = gaussian_images(checkpoint.variant, len(images), config.seed)
     return QuantizationResult(
         artifact=replace(artifact, header=header),
         synthesis=synthesis,
         calibration_images=images,
         layer_errors=layer_errors(sam.image_encoder, encoder, images[:1]),
         entropies={
-            config.calibration.value: encoder_patch_entropies(sam.image_encoder, images).mean(0).tolist(),
-            "gaussian": encoder_patch_entropies(sam.image_encoder, noise).mean(0).tolist(),
+            kind: encoder_patch_entropies(sam.image_encoder, group).mean(0).tolist()
+            for kind, group in kinds.items()
         },
     )
 
@@ -151,7 +150,7 @@ def layer_errors(float_encoder: ImageEncoderViT, encoder: Encoder, images: Tenso
 
 def _synthesize(
     sam: Sam,
-    config: QuantizationConfig,
+    config: SynthesisConfig,
     count: int,
     seed: int,
     device: torch.device,
@@ -165,9 +164,7 @@ def _synthesize(
 
     sam.to(device)
     try:
-        return synthesize(
-            sam, config.synthesis, images=count, seed=seed, auxiliary=auxiliary, progress=staged
-        )
+        return synthesize(sam, config, images=count, seed=seed, auxiliary=auxiliary, progress=staged)
     finally:
         sam.to("cpu")
 
