@@ -1,0 +1,333 @@
+"""How long a click takes: a session as 3D Slicer plays it, against the real server, timed at the client.
+
+The server runs in a process of its own, as `dfqsam serve` starts it, on one computed volume; it quantizes
+quickly first, since neither the encoder's weights nor its synthesis change how long an answer takes. A row
+is one kind of click; its `split` comes from the server's own clock, and `http` is the rest of what the client
+waited: request, reply, and parsing.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+import SimpleITK as sitk
+
+from monailabel_dfqsam.benchmark import stock_app
+from monailabel_dfqsam.config import Progress, silent
+from monailabel_dfqsam.demo.server import DemoServer
+from monailabel_dfqsam.numbers import in_seconds
+from monailabel_dfqsam.server.models import FULL_PRECISION
+from monailabel_dfqsam.server.serve import prepare_app
+from monailabel_dfqsam.slicer_session import InferReply, SlicerSession
+
+IMAGE = "volume"
+SPACING = (0.75, 0.75, 2.5)  # millimetres; a thoracic CT's
+_TILT = 0.2  # radians, so that the grid is none of the patient's planes
+_ITERATIONS = 10
+_NEIGHBOURHOOD = 3  # slices from one uncached click to the next, so that none is another's neighbour
+_REPEATS = 10  # of the kinds of click that need a slice each
+_QUANTIZE_SECONDS = 1800.0
+_WAIT_SECONDS = 120.0
+_POLL_SECONDS = 0.1
+_STAGES = ("load", "embed", "decode", "post", "write")
+
+
+class ClickError(ValueError):
+    """A measurement that did not come about; the message says why."""
+
+
+def measure_clicks(
+    *,
+    clicks: int = 200,
+    shape: tuple[int, int, int] = (512, 512, 100),
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Plays the session and times it.
+
+    Args:
+        clicks: how many cached clicks.
+        shape: (I, J, K) of the volume, int16.
+        checkpoint: weights to quantize and serve; None takes the embedded ones.
+        progress: called with (stage, done, total).
+
+    Returns:
+        `model`, `engine`, `shape`, `clicks`, and `rows`: each {case, n, median_s, p95_s, min_s, split,
+        reply_bytes}, seconds at the client, `split` medians of load, embed, decode, post, write and http
+        where the server tells them. Cases: 'first on the volume', 'first on a slice', 'cached', 'next slice,
+        prepared', 'next slice, not prepared', 'cached, OHIF' (uncompressed, no multipart), and 'MONAI
+        Label': the mask of the cached clicks answered by `stock_app`.
+
+    Raises:
+        ClickError: when the volume is too small for the session, or the quantized model is not served.
+        ServerFailed: when a server does not start, or ends.
+    """
+    if clicks < 1 or min(shape[:2]) < 32 or shape[2] < _slices_needed():
+        raise ClickError(
+            f"a session needs clicks, slices of 32×32 at least, and {_slices_needed()} of them, "
+            f"not {clicks} clicks on {'×'.join(map(str, shape))}"
+        )
+    with tempfile.TemporaryDirectory(prefix="dfqsam-click-") as name:
+        folder = Path(name)
+        studies = folder / "studies"
+        studies.mkdir()
+        progress("volume", 0, 1)
+        write_phantom(studies / f"{IMAGE}.nrrd", shape)
+        progress("volume", 1, 1)
+        if checkpoint is not None:
+            # The only place that the server takes another checkpoint than its own from.
+            (prepare_app(folder / "app") / "model").mkdir()
+            (folder / "app" / "model" / checkpoint.name).symlink_to(checkpoint.resolve())
+        with DemoServer(studies, folder / "app", folder / "server.log") as server:
+            session = SlicerSession(server.url)
+            _quantize(session, None if checkpoint is None else checkpoint.name, server.check, progress)
+            play = _Play(session, shape, progress)
+            rows = play.rows(clicks)
+        rows.append(_stock_row(folder, studies, play.last, clicks, progress))
+        return {
+            "model": play.last.params["model"],
+            "engine": play.last.params["engine"],
+            "checkpoint": "embedded" if checkpoint is None else checkpoint.name,
+            "shape": list(shape),
+            "clicks": clicks,
+            "rows": rows,
+        }
+
+
+def write_phantom(path: Path, shape: tuple[int, int, int]) -> None:
+    """Writes [I, J, K] int16 in Hounsfield units: a body with a warped organ through all slices, and noise.
+
+    The grid is anisotropic and tilted. The object's middle is `organ_centre(shape, k)`.
+    """
+    i, j = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape[:2]), indexing="ij")
+    random = np.random.default_rng(0)
+    planes = []
+    for k in range(shape[2]):
+        body = ((i / shape[0] - 0.5) / 0.45) ** 2 + ((j / shape[1] - 0.5) / 0.38) ** 2 < 1
+        ci, cj = organ_centre(shape, k)
+        angle = np.arctan2(j - cj, i - ci)
+        radius = 0.16 * min(shape[:2]) * (1 + 0.12 * np.cos(3 * angle + k / 9))
+        organ = np.hypot(i - ci, j - cj) < radius
+        values = np.where(organ, 140, np.where(body, 30, -1000)).astype(np.float32)
+        planes.append((values + random.standard_normal(values.shape, dtype=np.float32) * 12).T)
+    image = sitk.GetImageFromArray(np.stack(planes).astype(np.int16))
+    image.SetSpacing(SPACING)
+    image.SetOrigin((-190.5, -185.25, 42.0))
+    c, s = float(np.cos(_TILT)), float(np.sin(_TILT))
+    image.SetDirection((1, 0, 0, 0, c, -s, 0, s, c))
+    sitk.WriteImage(image, str(path))
+
+
+def organ_centre(shape: tuple[int, int, int], k: int) -> tuple[int, int]:
+    """(i, j) of the phantom's organ on slice k."""
+    shift = k / max(1, shape[2] - 1)
+    return round(shape[0] * (0.42 + 0.1 * shift)), round(shape[1] * (0.55 - 0.08 * shift))
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """{n, median_s, p95_s, min_s} of some times."""
+    times = np.asarray(seconds)
+    return {
+        "n": len(times),
+        "median_s": float(np.median(times)),
+        "p95_s": float(np.percentile(times, 95)),
+        "min_s": float(times.min()),
+    }
+
+
+def _slices_needed() -> int:
+    """First clicks and walks along slices, each on slices of its own."""
+    return _NEIGHBOURHOOD * (_REPEATS + 1) + 2 * (_REPEATS + _NEIGHBOURHOOD) + 1
+
+
+class _Play:
+    """One annotator at one server.
+
+    Attributes:
+        last: the last cached reply.
+    """
+
+    last: InferReply
+
+    def __init__(self, session: SlicerSession, shape: tuple[int, int, int], progress: Progress) -> None:
+        self._session = session
+        self._shape = shape
+        self._progress = progress
+        self._embedded: dict[int, int] = {}  # slice -> number of the click that came last, 0 for neighbours
+        self._clicks = 0
+        self._unit = 0
+
+    def rows(self, clicks: int) -> list[dict[str, Any]]:
+        """All kinds of click in turn, on slices apart from one another."""
+        before = self._cached_bytes()
+        first = [self._click(0)]
+        self._unit = self._cached_bytes() - before
+        step = range(_NEIGHBOURHOOD, _NEIGHBOURHOOD * (_REPEATS + 1), _NEIGHBOURHOOD)
+        fresh = [self._click(k, cached=False) for k in step]
+        k = step[-1]
+        self._settle()
+        cached = []
+        for n in range(clicks):
+            cached.append(self._click(k, n, cached=True))
+            self._progress("cached clicks", n + 1, clicks)
+        self.last = cached[-1][1]
+        ohif = [self._ohif_click(k, n) for n in range(max(_REPEATS, clicks // 10))]
+        prepared, k = self._walk(k + _NEIGHBOURHOOD, prepared=True)
+        unprepared, _ = self._walk(k + _NEIGHBOURHOOD, prepared=False)
+        return [
+            _row("first on the volume", first),
+            _row("first on a slice", fresh),
+            _row("cached", cached),
+            _row("next slice, prepared", prepared),
+            _row("next slice, not prepared", unprepared),
+            {
+                "case": "cached, OHIF",
+                **summary([seconds for seconds, _ in ohif]),
+                "reply_bytes": int(np.median([size for _, size in ohif])),
+            },
+        ]
+
+    def _walk(self, k: int, *, prepared: bool) -> tuple[list[tuple[float, InferReply]], int]:
+        """Clicks on slice after slice, waiting between them for the neighbours or not; and the last slice."""
+        self._click(k)
+        found = []
+        for _ in range(_REPEATS):
+            k += 1
+            if prepared:
+                self._settle()
+            found.append(self._click(k, cached=prepared))
+            self._progress("next slices", len(found), _REPEATS)
+        return found, k
+
+    def _click(self, k: int, n: int = 0, cached: bool | None = None) -> tuple[float, InferReply]:
+        """Seconds and the answer to a point near the organ's middle on slice k, another one for each n."""
+        i, j = organ_centre(self._shape, k)
+        point = [i + n % 7 - 3, j + n // 7 % 7 - 3, k]
+        begin = time.perf_counter()
+        reply = self._session.infer(IMAGE, [point], slice_index=k)
+        seconds = time.perf_counter() - begin
+        if cached is not None and reply.params["cached"] is not cached:
+            raise ClickError(f"slice {k} was to be {'in' if cached else 'out of'} the cache and was not")
+        self._clicks += 1
+        self._embedded[k] = self._clicks
+        return seconds, reply
+
+    def _ohif_click(self, k: int, n: int) -> tuple[float, int]:
+        """Seconds and the reply's bytes of a click as OHIF sends it: the voxels as they are, no multipart."""
+        i, j = organ_centre(self._shape, k)
+        params = {
+            "foreground": [[i + n % 7 - 3, j, k]], "background": [], "label": "organ",
+            "result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False,
+            "restore_label_idx": False,
+        }  # fmt: skip
+        with requests.Session() as http:
+            http.trust_env = False
+            begin = time.perf_counter()
+            answer = http.post(
+                f"{self._session.url}/infer/dfqsam",
+                params={"image": IMAGE, "output": "image"},
+                files={"params": (None, json.dumps(params))},
+                timeout=_WAIT_SECONDS,
+            )
+            seconds = time.perf_counter() - begin
+        if answer.status_code != 200:
+            raise ClickError(f"a click as OHIF sends it was answered by {answer.status_code}")
+        return seconds, len(answer.content)
+
+    def _settle(self) -> None:
+        """Until the server has prepared the last click's neighbours."""
+        last = max(self._embedded, key=self._embedded.__getitem__)
+        for k in (last - 1, last + 1):
+            self._embedded.setdefault(k, 0)
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while self._cached_bytes() < self._unit * len(self._embedded):
+            if time.monotonic() > deadline:
+                raise ClickError(f"the neighbouring slices were not ready within {_WAIT_SECONDS:.0f} s")
+            time.sleep(_POLL_SECONDS)
+
+    def _cached_bytes(self) -> int:
+        return int(self._session.info()["models"]["dfqsam"]["embedding_cache"]["bytes"])
+
+
+def _quantize(
+    session: SlicerSession, checkpoint: str | None, check: Callable[[], None], progress: Progress
+) -> None:
+    """Has the server quantize in few iterations, instead of as it began to, and serve the result."""
+    named = {} if checkpoint is None else {"checkpoint": checkpoint}
+    progress("quantizing", 0, 1)
+
+    def state() -> str:
+        check()
+        return str(session.info()["train_stats"]["dfqsam"].get("state", ""))
+
+    _wait(session.is_training, check)
+    session.stop_training()
+    _wait(lambda: not session.is_training(), check)
+    session.train(iterations=_ITERATIONS, **named)
+    _wait(lambda: state() in ("published", "rejected", "failed") and not session.is_training(), check)
+    if state() != "published":
+        reason = session.info()["train_stats"]["dfqsam"].get("error", "see its log")
+        raise ClickError(f"the server does not serve its quantized model: {reason}")
+
+    def served() -> bool:
+        return str(session.info()["models"]["dfqsam"]["serving"]["model"]) != FULL_PRECISION
+
+    _wait(served, check)
+    progress("quantizing", 1, 1)
+
+
+def _wait(condition: Callable[[], bool], check: Callable[[], None]) -> None:
+    deadline = time.monotonic() + _QUANTIZE_SECONDS
+    while not condition():
+        check()
+        if time.monotonic() > deadline:
+            raise ClickError(f"quantizing took more than {in_seconds(_QUANTIZE_SECONDS)}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _stock_row(
+    folder: Path, studies: Path, reply: InferReply, clicks: int, progress: Progress
+) -> dict[str, Any]:
+    """The last cached click's mask, answered by MONAI Label's own app, endpoint and writer."""
+    app = folder / "stock"
+    app.mkdir()
+    (app / "main.py").write_text(stock_app.MAIN_PY)
+    (app / stock_app.MASK_NAME).write_bytes(reply.image)
+    found = []
+    with DemoServer(studies, app, folder / "stock.log") as server:
+        session = SlicerSession(server.url)
+        for n in range(clicks + 1):
+            begin = time.perf_counter()
+            answer = session.infer(IMAGE, [[1, 1, 0]], model=stock_app.MODEL)
+            found.append((time.perf_counter() - begin, answer))
+            progress("MONAI Label's own", n, clicks)
+    own, theirs = (_read(file, folder) for file in (reply, found[-1][1]))
+    same = np.array_equal(sitk.GetArrayViewFromImage(own), sitk.GetArrayViewFromImage(theirs))
+    if not same or not np.allclose(own.GetDirection(), theirs.GetDirection()):
+        raise ClickError("MONAI Label's own answer is another mask than the one compared with")
+    return _row("MONAI Label", found[1:])  # the first one loads the mask
+
+
+def _read(reply: InferReply, folder: Path) -> sitk.Image:
+    path = folder / "read.nrrd"
+    path.write_bytes(reply.image)
+    return sitk.ReadImage(str(path))
+
+
+def _row(case: str, clicks: Sequence[tuple[float, InferReply]]) -> dict[str, Any]:
+    laps = [reply.params["latencies"] for _, reply in clicks]
+    split = {name: float(np.median([lap[name] for lap in laps])) for name in _STAGES if name in laps[0]}
+    rest = [seconds - lap["total"] for (seconds, _), lap in zip(clicks, laps, strict=True)]
+    return {
+        "case": case,
+        **summary([seconds for seconds, _ in clicks]),
+        "split": {**split, "http": float(np.median(rest))},
+        "reply_bytes": int(np.median([len(reply.image) for _, reply in clicks])),
+    }
