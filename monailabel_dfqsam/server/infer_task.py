@@ -26,13 +26,13 @@ from scipy import ndimage
 from monailabel_dfqsam.segmentation.embeddings import EmbeddingCache
 from monailabel_dfqsam.segmentation.prompts import read_prompts
 from monailabel_dfqsam.segmentation.segmenter import Embedding
+from monailabel_dfqsam.segmentation.slice_mask import write_slice_mask
 from monailabel_dfqsam.segmentation.volume import (
     Volume,
     VolumeLoader,
     Window,
     file_key,
     slice_rgb,
-    write_mask,
 )
 from monailabel_dfqsam.server.models import Models, Served
 from monailabel_dfqsam.server.neighbours import Neighbours
@@ -129,10 +129,9 @@ class SegmentTask(InferTask):  # type: ignore[misc]
         clock.lap("embed")
         prediction = served.segmenter.predict(embedding, prompts, multimask)
         clock.lap("decode")
-        mask = np.zeros(volume.shape, dtype=np.uint8)
-        mask[:, :, k] = _largest_component(prediction.mask) if largest else prediction.mask
+        mask = _largest_component(prediction.mask) if largest else prediction.mask
         clock.lap("post")
-        file = _write(mask, volume, extension, pixel_type, compress)
+        file = _write(mask, k, volume, extension, pixel_type, compress)
         clock.lap("write")
         self._prepare_neighbours(served, path, volume, k, window)
         return file, {
@@ -185,7 +184,7 @@ class _Clock:
         self._laps[name], self._last = now - self._last, now
 
     def laps(self) -> dict[str, float]:
-        return {k: round(v, 4) for k, v in {**self._laps, "total": self._last - self._begin}.items()}
+        return {k: round(v, 6) for k, v in {**self._laps, "total": self._last - self._begin}.items()}
 
 
 def _flag(request: Mapping[str, Any], key: str) -> bool:
@@ -207,7 +206,7 @@ def _window(name: Any, volume: Volume) -> Window | None:
 
 
 def _result_format(request: Mapping[str, Any]) -> tuple[str, int, bool]:
-    """File ending, ITK pixel type, and whether to compress, as upstream's writer reads them."""
+    """File ending, ITK pixel type, and whether to compress: unless told not to, as OHIF does."""
     extension = request.get("result_extension") or EXTENSIONS[1]
     if extension not in EXTENSIONS:
         raise ValueError(f"result_extension must be one of {', '.join(EXTENSIONS)}, not {extension!r}")
@@ -215,7 +214,9 @@ def _result_format(request: Mapping[str, Any]) -> tuple[str, int, bool]:
     if not isinstance(name, str) or name not in _PIXEL_TYPES:
         raise ValueError(f"result_dtype must be one of {', '.join(_PIXEL_TYPES)}, not {name!r}")
     compress = request.get("result_compress")
-    return extension, _PIXEL_TYPES[name], _flag({"result_compress": compress or False}, "result_compress")
+    if compress in (None, ""):
+        compress = True
+    return extension, _PIXEL_TYPES[name], _flag({"result_compress": compress}, "result_compress")
 
 
 def _largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -227,11 +228,13 @@ def _largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return largest
 
 
-def _write(mask: NDArray[np.uint8], volume: Volume, extension: str, pixel_type: int, compress: bool) -> str:
+def _write(
+    mask: NDArray[np.bool_], k: int, volume: Volume, extension: str, pixel_type: int, compress: bool
+) -> str:
     handle, file = tempfile.mkstemp(prefix="dfqsam-", suffix=extension)
     os.close(handle)
     try:
-        write_mask(mask, volume, file, compress)
+        write_slice_mask(mask.astype(np.uint8), k, volume, file, compress)
         if pixel_type != sitk.sitkUInt8:
             sitk.WriteImage(sitk.Cast(sitk.ReadImage(file), pixel_type), file, useCompression=compress)
     except BaseException:
