@@ -21,6 +21,7 @@ from monailabel_dfqsam.engines import load_encoder
 from monailabel_dfqsam.sam.model import Sam, build_decoder
 from monailabel_dfqsam.sam.preprocess import Frame, to_image, to_input
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
+from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, channels_last
 
 # segment-anything's prompt encoder takes pixel indices and adds this to reach pixel centres. Prompts here
 # count from the pixel's edge, so it is taken off again.
@@ -93,10 +94,10 @@ class Segmenter:
         self.variant = variant
         self._embed = embed
         self._prompt_encoder = prompt_encoder.eval().requires_grad_(False)
-        self._mask_decoder = mask_decoder.eval().requires_grad_(False)
         self._device = next(prompt_encoder.parameters()).device
         with torch.inference_mode():
-            self._positions = prompt_encoder.get_dense_pe()  # type: ignore[operator]
+            positions = prompt_encoder.get_dense_pe()  # type: ignore[operator]
+            self._decode = OneMaskDecoder(mask_decoder.eval().requires_grad_(False), positions)
 
     @torch.inference_mode()
     def embed(self, rgb: NDArray[Any]) -> Embedding:
@@ -106,7 +107,7 @@ class Segmenter:
             ValueError: when the image is of another shape or type, or empty.
         """
         x, frame = to_input(self.variant, rgb)
-        return Embedding(self._embed(x), frame)
+        return Embedding(channels_last(self._embed(x)), frame)
 
     @torch.inference_mode()
     def predict(self, embedding: Embedding, prompts: Prompts, multimask: bool = True) -> Prediction:
@@ -124,17 +125,10 @@ class Segmenter:
         _check(prompts, embedding.frame)
         points, boxes, masks = self._model_prompts(prompts, embedding.frame)
         sparse, dense = self._prompt_encoder(points, boxes, masks)
-        logits, scores = self._mask_decoder(
-            image_embeddings=embedding.tensor.to(self._device),
-            image_pe=self._positions,
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask,
-        )
-        best = int(scores[0].argmax())
-        chosen = logits[:, best : best + 1].cpu()
-        mask = to_image(chosen, embedding.frame)[0, 0] > 0
-        return Prediction(mask.numpy(), float(scores[0, best]), chosen)
+        logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask)
+        logits = logits.cpu()
+        mask = to_image(logits, embedding.frame)[0, 0] > 0
+        return Prediction(mask.numpy(), score, logits)
 
     def _model_prompts(
         self, prompts: Prompts, frame: Frame

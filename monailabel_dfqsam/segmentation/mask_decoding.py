@@ -1,0 +1,76 @@
+"""segment-anything's mask decoder for one object, asked for one mask only.
+
+The modules and their weights are segment-anything's, and so is the result, up to the rounding of float32. The
+way differs: channels come last throughout, so that no product needs a copy; the upscaling, whose kernels do
+not overlap, is two products; and only the mask that is chosen is computed, of four.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class OneMaskDecoder:
+    """From an image's and prompts' embeddings to the best mask; stateless between calls."""
+
+    def __init__(self, decoder: nn.Module, positions: Tensor) -> None:
+        """Wraps a `MaskDecoder` of segment-anything.
+
+        Args:
+            decoder: in evaluation mode, on the device it stays on.
+            positions: [1, C, h, w] float32, the prompt encoder's `get_dense_pe()`.
+        """
+        self._decoder: Any = decoder
+        self._positions = channels_last(positions)
+        stages: Any = decoder.output_upscaling
+        first, self._norm, self._activation, second, self._last_activation = stages
+        self._first, self._second = _as_product(first), _as_product(second)
+
+    def __call__(self, image: Tensor, sparse: Tensor, dense: Tensor, multimask: bool) -> tuple[Tensor, float]:
+        """The mask and its predicted IoU.
+
+        Args:
+            image: [1, C, h, w] float32, fastest in the layout of `channels_last`.
+            sparse: [1, N, C] float32, points and boxes.
+            dense: [1, C, h, w] float32, the mask prompt.
+            multimask: take the best of outputs 1 to 3, otherwise output 0.
+
+        Returns:
+            [1, 1, 4h, 4w] float32 logits, and the IoU that the decoder expects, about 0 … 1.
+        """
+        decoder = self._decoder
+        tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight, sparse[0]])[None]
+        queries, keys = decoder.transformer(image + dense, self._positions, tokens)
+        scores = decoder.iou_prediction_head(queries[:, 0])[0]
+        best = 1 + int(scores[1:].argmax()) if multimask else 0
+        weights = decoder.output_hypernetworks_mlps[best](queries[0, 1 + best])
+        height, width = image.shape[2:]
+        # Axes: row, column, then row and column within each of the two enlargements.
+        logits = (self._upscaled(keys[0]) @ weights).view(height, width, 2, 2, 2, 2)
+        return logits.permute(0, 2, 4, 1, 3, 5).reshape(1, 1, 4 * height, 4 * width), float(scores[best])
+
+    def _upscaled(self, keys: Tensor) -> Tensor:
+        """[h·w, C] to [h·w·16, C/8]; the 16 pixels of a token follow one another."""
+        norm = self._norm
+        x = F.linear(keys, *self._first).view(-1, norm.weight.numel())
+        # segment-anything's LayerNorm2d is LayerNorm over the channels, here the last axis.
+        x = F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, norm.eps)
+        x = F.linear(self._activation(x), *self._second)
+        pixels: Tensor = self._last_activation(x.view(-1, x.shape[1] // 4))
+        return pixels
+
+
+def channels_last(grid: Tensor) -> Tensor:
+    """The same [B, C, h, w] with the channels of a place side by side in memory."""
+    return grid.contiguous(memory_format=torch.channels_last)
+
+
+def _as_product(convolution: Any) -> tuple[Tensor, Tensor]:
+    """Weight [4·Cout, Cin] and bias of a transposed 2×2 convolution of stride 2: each pixel becomes four."""
+    weight: Tensor = convolution.weight  # [Cin, Cout, 2, 2]
+    bias: Tensor = convolution.bias
+    return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0]).contiguous(), bias.repeat(4)
