@@ -39,6 +39,7 @@ class EngineKind(str, Enum):
 
     REFERENCE = "reference"
     ONEDNN = "onednn"
+    CUTLASS = "cutlass"
 
 
 class Preset(str, Enum):

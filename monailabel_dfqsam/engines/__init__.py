@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines import onednn
+from monailabel_dfqsam.engines import cutlass, onednn
+from monailabel_dfqsam.engines.cutlass import CutlassEncoder
 from monailabel_dfqsam.engines.encoder import Encoder
 from monailabel_dfqsam.engines.onednn import OnednnEncoder
 from monailabel_dfqsam.engines.reference import ReferenceEncoder
@@ -14,9 +15,11 @@ __all__ = ["Encoder", "load_encoder", "select"]
 
 def select(artifact: Artifact) -> EngineKind:
     """The fastest engine that works here for an artifact."""
-    if not artifact.header["attention_bits"] and onednn.available():
-        return EngineKind.ONEDNN
-    return EngineKind.REFERENCE
+    if artifact.header["attention_bits"]:
+        return EngineKind.REFERENCE
+    if cutlass.available():
+        return EngineKind.CUTLASS
+    return EngineKind.ONEDNN if onednn.available() else EngineKind.REFERENCE
 
 
 def load_encoder(artifact: Artifact, kind: EngineKind | None = None) -> Encoder:
@@ -26,4 +29,6 @@ def load_encoder(artifact: Artifact, kind: EngineKind | None = None) -> Encoder:
         ArtifactError: when the artifact does not fit its model or the engine.
     """
     kind = kind or select(artifact)
+    if kind is EngineKind.CUTLASS:
+        return CutlassEncoder(artifact)
     return OnednnEncoder(artifact) if kind is EngineKind.ONEDNN else ReferenceEncoder(artifact)
