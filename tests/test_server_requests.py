@@ -126,6 +126,17 @@ def test_the_result_comes_as_asked(running: Running, tmp_path: Path, extension: 
     assert voxels(image_of(reply, tmp_path)).dtype == dtype
 
 
+def test_the_mask_is_compressed_unless_told_not_to(running: Running, tmp_path: Path) -> None:
+    infer = running.server.session.infer
+    small, plain = infer("phantom0", [OBJECT]), infer("phantom0", [OBJECT], result_compress=False)
+    assert b"encoding: gzip" in small.image[:500]
+    assert b"encoding: raw" in plain.image[:500]
+    assert len(small.image) < len(plain.image) / 10
+    assert np.array_equal(*(voxels(image_of(reply, tmp_path)) for reply in (small, plain)))
+    with pytest.raises(ServerAnswer, match="result_compress must be true or false"):
+        infer("phantom0", [OBJECT], result_compress=3)
+
+
 def test_ohifs_request_gets_the_file_alone(running: Running, tmp_path: Path) -> None:
     fields = {
         "params": json.dumps(

@@ -50,6 +50,7 @@ from monailabel.interfaces.exception import (
 from monailabel.interfaces.utils.app import app_instance
 from starlette.middleware import Middleware
 from starlette.requests import Request
+from starlette.responses import FileResponse
 
 from monailabel_dfqsam.server.security import Guard, Refusal, check_name, check_session, check_tag
 
@@ -67,6 +68,9 @@ _TALKATIVE = (
 
 # Set by the server about the request, so not by the client within it.
 _RESERVED = frozenset({"image", "model", "session", "description", "file"})
+
+# Each chunk costs a change of threads; OHIF asks for whole volumes, 26 MB of which were 400 of them.
+_CHUNK = 1 << 20
 
 _UID = re.compile(r"[0-9][0-9.]{0,63}")
 
@@ -168,9 +172,12 @@ def _infer(
     else:
         check_name(image, "image")
     with _UploadsRemoved(background_tasks):
-        return infer_endpoint.run_inference(
+        reply = infer_endpoint.run_inference(
             background_tasks, model, image, session_id, params, file or None, None, output
         )
+    if isinstance(reply, FileResponse):
+        reply.chunk_size = _CHUNK
+    return reply
 
 
 def _check_params(params: str) -> None:
