@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from monailabel_dfqsam.benchmark.commands import benchmark
 from monailabel_dfqsam.config import (
     Calibration,
     EngineKind,
@@ -34,6 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,  # locals may hold what a patient's file says
 )
+app.add_typer(benchmark, name="benchmark")
 
 
 class Device(str, Enum):

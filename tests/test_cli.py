@@ -35,6 +35,7 @@ PROMISED = {
     "evaluate": {"data", "model", "engine", "prompts", "json"},
     "inspect": {"file", "json"},
     "pretrain": {"out", "steps", "device", "what"},
+    "benchmark": set(),
 }  # fmt: skip
 
 

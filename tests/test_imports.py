@@ -33,6 +33,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "evaluation report slicer_session",
         "evaluation_models",
         "demo",
+        "benchmark",
         "cli",
         "__main__",
     )

@@ -1,0 +1,116 @@
+"""The commands `dfqsam benchmark encoder` and `dfqsam benchmark click`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from monailabel_dfqsam.benchmark.plan import ENGINES, VARIANTS, EncoderPlan, Place
+from monailabel_dfqsam.console import plain_errors, progress_bars
+
+benchmark = typer.Typer(
+    help="Measures speed and memory, beside what one would use instead.", no_args_is_help=True
+)
+
+_INTERRUPTED = 130
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write all that was found to this file.", show_default=False)
+]
+
+
+@benchmark.command()
+def encoder(
+    variant: Annotated[str, typer.Option(metavar="|".join(VARIANTS), help="The model.")],
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Images a call, may be repeated; 1 without it.", show_default=False),
+    ] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(help=f"With commas between, of {', '.join(ENGINES)}.", show_default=False),
+    ] = None,
+    device: Annotated[Place, typer.Option(help="Where they run.")] = Place.CPU,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights; by seed without it.", show_default=False)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="For every engine; one a core without it.", show_default=False)
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of every engine.")] = EncoderPlan.repeats,
+    profile: Annotated[bool, typer.Option("--profile", help="Also where the time of 'onednn' goes.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Times the image encoder on our engines and on others', interleaved, and the floor of its products.
+
+    Ctrl-C ends it early and keeps what was measured.
+    """
+    with plain_errors():
+        chosen: dict[str, Any] = {"threads": threads, "batches": tuple(batch or ()) or None}
+        if engines is not None:
+            chosen["engines"] = tuple(name.strip() for name in engines.split(","))
+        given = {key: value for key, value in chosen.items() if value is not None}
+        plan = EncoderPlan(
+            variant=variant, place=device, checkpoint=checkpoint, repeats=repeats, profile=profile, **given
+        )
+        from monailabel_dfqsam.benchmark.encoder import measure_encoder
+        from monailabel_dfqsam.benchmark.table import print_encoder
+
+        found: dict[str, Any] = {}
+
+        def save(result: dict[str, Any]) -> None:
+            found.update(result)
+            _write(json_file, result)
+
+        try:
+            with progress_bars() as progress:
+                measure_encoder(plan, save, progress)
+        except KeyboardInterrupt:
+            if found:
+                print_encoder(found)
+            raise typer.Exit(_INTERRUPTED) from None
+    print_encoder(found)
+
+
+@benchmark.command()
+def click(
+    clicks: Annotated[int, typer.Option(help="How many clicks on a cached slice.")] = 200,
+    shape: Annotated[str, typer.Option(metavar="I,J,K", help="Of the volume.")] = "512,512,100",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights; the embedded ones without it.", show_default=False)
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Times clicks over HTTP as a viewer makes them, and what each one's time goes to."""
+    with plain_errors():
+        sizes = _shape(shape)
+        from monailabel_dfqsam.benchmark.click import measure_clicks
+        from monailabel_dfqsam.benchmark.machine import describe_run
+        from monailabel_dfqsam.benchmark.table import print_clicks
+
+        run = describe_run()
+        with progress_bars() as progress:
+            found = measure_clicks(clicks=clicks, shape=sizes, checkpoint=checkpoint, progress=progress)
+        _write(json_file, {**run, **found})
+    print_clicks(found)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    numbers = text.replace("×", ",").replace("x", ",").split(",")
+    if len(numbers) != 3 or not all(number.strip().isdigit() for number in numbers):
+        raise ValueError(f"--shape takes three sizes, like 512,512,100, not '{text}'")
+    i, j, k = (int(number) for number in numbers)
+    return i, j, k
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    """Writes beside and renames, so that an interrupted write leaves the earlier rows."""
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

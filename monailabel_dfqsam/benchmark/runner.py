@@ -1,0 +1,240 @@
+"""One engine in its own process: loads it, calls it, times it. No framework is imported before `__init__`."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monailabel_dfqsam.benchmark.plan import ENGINES, Family, Place
+
+WARM_UPS = 2
+_PROFILED_CALLS = 5
+_LISTED_OPS = 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a process measures.
+
+    Attributes:
+        folder: with the files of `Preparation`.
+    """
+
+    engine: str
+    variant: str
+    batch: int
+    threads: int
+    place: Place
+    folder: Path
+
+
+@dataclass
+class _Loaded:
+    run: Callable[[], object]
+    dtype: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class EngineRunner:
+    """An engine, loaded and warm.
+
+    Raises:
+        ValueError: when it cannot run here.
+        ImportError: when its library is not installed.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        family = ENGINES[request.engine].family
+        if family is not Family.OURS:
+            _without_our_settings()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(request.folder / "inductor")
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        self._images = np.load(request.folder / "images.npy")[: request.batch]
+        _import_libraries(family)
+        self._imported_bytes = _memory("VmRSS")
+        begin = time.perf_counter()
+        loader = {Family.TORCH: _torch, Family.OPENVINO: _openvino, Family.OURS: _ours}[family]
+        self._loaded = loader(request, self._images)
+        for _ in range(WARM_UPS):
+            self._loaded.run()
+        self._load_seconds = time.perf_counter() - begin
+
+    def turn(self) -> float:
+        """Seconds of one call, after one that is not timed and brings caches and threads back."""
+        self._loaded.run()
+        begin = time.perf_counter()
+        self._loaded.run()
+        return time.perf_counter() - begin
+
+    def facts(self) -> dict[str, Any]:
+        """`peak_bytes` of memory since the process began, of it `imported_bytes` before the engine was loaded
+        (on a GPU, the peak is torch's of the GPU), `load_s` with warm-up, and what else the engine tells."""
+        peak = _memory("VmHWM")
+        if self._request.place is Place.CUDA:
+            import torch
+
+            peak = torch.cuda.max_memory_allocated()
+        dtype = self._loaded.dtype or ENGINES[self._request.engine].dtype
+        return {
+            "dtype": dtype,
+            "peak_bytes": peak,
+            "imported_bytes": self._imported_bytes,
+            "load_s": self._load_seconds,
+            **self._loaded.facts,
+        }
+
+    def profile(self) -> dict[str, Any]:
+        """Where the time of one call goes, by torch's profiler.
+
+        {call_s, seconds, ops}: `seconds` by kind of op, 'outside ops' for what no op accounts for; `ops` the
+        costliest by name, each {name, kind, seconds, calls}.
+        """
+        import torch
+
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profiler:
+            begin = time.perf_counter()
+            for _ in range(_PROFILED_CALLS):
+                self._loaded.run()
+            whole = (time.perf_counter() - begin) / _PROFILED_CALLS
+        ops = [
+            {
+                "name": event.key,
+                "kind": kind_of(event.key),
+                "seconds": event.self_cpu_time_total * 1e-6 / _PROFILED_CALLS,
+                "calls": event.count / _PROFILED_CALLS,
+            }
+            for event in profiler.key_averages()
+        ]
+        seconds: dict[str, float] = {}
+        for op in ops:
+            seconds[op["kind"]] = seconds.get(op["kind"], 0.0) + op["seconds"]
+        seconds["outside ops"] = max(0.0, whole - sum(seconds.values()))
+        order = sorted(seconds, key=lambda kind: -seconds[kind])
+        ops.sort(key=lambda op: -op["seconds"])
+        return {
+            "call_s": whole,
+            "seconds": {kind: seconds[kind] for kind in order},
+            "ops": ops[:_LISTED_OPS],
+        }
+
+
+def make_floor(variant: str, batch: int, threads: int) -> object:
+    """A `GemmFloor`; its module is imported here since it imports torch."""
+    _without_our_settings()
+    from monailabel_dfqsam.benchmark.floor import GemmFloor
+
+    return GemmFloor(variant, batch, threads)
+
+
+def _without_our_settings() -> None:
+    """Takes back what this package chooses for servers before torch reads it; others run as they come."""
+    os.environ.pop("OMP_WAIT_POLICY", None)
+
+
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("integer products", r"qlinear|int_linear|linear_|_linear|qgemm|int8|gemm"),
+    ("attention", r"attention|softmax|bmm|baddbmm|einsum"),
+    ("norms and quantize", r"norm|quantize|round|clamp"),
+    ("activations", r"gelu|relu|sigmoid"),
+    ("adds and scales", r"::add|::sub|::mul|::div"),
+    ("copies", r"copy|clone|contiguous|::cat|::fill|::pad|index|reshape|gather|empty|resize|im2col|col2im"),
+)
+
+
+def kind_of(op: str) -> str:
+    """The kind of an op by its name; 'other' where no pattern fits."""
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, op)), "other")
+
+
+def _import_libraries(family: Family) -> None:
+    if family is Family.OPENVINO:
+        import monailabel_dfqsam.benchmark.openvino_peer
+    elif family is Family.OURS:
+        import monailabel_dfqsam.engines
+    else:
+        import monailabel_dfqsam.sam.vit  # noqa: F401
+
+
+def _torch(request: Request, images: Any) -> _Loaded:
+    import torch
+    from safetensors.torch import load_file
+
+    from monailabel_dfqsam.sam.variants import VARIANTS
+    from monailabel_dfqsam.sam.vit import ImageEncoderViT
+
+    torch.set_num_threads(request.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(request.place.value)
+    dtype = getattr(torch, ENGINES[request.engine].dtype)
+    with torch.device("meta"):
+        encoder: Any = ImageEncoderViT(VARIANTS[request.variant])
+    encoder.load_state_dict(load_file(request.folder / "encoder.safetensors"), assign=True)
+    encoder = encoder.eval().requires_grad_(False).to(device, dtype)
+    x = torch.from_numpy(images).to(device, dtype)
+    if "compile" in request.engine:
+        encoder = torch.compile(encoder)
+    return _Loaded(_on_torch(encoder, x))
+
+
+def _on_torch(call: Callable[[Any], object], x: Any) -> Callable[[], object]:
+    import torch
+
+    def run() -> object:
+        with torch.inference_mode():
+            result = call(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+def _openvino(request: Request, images: Any) -> _Loaded:
+    from monailabel_dfqsam.benchmark import openvino_peer as peer
+
+    integer = request.engine == "openvino-int8"
+    path = request.folder / (peer.INT8_MODEL if integer else peer.FLOAT_MODEL)
+    # In full precision it is asked for that; quantized it chooses itself, as it does for its users.
+    execution = peer.load(path, images.shape, request.threads, None if integer else "f32")
+    if integer and execution.integer_share == 0:
+        raise ValueError("OpenVINO runs nothing of the quantized model in 8 bit here")
+    return _Loaded(
+        lambda: execution.infer(images),
+        f"int8 and {execution.precision}" if integer else execution.precision,
+        {"integer_share": execution.integer_share, "operations": execution.operations},
+    )
+
+
+def _ours(request: Request, images: Any) -> _Loaded:
+    import torch
+
+    from monailabel_dfqsam.artifact import read_artifact
+    from monailabel_dfqsam.config import EngineKind
+    from monailabel_dfqsam.engines import load_encoder
+
+    torch.set_num_threads(request.threads)
+    artifact = read_artifact(request.folder / "artifact.safetensors")
+    encoder = load_encoder(artifact, EngineKind(request.engine))
+    x = torch.from_numpy(images).to(request.place.value)
+    return _Loaded(_on_torch(encoder.embed, x), getattr(encoder, "arithmetic", None))
+
+
+def _memory(entry: str) -> int:
+    """A line of this process's status in bytes: VmRSS is what it holds, VmHWM the most it ever held."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, which has no /proc
+    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{entry}:"))
+    return int(line.split()[1]) * 1024

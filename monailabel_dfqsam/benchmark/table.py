@@ -1,0 +1,105 @@
+"""What a benchmark found, for a terminal: ratios first, then times, then memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from monailabel_dfqsam.console import output
+from monailabel_dfqsam.numbers import in_bytes
+
+
+def print_encoder(result: dict[str, Any]) -> None:
+    """One table a batch size, and one for each profile.
+
+    Columns: how many times as fast as torch-eager and as openvino-int8, the share of the floor that our
+    engines reach, milliseconds a call, and the most memory.
+    """
+    rows = result["rows"]
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        title = f"{result['variant']}, {batch} image{'s' * (batch > 1)} a call, weights {result['weights']}"
+        output.print(_encoder_table(title, [row for row in rows if row["batch"] == batch]))
+    for profile in result["profiles"]:
+        if "seconds" in profile:
+            output.print(_profile_table(profile))
+    if result["artifact"]:
+        before, after = (result["artifact"][f"encoder_{kind}_bytes"] for kind in ("float", "artifact"))
+        output.print(f"Encoder: {in_bytes(before)} in float32, artifact 1/{before / after:.2f} of it")
+
+
+def _encoder_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("engine", no_wrap=True)
+    headers = ["× torch", "× int8", "floor", "ms", "min", "p95", "spread", "ms/image", "peak"]
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    unmeasured = []
+    for row in rows:
+        if row["median_s"] is None:
+            unmeasured.append(f"{row['engine']}: not measured ({row['reason']})")
+            continue
+        table.add_row(
+            row["engine"],
+            _times(row["times_torch_eager"]),
+            _times(row["times_openvino_int8"]),
+            _percent(row["floor_share"]),
+            *(_milliseconds(row[key]) for key in ("median_s", "min_s", "p95_s")),
+            _percent(row["spread"]),
+            _milliseconds(row["median_s"] / row["batch"]),
+            _bytes(row["peak_bytes"]),
+        )
+    if unmeasured:
+        table.caption, table.caption_justify = "\n".join(unmeasured), "left"
+    return table
+
+
+def _profile_table(profile: dict[str, Any]) -> Table:
+    title = (
+        f"Where the time of {profile['engine']} goes, {profile['batch']} images a call, under the profiler"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("kind of op")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    for kind, seconds in profile["seconds"].items():
+        table.add_row(kind, _milliseconds(seconds), _percent(seconds / profile["call_s"]))
+    return table
+
+
+def print_clicks(result: dict[str, Any]) -> None:
+    """One row a kind of click, with what its time went to."""
+    rows = result["rows"]
+    parts = list(dict.fromkeys(part for row in rows for part in row.get("split") or {}))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("click")
+    for header in ("n", "ms", "p95", "least", *parts, "reply"):
+        table.add_column(header, justify="right")
+    for row in rows:
+        split = row.get("split") or {}
+        table.add_row(
+            row["case"],
+            str(row["n"]),
+            *(_milliseconds(row[key]) for key in ("median_s", "p95_s", "min_s")),
+            *(_milliseconds(split.get(part)) for part in parts),
+            _bytes(row.get("reply_bytes")),
+        )
+    output.print(table)
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{1000 * value:.1f}" if value < 1 else f"{1000 * value:.0f}"
+
+
+def _bytes(value: float | None) -> str:
+    return "" if value is None else in_bytes(value)
