@@ -1,6 +1,8 @@
 # make demo   quantize and click through a phantom study; pictures, table and report in demo-output/
 # make test   ruff, mypy and all tests
 # make check  the same with the quick tests only
+# make kernels    compile the GPU kernels, for GPUs from Turing to Blackwell; needs nvcc 12.8 or later, no GPU
+# make gpu-check  on a machine with an NVIDIA GPU, after `make kernels`: correctness, then the benchmark
 #
 # PYTHON chooses the interpreter of the environment (3.10, 3.11 or 3.12); by default the first that works.
 
@@ -10,7 +12,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; \
 	done)
 
-.PHONY: demo test check lint clean
+# CUTLASS is used as headers alone; its package's dependencies are not needed.
+CUTLASS := nvidia-cutlass==4.2.0.0
+CUTLASS_DIR := build/$(CUTLASS)
+NVCC ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
+JOBS ?= 2
+
+.PHONY: demo test check lint kernels gpu-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dfqsam demo
@@ -25,6 +33,23 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernels: $(CUTLASS_DIR)
+	@test -x "$(NVCC)" || { echo "no nvcc at '$(NVCC)': install the CUDA toolkit, 12.8 or later, or name it: make kernels NVCC=/path/to/nvcc" >&2; exit 1; }
+	@command -v cmake >/dev/null || { echo "no cmake: install version 3.24 or later" >&2; exit 1; }
+	cmake -S kernels/cuda -B build/cuda -D CMAKE_CUDA_COMPILER="$(NVCC)" \
+		-D DFQSAM_CUTLASS="$(CURDIR)/$(CUTLASS_DIR)/cutlass_library/source"
+	cmake --build build/cuda --parallel $(JOBS)
+	@# By a rename: a server that has the old library open keeps it.
+	cp build/cuda/libdfqsam_cuda.so monailabel_dfqsam/ops/.libdfqsam_cuda.so.partial
+	mv monailabel_dfqsam/ops/.libdfqsam_cuda.so.partial monailabel_dfqsam/ops/libdfqsam_cuda.so
+
+gpu-check: $(VENV)/.installed
+	$(BIN)/python kernels/check_gpu.py
+
+$(CUTLASS_DIR): | $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.partial $(CUTLASS)
+	mv $@.partial $@
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
