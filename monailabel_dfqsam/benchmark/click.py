@@ -20,7 +20,6 @@ import requests
 import SimpleITK as sitk
 
 from monailabel_dfqsam.benchmark import stock_app
-from monailabel_dfqsam.benchmark.machine import describe_run
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.demo.server import DemoServer
 from monailabel_dfqsam.numbers import in_seconds
@@ -60,8 +59,7 @@ def measure_clicks(
         progress: called with (stage, done, total).
 
     Returns:
-        The entries of `describe_run`, `model`, `engine`, `checkpoint`, `shape`, `clicks`, and `rows`: each
-        {case, n, median_s, p95_s, min_s, split, reply_bytes}, seconds at the client, `split` the medians of
+        `model`, `engine`, `checkpoint`, `shape`, `clicks`, and `rows`: each {case, n, median_s, p95_s, min_s, split, reply_bytes}, seconds at the client, `split` the medians of
         load, embed, decode, post, write and http, where the server tells them. Cases: 'first on the volume',
         'first on a slice', 'cached', 'next slice, prepared', 'next slice, not prepared', 'cached, OHIF'
         (uncompressed, no multipart), and 'MONAI Label': the mask of the cached clicks answered by
@@ -76,7 +74,6 @@ def measure_clicks(
             f"a session needs clicks, slices of 32×32 at least, and {_slices_needed()} of them, "
             f"not {clicks} clicks on {'×'.join(map(str, shape))}"
         )
-    run = describe_run()
     with tempfile.TemporaryDirectory(prefix="dfqsam-click-") as name:
         folder = Path(name)
         studies = folder / "studies"
@@ -95,7 +92,6 @@ def measure_clicks(
             rows = play.rows(clicks)
         rows.append(_stock_row(folder, studies, play.last, clicks, progress))
         return {
-            **run,
             "model": play.last.params["model"],
             "engine": play.last.params["engine"],
             "checkpoint": "embedded" if checkpoint is None else checkpoint.name,
