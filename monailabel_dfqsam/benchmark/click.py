@@ -59,11 +59,11 @@ def measure_clicks(
         progress: called with (stage, done, total).
 
     Returns:
-        `model`, `engine`, `checkpoint`, `shape`, `clicks`, and `rows`: each {case, n, median_s, p95_s, min_s, split, reply_bytes}, seconds at the client, `split` the medians of
-        load, embed, decode, post, write and http, where the server tells them. Cases: 'first on the volume',
-        'first on a slice', 'cached', 'next slice, prepared', 'next slice, not prepared', 'cached, OHIF'
-        (uncompressed, no multipart), and 'MONAI Label': the mask of the cached clicks answered by
-        `stock_app`.
+        `model`, `engine`, `checkpoint`, `shape`, `clicks`, and `rows`: each {case, n, median_s, p95_s, min_s,
+        split, reply_bytes}, seconds at the client, `split` the medians of load, embed, decode, post, write
+        and http, where the server tells them. Cases: 'first on the volume', 'first on a slice', 'cached',
+        'next slice, prepared', 'next slice, not prepared', 'cached, OHIF' (uncompressed, no multipart), and
+        'MONAI Label': the mask of the cached clicks answered by `stock_app`.
 
     Raises:
         ClickError: when the volume is too small for the session, or the quantized model is not served.
