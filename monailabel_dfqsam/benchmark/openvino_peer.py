@@ -32,7 +32,7 @@ class Execution(NamedTuple):
     """How a compiled model runs.
 
     Attributes:
-        infer: [B, 3, S, S] float32 in, nothing out: the result stays in the request.
+        infer: [B, 3, S, S] float32 to the outputs by index, which the next call overwrites.
         precision: of what is not quantized, 'float32' or 'bfloat16'.
         integer_share: part of the matrix products' and convolutions' multiplications in 8 bit; products of
             a fused attention cannot be seen and are left out.

@@ -9,6 +9,9 @@ from rich.table import Table
 from monailabel_dfqsam.console import output
 from monailabel_dfqsam.numbers import in_bytes
 
+# Load average of a machine that does nothing else; daemons make a little.
+QUIET = 0.3
+
 
 def print_encoder(result: dict[str, Any]) -> None:
     """One table a batch size, and one for each profile.
@@ -17,6 +20,9 @@ def print_encoder(result: dict[str, Any]) -> None:
     engines reach, milliseconds a call, and the most memory.
     """
     rows = result["rows"]
+    load = result["load_average_before"][0]
+    if load > QUIET:
+        output.print(f"Other work was running (load average {load:.1f}): times are longer than they need be.")
     for batch in dict.fromkeys(row["batch"] for row in rows):
         title = f"{result['variant']}, {batch} image{'s' * (batch > 1)} a call, weights {result['weights']}"
         output.print(_encoder_table(title, [row for row in rows if row["batch"] == batch]))
