@@ -107,16 +107,20 @@ __global__ void attention_output_kernel(
   int slot = slots[row % tokens];
   const bool in_full = slot < full.windows * full.queries;
   if (!in_full) slot -= full.windows * full.queries;
-  const AttentionGroup& group = in_full ? full : partial;
-  const __half* source = group.out + (image * group.windows + slot / group.queries) * group.window_stride +
-                         static_cast<int64_t>(slot % group.queries) * group.query_stride;
+  // Member by member: a choice between whole structures would put both into local memory.
+  const int queries = in_full ? full.queries : partial.queries;
+  const int64_t window = image * (in_full ? full.windows : partial.windows) + slot / queries;
+  const int64_t head_stride = in_full ? full.head_stride : partial.head_stride;
+  const __half* source = (in_full ? full.out : partial.out) +
+                         window * (in_full ? full.window_stride : partial.window_stride) +
+                         slot % queries * (in_full ? full.query_stride : partial.query_stride);
   int q[8];
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     // Heads begin at multiples of four channels, not of eight.
     const int channel = first + 4 * part;
     if (channel < heads * depth) {
-      const Four v = load4(source + channel / depth * group.head_stride + channel % depth);
+      const Four v = load4(source + channel / depth * head_stride + channel % depth);
 #pragma unroll
       for (int i = 0; i < 4; ++i) q[4 * part + i] = quantizer(__half2float(v.v[i]));
     } else {
