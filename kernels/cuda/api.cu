@@ -1,5 +1,6 @@
-// The C interface of libdfqsam_cuda.so. Every function works on the calling thread's current device, enqueues on
-// the given stream, allocates nothing and waits for nothing, so that all of them can be captured in a CUDA graph.
+// The C interface of libdfqsam_cuda.so. Every function works on the device that the calling thread chose by
+// dfqsam_set_device, enqueues on the given stream of it, allocates nothing and waits for nothing, so that all of
+// them can be captured in a CUDA graph.
 //
 // They return 0, a positive cudaError_t, or one of the negative codes below; dfqsam_message says it in words.
 #include "linear.h"
@@ -9,17 +10,12 @@ namespace {
 
 enum Refusal { kNoKernel = -1, kBadShape = -2, kMisaligned = -3 };
 
-cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : error;
-}
-
 // Major * 10 + minor, as in sm_86.
-cudaError_t architecture(int* value) {
+cudaError_t architecture(int device, int* value) {
   int major = 0, minor = 0;
-  cudaError_t error = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
-  if (error == cudaSuccess) error = device_attribute(cudaDevAttrComputeCapabilityMinor, &minor);
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   *value = major * 10 + minor;
   return error;
 }
@@ -30,12 +26,11 @@ using Implementation = cudaError_t (*)(const dfqsam::Linear&);
 Implementation implementation(int architecture, bool packed) {
   using namespace dfqsam;
   if (architecture == 75) return packed ? sm75::linear_u4s4_native : sm75::linear_u8s8;
-  if (architecture >= 80 && architecture < 90) return packed ? sm80::linear_u4s4_native : sm80::linear_u8s8;
+  if (architecture == 80 || architecture == 86 || architecture == 89)
+    return packed ? sm80::linear_u4s4_native : sm80::linear_u8s8;
   if (packed) return nullptr;
   if (architecture == 90) return sm90::linear_u8s8;
-  // A binary runs on later minor revisions of its major one: sm_100's on 103, sm_120's on 121.
-  if ((architecture >= 100 && architecture < 110) || (architecture >= 120 && architecture < 130))
-    return sm100::linear_u8s8;
+  if (architecture == 100 || architecture == 120) return sm100::linear_u8s8;
   return nullptr;
 }
 
@@ -51,10 +46,11 @@ int run_linear(dfqsam::Linear linear, bool packed) {
         static_cast<const void*>(linear.bias), static_cast<const void*>(linear.residual),
         static_cast<const void*>(linear.out), static_cast<const void*>(linear.quantized)})
     if (misaligned(pointer)) return kMisaligned;
-  int arch = 0;
-  cudaError_t error = architecture(&arch);
+  int device = 0, arch = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = architecture(device, &arch);
   if (error == cudaSuccess)
-    error = device_attribute(cudaDevAttrMultiProcessorCount, &linear.multiprocessors);
+    error = cudaDeviceGetAttribute(&linear.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   const Implementation run = implementation(arch, packed);
   if (run == nullptr) return kNoKernel;
@@ -85,13 +81,16 @@ const char* dfqsam_message(int status) {
   }
 }
 
-// Whether the current device multiplies 4-bit values itself (1), in 8-bit containers (0), or not at all (-1).
-int dfqsam_native_4bit(void) {
+// Whether a device multiplies 4-bit values itself (1), in 8-bit containers (0), or not at all (-1).
+int dfqsam_native_4bit(int device) {
   int arch = 0;
-  if (architecture(&arch) != cudaSuccess) return kNoKernel;
+  if (architecture(device, &arch) != cudaSuccess) return kNoKernel;
   if (implementation(arch, true) != nullptr) return 1;
   return implementation(arch, false) != nullptr ? 0 : kNoKernel;
 }
+
+// The library has a CUDA runtime of its own, which need not know what the caller's has chosen.
+int dfqsam_set_device(int device) { return cudaSetDevice(device); }
 
 int dfqsam_linear(
     const void* x, const void* weight, const float* scale, const float* bias, const void* residual, void* out,

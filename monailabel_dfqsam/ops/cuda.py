@@ -53,7 +53,7 @@ def _(x: Tensor, scale: float, zero_point: int, bits: int, packed: bool) -> Tens
 
 
 @quantize_rows.register_kernel("cuda")
-def _(x: Tensor, scale: float, zero_point: int, bits: int, packed: bool) -> Tensor:
+def launch_quantize_rows(x: Tensor, scale: float, zero_point: int, bits: int, packed: bool) -> Tensor:
     check(x.stride(1) == 1 and x.dtype in (torch.float16, torch.float32), "x", x)
     out = empty_rows(x, x.shape[0], x.shape[1], packed)
     run(
@@ -100,7 +100,7 @@ def _(
 
 
 @layer_norm_quantize.register_kernel("cuda")
-def _(
+def launch_layer_norm_quantize(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -147,7 +147,7 @@ def _(
 
 
 @linear.register_kernel("cuda")
-def _(
+def launch_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     m, n, k, packed = _product_sizes(x, weight)
@@ -188,7 +188,7 @@ def _(
 
 
 @linear_gelu_quantize.register_kernel("cuda")
-def _(
+def launch_linear_gelu_quantize(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, out_scale: float, out_zero_point: int, bits: int
 ) -> Tensor:
     m, n, k, packed = _product_sizes(x, weight)
@@ -213,7 +213,7 @@ def _(packed: Tensor) -> Tensor:
 
 
 @unpack_signed.register_kernel("cuda")
-def _(packed: Tensor) -> Tensor:
+def launch_unpack_signed(packed: Tensor) -> Tensor:
     check(packed.is_contiguous() and packed.dtype == torch.uint8, "packed", packed)
     out = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=torch.int8, device=packed.device)
     run("dfqsam_unpack_signed", packed, out, packed.numel())

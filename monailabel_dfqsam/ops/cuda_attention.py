@@ -104,7 +104,7 @@ def _(
 
 
 @attention_inputs.register_kernel("cuda")
-def _(
+def launch_attention_inputs(
     qkv: Tensor,
     padding: Tensor | None,
     table_h: Tensor | None,
@@ -190,7 +190,7 @@ def _(
 
 
 @attention_output.register_kernel("cuda")
-def _(
+def launch_attention_output(
     full: Tensor,
     partial: Tensor | None,
     slot: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 LIBRARY = Path(__file__).with_name("libdfqsam_cuda.so")
 
 _int, _int64, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_SIGNATURES: dict[str, list[Any]] = {
+SIGNATURES: dict[str, list[Any]] = {
     "dfqsam_linear": [_pointer] * 6 + [_int] * 4,
     "dfqsam_linear_gelu_quantize": [_pointer] * 4 + [_float, _int, _int, _pointer] + [_int] * 4,
     "dfqsam_quantize_rows": [_pointer, _int, _int64, _int, _int64, _float] + [_int] * 4 + [_pointer],
@@ -41,10 +41,10 @@ def library() -> ctypes.CDLL:
         raise RuntimeError(f"{LIBRARY.name} is not built: `make kernels` does that")
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
-        for name, arguments in _SIGNATURES.items():
+        for name, arguments in SIGNATURES.items():
             getattr(loaded, name).argtypes = [*arguments, _pointer]  # the stream
         loaded.dfqsam_message.argtypes, loaded.dfqsam_message.restype = [_int], ctypes.c_char_p
-        loaded.dfqsam_native_4bit.argtypes = []
+        loaded.dfqsam_native_4bit.argtypes = loaded.dfqsam_set_device.argtypes = [_int]
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"{LIBRARY.name} is there, but broken ({error}): build it again") from None
     return loaded
@@ -61,15 +61,15 @@ def why_unavailable() -> str | None:
     loaded = library()
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if loaded.dfqsam_native_4bit() < 0:
+    if loaded.dfqsam_native_4bit(torch.cuda.current_device()) < 0:
         return f"{LIBRARY.name} holds no kernels for the GPU '{torch.cuda.get_device_name()}'"
     return None
 
 
 def native_4bit(device: torch.device) -> bool:
     """Whether a GPU multiplies 4-bit values itself; otherwise they go through int8 tensor cores."""
-    with torch.cuda.device(device):
-        return bool(library().dfqsam_native_4bit() == 1)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return bool(library().dfqsam_native_4bit(index) == 1)
 
 
 def run(function: str, *arguments: Tensor | int | float | None) -> None:
@@ -91,6 +91,8 @@ def run(function: str, *arguments: Tensor | int | float | None) -> None:
     plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     loaded = library()
     with torch.cuda.device(device):
-        status = getattr(loaded, function)(*plain, torch.cuda.current_stream(device).cuda_stream)
+        status = loaded.dfqsam_set_device(device.index)
+        if not status:
+            status = getattr(loaded, function)(*plain, torch.cuda.current_stream(device).cuda_stream)
     if status:
         raise RuntimeError(f"{function}: {loaded.dfqsam_message(status).decode()} ({status})")
