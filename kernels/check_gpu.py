@@ -41,8 +41,12 @@ def main(target: Path) -> int:
         result["benchmark"] = run_benchmark()
     target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     passed = sum(test["outcome"] == "passed" for test in result["tests"])
-    print(f"{passed} checks passed, {len(failed)} failed; {target}")
-    return 0 if passed and not failed and result["benchmark"] is not None else 1
+    measured = result["benchmark"] is not None and result["benchmark"]["complete"]
+    print(
+        f"{passed} checks passed, {len(failed)} failed, benchmark {'complete' if measured else 'incomplete'}"
+    )
+    print(f"Written to {target}")
+    return 0 if passed and not failed and measured else 1
 
 
 def run_tests() -> list[dict[str, Any]]:

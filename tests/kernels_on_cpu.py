@@ -1,8 +1,8 @@
 """The kernels between matrix products, run thread by thread on the CPU by their own source.
 
-`build` makes a library of them with the address and undefined-behaviour sanitizers and the same C interface as
-the real one. `main` calls it as the ops do, argument by argument, and compares with the references; it runs in
-a process of its own, because the address sanitizer must be loaded first.
+`build` makes a library of them with the address and undefined-behaviour sanitizers and the same C interface
+as the real one. `main` calls it as the ops do, argument by argument, and compares with the references; it
+runs in a process of its own, because the address sanitizer must be loaded first.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ cuobjdump, nvcc = tool("cuobjdump"), tool("nvcc")
 needs_cuobjdump = pytest.mark.skipif(
     cuobjdump is None, reason="there is no cuobjdump to read machine code with"
 )
-needs_nvcc = pytest.mark.skipif(nvcc is None, reason="there is no nvcc here")
+needs_nvcc = pytest.mark.skipif(
+    nvcc is None or tool("cmake") is None, reason="there is no nvcc here, or no cmake"
+)
 
 
 def disassemble(binary: Path) -> str:
