@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines import cutlass, onednn
@@ -32,6 +30,5 @@ def load_encoder(artifact: Artifact, kind: EngineKind | None = None) -> Encoder:
     """
     kind = kind or select(artifact)
     if kind is EngineKind.CUTLASS:
-        # Its modules are made when asked for, as a property, which the protocol does not foresee.
-        return cast(Encoder, CutlassEncoder(artifact))
+        return CutlassEncoder(artifact)
     return OnednnEncoder(artifact) if kind is EngineKind.ONEDNN else ReferenceEncoder(artifact)

@@ -1,11 +1,12 @@
-"""The quantized image encoder, common to engines: SAM's ViT with integer layers in place of float ones.
+"""The quantized image encoder, common to the engines on the CPU: SAM's ViT on integers.
 
-What differs between engines is one function, the integer matrix product; see `Kernel`.
+What differs between them is `Kernels`: the integer matrix product, and what lies between two products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,24 +14,48 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, float_tensors
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.ops import QuantizedLayer, quantize
+from monailabel_dfqsam.ops import QuantizedLayer
 from monailabel_dfqsam.sam.variants import VARIANTS
-from monailabel_dfqsam.sam.vit import AttentionCore, ImageEncoderViT
+from monailabel_dfqsam.sam.vit import LAYER_NORM_EPS, Attention, AttentionCore, Block, ImageEncoderViT
 
-Kernel = Callable[[Tensor], Tensor]
-"""Rows [M, K] uint8 to [M, N] float32: integer product, dequantized, bias added."""
+# Rows of an MLP at a time: its hidden layer, four times as wide and in float, then stays in cache.
+_MLP_ROWS = 512
+
+
+class Kernel(Protocol):
+    """The integer product of one layer, dequantized, bias added."""
+
+    def __call__(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Rows [M, K] uint8 to [M, N] float32; added to `residual` in place where there is one."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """An engine's parts; `ops.plain` defines the middle three, `sam.vit.Attention.attend` the last.
+
+    Attributes:
+        attend: qkv [B, H, W, 3C] of an attention to [B, H, W, C].
+        core: for policy `paper`: an attention core from its ranges [7] and bits.
+    """
+
+    linear: Callable[[QuantizedLayer], Kernel]
+    quantize_input: Callable[[Tensor, QuantizedLayer], Tensor]
+    layer_norm_quantize: Callable[
+        [Tensor, Tensor, Tensor, float, QuantizedLayer, bool], tuple[Tensor, Tensor | None]
+    ]
+    gelu_quantize: Callable[[Tensor, QuantizedLayer], Tensor]
+    attend: Callable[[Attention, Tensor], Tensor]
+    core: Callable[[Tensor, int], nn.Module] | None = None
 
 
 class Encoder(Protocol):
-    """A quantized image encoder, whatever runs it.
-
-    Attributes:
-        kind: which engine.
-        encoder: the assembled modules, under the checkpoint's names.
-    """
+    """A quantized image encoder, whatever runs it; `kind` says what does."""
 
     kind: EngineKind
-    encoder: ImageEncoderViT
+
+    @property
+    def encoder(self) -> ImageEncoderViT:
+        """The layers as modules, under the checkpoint's names."""
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] float32, normalised, to [B, C, S/16, S/16] float32.
@@ -41,34 +66,69 @@ class Encoder(Protocol):
 
 
 class IntegerLinear(nn.Module):
-    """A Linear or convolution on integers: quantize the input, multiply by the engine's kernel."""
+    """A Linear or convolution on integers: quantize the input, multiply by the engine's kernel.
+
+    Attributes:
+        layer: its numbers without the weight, which only the kernel holds, in its own order.
+        kernel: takes rows in the order of `layer.geometry.gather`.
+    """
 
     bias: Tensor
 
-    def __init__(self, layer: QuantizedLayer, make_kernel: Callable[[QuantizedLayer], Kernel]) -> None:
+    def __init__(self, layer: QuantizedLayer, kernels: Kernels) -> None:
         super().__init__()
-        self.scale, self.zero_point = layer.input_scale, layer.input_zero_point
-        self.bits, self.geometry = layer.activation_bits, layer.geometry
-        self.kernel = make_kernel(layer)
+        weight = layer.weight if layer.geometry is None else layer.geometry.arrange(layer.weight)
+        self.kernel = kernels.linear(replace(layer, weight=weight))
+        self.layer = replace(layer, weight=weight.new_empty(0))
+        self.quantize_input = kernels.quantize_input
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] or [B, C, H, W] float32, to [..., N] or [B, N, H', W'] float32."""
-        q = quantize(x, self.scale, self.zero_point, self.bits)
-        if self.geometry is None:
+        q = self.quantize_input(x, self.layer)
+        geometry = self.layer.geometry
+        if geometry is None:
             return self.kernel(q.flatten(0, -2)).view(*x.shape[:-1], -1)
-        rows = self.geometry.gather(q, self.zero_point)
-        return self.geometry.scatter(self.kernel(rows.contiguous()), x.shape[0], x.shape[2], x.shape[3])
+        rows = geometry.gather(q, self.layer.input_zero_point).contiguous()
+        return geometry.scatter(self.kernel(rows), x.shape[0], x.shape[2], x.shape[3])
 
 
-def assemble(
-    artifact: Artifact,
-    make_kernel: Callable[[QuantizedLayer], Kernel],
-    make_core: Callable[[Tensor, int], nn.Module] | None = None,
-) -> ImageEncoderViT:
-    """The encoder of an artifact with every quantized layer on the engine's kernel.
+class IntegerBlock(nn.Module):
+    """A transformer block whose activations go from product to product as integers where they can."""
 
-    Args:
-        make_core: for policy `paper`: an attention core from its ranges [7] and bits.
+    def __init__(self, block: Block, kernels: Kernels) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
+        self.mlp, self.Adapter = block.mlp, block.Adapter
+        self.norm2_restore = block.norm2_restore
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] float32, contiguous, to the same; x is overwritten."""
+        rows = x.view(-1, x.shape[-1])
+        q, _ = self._normed(rows, self.norm1, self.attn.qkv, False)
+        qkv = self.attn.qkv.kernel(q).view(*x.shape[:-1], -1)
+        attended = self.kernels.attend(self.attn, qkv)
+        del qkv  # the largest tensor of the block
+        proj = self.attn.proj
+        proj.kernel(self.kernels.quantize_input(attended, proj.layer).view(rows.shape), rows)
+        q, normed = self._normed(rows, self.norm2, self.mlp.lin1, self.Adapter is not None)
+        for part, target in zip(q.split(_MLP_ROWS), rows.split(_MLP_ROWS), strict=True):
+            hidden = self.kernels.gelu_quantize(self.mlp.lin1.kernel(part), self.mlp.lin2.layer)
+            self.mlp.lin2.kernel(hidden, target)
+        if self.Adapter is not None and normed is not None:
+            x += self.Adapter(self.norm2_restore(normed.view(x.shape)))
+        return x
+
+    def _normed(
+        self, rows: Tensor, norm: nn.LayerNorm, reader: IntegerLinear, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.kernels.layer_norm_quantize(
+            rows, norm.weight, norm.bias, LAYER_NORM_EPS, reader.layer, keep
+        )
+
+
+def assemble(artifact: Artifact, kernels: Kernels) -> ImageEncoderViT:
+    """The encoder of an artifact on an engine's kernels, under the checkpoint's names.
 
     Raises:
         ArtifactError: when the artifact's tensors are not those of its model.
@@ -79,13 +139,13 @@ def assemble(
     with torch.device("meta"):
         encoder = ImageEncoderViT(variant)
     for name in artifact.header["layers"]:
-        _replace(encoder, name, IntegerLinear(decode_layer(artifact, name), make_kernel))
+        _replace(encoder, name, IntegerLinear(decode_layer(artifact, name), kernels))
     floats = float_tensors(artifact, "image_encoder.")
     attention_bits = artifact.header["attention_bits"]
     for name in [name for name, module in encoder.named_modules() if isinstance(module, AttentionCore)]:
         ranges = floats.pop(f"{name}.ranges", None)
-        if ranges is not None and make_core is not None:
-            _replace(encoder, name, make_core(ranges, attention_bits))
+        if ranges is not None and kernels.core is not None:
+            _replace(encoder, name, kernels.core(ranges, attention_bits))
     expected = set(encoder.state_dict())
     if not expected <= set(floats):
         raise ArtifactError(
@@ -95,6 +155,9 @@ def assemble(
     for key, value in floats.items():
         parent, _, buffer = key.rpartition(".")
         encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
+    for index, block in enumerate(encoder.blocks):
+        assert isinstance(block, Block)
+        encoder.blocks[index] = IntegerBlock(block, kernels)
     return encoder.eval().requires_grad_(False)
 
 

@@ -1,7 +1,7 @@
 """The CPU engine: oneDNN's 8-bit matrix product on 4-bit values in 8-bit containers.
 
 No CPU multiplies 4-bit integers natively; the artifact stays packed on disk, and each layer is unpacked and
-prepacked once when it is loaded.
+prepacked once when it is loaded. What lies between two products runs compiled where the library was built.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines.encoder import Kernel, assemble
-from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble
+from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain
+from monailabel_dfqsam.sam.vit import Attention
 
 
 def available() -> bool:
@@ -28,7 +29,7 @@ class OnednnEncoder:
     def __init__(self, artifact: Artifact) -> None:
         if artifact.header["attention_bits"]:
             raise ArtifactError("policy 'paper' quantizes attention, which only the reference engine runs")
-        self.encoder = assemble(artifact, onednn_kernel)
+        self.encoder = assemble(artifact, _kernels())
 
     def embed(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -36,17 +37,39 @@ class OnednnEncoder:
         return embedding
 
 
+def _kernels() -> Kernels:
+    if compiled.library() is None:
+        return Kernels(
+            onednn_kernel, plain.quantize_input, plain.layer_norm_quantize, plain.gelu_quantize, Attention.attend
+        )
+    return Kernels(
+        onednn_kernel, compiled.quantize_input, compiled.layer_norm_quantize, compiled.gelu_quantize, _attend
+    )
+
+
+def _attend(attention: Attention, qkv: Tensor) -> Tensor:
+    tables = (attention.rel_pos_h, attention.rel_pos_w) if attention.relative_position else (None, None)
+    return compiled.attention(qkv, attention.pad_qkv, *tables, attention.heads, attention.window)
+
+
 def onednn_kernel(layer: QuantizedLayer) -> Kernel:
-    """oneDNN's u8×s8 product for one layer, zero-point and bias within it."""
+    """oneDNN's u8×s8 product for one layer, zero-point, bias and residual within it."""
     ops = torch.ops.onednn
     prepacked = ops.qlinear_prepack(layer.weight, None)
-    no_zero_points = torch.zeros(layer.weight.shape[0], dtype=torch.int64)
+    fixed = (prepacked, layer.weight_scale, torch.zeros(layer.weight.shape[0], dtype=torch.int64))
+    scale, zero_point, bias = layer.input_scale, layer.input_zero_point, layer.bias
 
-    def kernel(rows: Tensor) -> Tensor:
-        result: Tensor = ops.qlinear_pointwise(
-            rows, layer.input_scale, layer.input_zero_point, prepacked, layer.weight_scale, no_zero_points,
-            layer.bias, 1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
+    def kernel(rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        result: Tensor
+        if residual is None:
+            result = ops.qlinear_pointwise(
+                rows, scale, zero_point, *fixed, bias, 1.0, 0, torch.float32, "none", [], ""
+            )
+        else:
+            result = ops.qlinear_pointwise.binary(
+                rows, scale, zero_point, *fixed, residual, bias, 1.0, 0, torch.float32,
+                1.0, 0, "sum", 1.0, "none", [], "",
+            )  # fmt: skip
         return result
 
     return kernel

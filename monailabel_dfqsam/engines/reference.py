@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines.encoder import Kernel, assemble
-from monailabel_dfqsam.ops import QuantizedLayer, int_linear
+from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble
+from monailabel_dfqsam.ops import QuantizedLayer, int_linear, plain
 from monailabel_dfqsam.quantization.quantizer import Affine, fake_log_sqrt2
+from monailabel_dfqsam.sam.vit import Attention
 
 
 class QuantizedAttentionCore(nn.Module):
@@ -35,7 +36,11 @@ class ReferenceEncoder:
     kind = EngineKind.REFERENCE
 
     def __init__(self, artifact: Artifact) -> None:
-        self.encoder = assemble(artifact, reference_kernel, QuantizedAttentionCore)
+        kernels = Kernels(
+            reference_kernel, plain.quantize_input, plain.layer_norm_quantize, plain.gelu_quantize,
+            Attention.attend, QuantizedAttentionCore,
+        )  # fmt: skip
+        self.encoder = assemble(artifact, kernels)
 
     def embed(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -46,10 +51,10 @@ class ReferenceEncoder:
 def reference_kernel(layer: QuantizedLayer) -> Kernel:
     """`dfqsam::int_linear` for one layer."""
 
-    def kernel(rows: Tensor) -> Tensor:
+    def kernel(rows: Tensor, residual: Tensor | None = None) -> Tensor:
         result: Tensor = int_linear(
             rows, layer.weight, layer.input_scale, layer.input_zero_point, layer.weight_scale, layer.bias
         )
-        return result
+        return result if residual is None else residual.add_(result)
 
     return kernel

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,6 +33,17 @@ class Geometry:
             return (side - 1) * self.stride - 2 * self.padding + self.kernel
         return (side + 2 * self.padding - self.kernel) // self.stride + 1
 
+    @property
+    def pixels_first(self) -> bool:
+        """Whether a patch's values go pixel by pixel; else channel by channel, for patches of images."""
+        return not self.transposed and self.kernel != self.stride
+
+    def arrange(self, weight: Tensor) -> Tensor:
+        """A stored weight [N, C·kernel²], channel by channel, as [N, K] in the order of `gather`."""
+        if not self.pixels_first:
+            return weight
+        return weight.unflatten(1, (-1, self.kernel**2)).transpose(1, 2).flatten(1).contiguous()
+
     def gather(self, q: Tensor, zero_point: int) -> Tensor:
         """Rows for the matrix product.
 
@@ -44,10 +56,15 @@ class Geometry:
         if self.transposed:
             return q.permute(0, 2, 3, 1).flatten(0, 2)
         if self.padding:
-            p = self.padding
-            q = F.pad(q, (p, p, p, p), value=zero_point)
+            p, last = self.padding, q.is_contiguous(memory_format=torch.channels_last)
+            size = (q.shape[0], q.shape[1], q.shape[2] + 2 * p, q.shape[3] + 2 * p)
+            order = torch.channels_last if last else torch.contiguous_format
+            padded = torch.empty(size, dtype=q.dtype, memory_format=order).fill_(zero_point)
+            padded[:, :, p:-p, p:-p] = q
+            q = padded
         patches = q.unfold(2, self.kernel, self.stride).unfold(3, self.kernel, self.stride)
-        return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+        order_of_axes = (0, 2, 3, 4, 5, 1) if self.pixels_first else (0, 2, 3, 1, 4, 5)
+        return patches.permute(order_of_axes).flatten(3).flatten(0, 2)
 
     def scatter(self, y: Tensor, batch: int, height: int, width: int) -> Tensor:
         """The product's rows as an image.

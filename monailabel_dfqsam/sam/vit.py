@@ -103,24 +103,27 @@ class Attention(nn.Module):
         # None stands for qkv's own bias, true until qkv is reparameterized.
         self.register_buffer("pad_qkv", None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] float to the same."""
-        _, h, w, c = x.shape
-        qkv = self.qkv(x)
+    def attend(self, qkv: Tensor) -> Tensor:
+        """What lies between the two Linears: [B, H, W, 3C] float to [B, H, W, C] float."""
+        _, h, w, c3 = qkv.shape
         if self.window:
             fill = self.qkv.bias if self.pad_qkv is None else self.pad_qkv
             qkv = window_partition(qkv, self.window, fill)
         side = qkv.shape[1]
-        q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.heads, c // self.heads)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.heads, c3 // 3 // self.heads)).permute(2, 0, 3, 1, 4)
         bias = (
             relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, side)
             if self.relative_position
             else None
         )
-        out = self.core(q, k, v, bias).transpose(1, 2).flatten(2).unflatten(1, (side, side))
+        out: Tensor = self.core(q, k, v, bias).transpose(1, 2).flatten(2).unflatten(1, (side, side))
         if self.window:
             out = window_unpartition(out, self.window, h, w)
-        result: Tensor = self.proj(out)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] float to the same."""
+        result: Tensor = self.proj(self.attend(self.qkv(x)))
         return result
 
 

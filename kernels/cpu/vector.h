@@ -1,0 +1,51 @@
+// Vectors of floats as wide as the target's registers, and the register tile that fits it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// What Python calls; everything else stays inside the library.
+#define DFQSAM_API extern "C" __attribute__((visibility("default")))
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+inline constexpr int kTileRows = 7;     // 7·4 accumulators and 4 operands fill the 32 registers
+inline constexpr int kTileVectors = 4;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+inline constexpr int kTileRows = 6;
+inline constexpr int kTileVectors = 2;
+#else
+inline constexpr int kLanes = 4;
+inline constexpr int kTileRows = 6;
+inline constexpr int kTileVectors = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec broadcast(float x) { return Vec{} + x; }
+
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum_of(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+inline float largest_of(Vec v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

@@ -1,0 +1,125 @@
+"""The C++ forms of `ops.plain` and of SAM's attention, reached through a plain C interface.
+
+The library is built when the package is installed, once for each instruction set, where there is a C++
+compiler; without it everything runs in plain torch, only slower. It uses the OpenMP that torch has loaded, so
+that both share one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from ctypes import c_double, c_float, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from monailabel_dfqsam.ops.layer import QuantizedLayer
+
+logger = logging.getLogger(__name__)
+
+_SIGNATURES = {
+    "dfqsam_quantize": [c_void_p, c_void_p, c_int64, c_float, c_float, c_float],
+    "dfqsam_layer_norm_quantize": [
+        c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_double, c_float, c_float, c_float,
+    ],
+    "dfqsam_attention": [c_void_p] * 5 + [c_int64] * 6,
+}  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library for this processor, or None, which the log explains.
+
+    Raises:
+        OSError: when it was built but cannot be loaded.
+    """
+    path = Path(__file__).with_name(f"libdfqsam_cpu_{torch.backends.cpu.get_cpu_capability().lower()}.so")
+    if not path.is_file():
+        logger.info("no compiled CPU operations (%s): plain torch runs in their place", path.name)
+        return None
+    _share_openmp()
+    loaded = ctypes.CDLL(str(path))
+    for name, arguments in _SIGNATURES.items():
+        getattr(loaded, name).argtypes = arguments
+    return loaded
+
+
+def _share_openmp() -> None:
+    """Makes the OpenMP that torch brought visible to the library, which names none itself."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    loaded = [line.split()[-1] for line in lines if "libgomp" in line or "libiomp" in line]
+    ctypes.CDLL(loaded[0] if loaded else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+def quantize_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
+    """As `plain.quantize_input`; keeps the memory order of x."""
+    dense = x if x.is_contiguous() or _channels_last(x) else x.contiguous()
+    q = torch.empty_like(dense, dtype=torch.uint8)
+    _call("dfqsam_quantize", dense.data_ptr(), q.data_ptr(), dense.numel(), *_range(layer))
+    return q
+
+
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, layer: QuantizedLayer, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `plain.layer_norm_quantize`, for contiguous tensors."""
+    q = torch.empty(x.shape, dtype=torch.uint8)
+    normed = torch.empty_like(x) if keep else None
+    _call(
+        "dfqsam_layer_norm_quantize", x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(normed),
+        q.data_ptr(), x.shape[0], x.shape[1], epsilon, *_range(layer),
+    )  # fmt: skip
+    return q, normed
+
+
+def gelu_quantize(x: Tensor, layer: QuantizedLayer) -> Tensor:
+    """As `plain.gelu_quantize`; overwrites x."""
+    return quantize_input(torch._C._nn.gelu_(x), layer)
+
+
+def attention(
+    qkv: Tensor, pad: Tensor | None, table_h: Tensor | None, table_w: Tensor | None, heads: int, window: int
+) -> Tensor:
+    """As `sam.vit.Attention.attend`, in float32, within 1e-6 of it.
+
+    Neither logits nor relative position ever exist as a matrix, and padded tokens ask nothing.
+
+    Args:
+        qkv: [B, H, W, 3C] float32, contiguous.
+        pad: [3C] float32, qkv of tokens beyond the edge; None where windows divide the grid.
+        table_h, table_w: [2·side − 1, C / heads] float32, or None without relative position.
+        window: side in tokens, 0 for the whole grid.
+
+    Returns:
+        [B, H, W, C] float32.
+    """
+    b, h, w, c3 = qkv.shape
+    out = torch.empty(b, h, w, c3 // 3)
+    pointers = [_pointer(t) for t in (qkv, pad, table_h, table_w, out)]
+    if _call("dfqsam_attention", *pointers, b, h, w, heads, c3 // 3 // heads, window):
+        raise ValueError(f"attention cannot run on {list(qkv.shape)} with {heads} heads and window {window}")
+    return out
+
+
+def _call(name: str, *arguments: object) -> int:
+    loaded = library()
+    assert loaded is not None
+    status: int = getattr(loaded, name)(*arguments)
+    return status
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _range(layer: QuantizedLayer) -> tuple[float, float, float]:
+    """Inverse scale, zero-point and highest level."""
+    return 1.0 / layer.input_scale, layer.input_zero_point, (1 << layer.activation_bits) - 1
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
