@@ -2,14 +2,15 @@
 //
 // One task is one head of one window (or of the whole grid). Keys lie in rows of the window, each padded to
 // whole vectors, so that the relative position is one number a row plus one vector a row, added while the
-// logits are in cache and never stored as a matrix. Padding of windows costs keys, but no queries. Softmax
-// runs online over blocks of keys, so that memory does not grow with the square of the tokens.
+// logits are in cache and never stored as a matrix. Padding of windows costs no queries, and hardly any keys.
+// Softmax runs online over blocks of keys, so that memory does not grow with the square of the tokens.
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "vector.h"
 
@@ -50,9 +51,6 @@ void tile_of(int rows, int64_t depth, const float* a, int64_t lda, const float* 
     CASE(4);
     CASE(5);
     CASE(6);
-#if defined(__AVX512F__)
-    CASE(7);
-#endif
 #undef CASE
   }
 }
@@ -114,8 +112,8 @@ struct Shape {
   int64_t keys() const { return side * lanes(); }
   int64_t columns() const { return round_up(dim, kLanes); }
   int64_t key_rows_per_block() const { return std::max<int64_t>(1, std::min(side, kKeysPerBlock / lanes())); }
-  int64_t queries() const { return std::max(side, kQueriesPerBlock); }
-  int64_t table_width() const { return round_up(2 * side - 1, kLanes) + lanes(); }
+  // Of one table: wide enough for a whole row of lanes from any offset.
+  int64_t table_width() const { return round_up(side - 1 + lanes(), kLanes); }
 };
 
 // A thread's own memory, kept between calls: a server runs the same shapes again and again.
@@ -145,47 +143,74 @@ struct Window {
   int64_t row_stride, stride;    // of q, k, v in floats
   int64_t out_row_stride, out_stride;
   int64_t real_h, real_w;        // tokens of the window that lie in the image
+  bool turned;                   // rows and columns changed over, so that few rows hold all real tokens
 };
 
-// keys: [dim, side · lanes], transposed; values: [side · lanes, columns]. Lanes beyond the side are zero.
-void pack(const Shape& s, const Window& w, float* keys, float* values) {
-  const int64_t lanes = s.lanes(), total = s.keys(), columns = s.columns();
-  for (int64_t y = 0; y < s.side; ++y) {
-    for (int64_t x = 0; x < lanes; ++x) {
-      const int64_t t = y * lanes + x;
-      const bool real = y < w.real_h && x < w.real_w;
-      const float* k = real ? w.k + y * w.row_stride + x * w.stride : w.pad_k;
-      const float* v = real ? w.v + y * w.row_stride + x * w.stride : w.pad_v;
-      float* row = values + t * columns;
-      if (x >= s.side) {
-        for (int64_t d = 0; d < s.dim; ++d) keys[d * total + t] = 0;
-        std::fill(row, row + columns, 0.0f);
-        continue;
-      }
-      for (int64_t d = 0; d < s.dim; ++d) keys[d * total + t] = k[d];
-      std::copy(v, v + s.dim, row);
-      std::fill(row + s.dim, row + columns, 0.0f);
+// Swaps rows and columns of a square of kLanes × kLanes.
+inline void transpose(Vec (&rows)[kLanes]) {
+  for (int width = 1; width < kLanes; width *= 2) {
+    IntVec low, high;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      low[lane] = lane & width ? kLanes + lane - width : lane;
+      high[lane] = lane & width ? kLanes + lane : lane + width;
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & width) continue;
+      const Vec a = rows[i], b = rows[i + width];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + width] = __builtin_shuffle(a, b, high);
     }
   }
 }
 
-// The table transposed, back to front, times √dim since queries come scaled: [dim, table_width].
-void pack_table(const Shape& s, const float* table, float* packed) {
+// keys: [dim, real_h · lanes], transposed; values: [real_h · lanes, columns]. Lanes beyond the side are zero.
+void pack(const Shape& s, const Window& w, float* keys, float* values) {
+  const int64_t total = w.real_h * s.lanes(), columns = s.columns();
+  for (int64_t t = 0; t < total; t += kLanes) {
+    const float* k[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t y = t / s.lanes(), x = t % s.lanes() + lane;
+      const bool real = x < w.real_w;
+      const int64_t token = y * w.row_stride + x * w.stride;
+      k[lane] = x >= s.side ? nullptr : real ? w.k + token : w.pad_k;
+      float* row = values + (t + lane) * columns;
+      const int64_t filled = x >= s.side ? 0 : s.dim;
+      if (filled) std::copy_n(real ? w.v + token : w.pad_v, s.dim, row);
+      std::fill(row + filled, row + columns, 0.0f);
+    }
+    int64_t d = 0;
+    for (; d + kLanes <= s.dim; d += kLanes) {
+      Vec square[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) square[lane] = k[lane] ? load(k[lane] + d) : Vec{};
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) store(keys + (d + i) * total + t, square[i]);
+    }
+    for (; d < s.dim; ++d)
+      for (int lane = 0; lane < kLanes; ++lane) keys[d * total + t + lane] = k[lane] ? k[lane][d] : 0.0f;
+  }
+}
+
+// Both tables transposed, back to front, times √dim since queries come scaled: [dim, 2 · table_width].
+void pack_tables(const Shape& s, const float* table_h, const float* table_w, float* packed) {
   const int64_t width = s.table_width(), offsets = 2 * s.side - 1;
   const float factor = std::sqrt(static_cast<float>(s.dim));
   for (int64_t d = 0; d < s.dim; ++d)
-    for (int64_t j = 0; j < width; ++j)
-      packed[d * width + j] = j < offsets ? table[(offsets - 1 - j) * s.dim + d] * factor : 0.0f;
+    for (int64_t j = 0; j < 2 * width; ++j) {
+      const float* table = j < width ? table_h : table_w;
+      const int64_t offset = j % width;
+      packed[d * 2 * width + j] = offset < offsets ? table[(offsets - 1 - offset) * s.dim + d] * factor : 0.0f;
+    }
 }
 
-// Adds the relative position to a row of logits and returns the largest; keys come in rows of `lanes`.
-inline float add_position(float* logits, int64_t rows, int64_t lanes, const float* by_row, const float* by_lane) {
+// Adds the relative position and the mask of lanes to a row of logits; returns the largest.
+inline float add_position(float* logits, int64_t rows, int64_t lanes, const float* by_row, const float* by_lane,
+                          const float* mask) {
   Vec best = broadcast(-std::numeric_limits<float>::infinity());
-  for (int64_t y = 0; y < rows; ++y) {
-    const Vec b = broadcast(by_row[y]);
-    for (int64_t x = 0; x < lanes; x += kLanes) {
+  for (int64_t x = 0; x < lanes; x += kLanes) {
+    const Vec column = load(by_lane + x) + load(mask + x);
+    for (int64_t y = 0; y < rows; ++y) {
       float* p = logits + y * lanes + x;
-      const Vec value = load(p) + b + load(by_lane + x);
+      const Vec value = load(p) + (column + by_row[y]);
       best = larger(best, value);
       store(p, value);
     }
@@ -205,85 +230,103 @@ inline float exponentials(float* logits, int64_t count, float peak) {
 }
 
 struct Buffers {
-  float *keys, *values, *queries, *by_row, *by_lane, *logits, *output, *peak, *sum;
+  float *keys, *values, *queries, *position, *mask, *row_mask, *logits, *output, *peak, *sum;
 };
 
-int64_t buffer_floats(const Shape& s) {
-  const int64_t m = s.queries();
-  return s.keys() * (s.dim + s.columns()) +
-         m * (s.dim + 2 * s.lanes() + s.key_rows_per_block() * s.lanes() + s.columns() + 2) + 16 * kLanes;
-}
-
-Buffers divide(const Shape& s, float* memory) {
-  const int64_t m = s.queries();
-  Buffers b;
-  float* p = memory;
-  auto take = [&p](int64_t n) {
-    float* start = p;
-    p += round_up(n, kLanes);
+// Divides memory, or, without any, only counts the floats it takes.
+int64_t divide(const Shape& s, float* memory, Buffers* b) {
+  const int64_t m = std::max(s.side, kQueriesPerBlock);
+  int64_t used = 0;
+  auto take = [&used, memory](int64_t n) {
+    float* start = memory == nullptr ? nullptr : memory + used;
+    used += round_up(n, kLanes);
     return start;
   };
-  b.keys = take(s.keys() * s.dim);
-  b.values = take(s.keys() * s.columns());
-  b.queries = take(m * s.dim);
-  b.by_row = take(m * s.lanes());
-  b.by_lane = take(m * s.lanes());
-  b.logits = take(m * s.key_rows_per_block() * s.lanes());
-  b.output = take(m * s.columns());
-  b.peak = take(m);
-  b.sum = take(m);
-  return b;
+  b->keys = take(s.keys() * s.dim);
+  b->values = take(s.keys() * s.columns());
+  b->queries = take(m * s.dim);
+  b->position = take(m * 2 * s.table_width());
+  b->mask = take(s.lanes());
+  b->row_mask = take(s.lanes());
+  b->logits = take(m * s.key_rows_per_block() * s.lanes());
+  b->output = take(m * s.columns());
+  b->peak = take(m);
+  b->sum = take(m);
+  return used;
 }
 
-// Relative position of queries in rows first … first + rows of the window, or zero where there is none.
-void positions(const Shape& s, const Window& w, int64_t first, int64_t rows, const float* table_h,
-               const float* table_w, const Buffers& b) {
-  const int64_t lanes = s.lanes(), width = s.table_width(), m = rows * w.real_w;
-  if (table_h == nullptr) {
-    std::fill(b.by_row, b.by_row + m * lanes, 0.0f);
-    std::fill(b.by_lane, b.by_lane + m * lanes, 0.0f);
-  } else {
-    for (int64_t y = 0; y < rows; ++y)
-      multiply(w.real_w, lanes, s.dim, b.queries + y * w.real_w * s.dim, s.dim, table_h + s.side - 1 - (first + y),
-               width, b.by_row + y * w.real_w * lanes, lanes, false);
-    for (int64_t x = 0; x < w.real_w; ++x)
-      multiply(rows, lanes, s.dim, b.queries + x * s.dim, w.real_w * s.dim, table_w + s.side - 1 - x, width,
-               b.by_lane + x * lanes, w.real_w * lanes, false);
-  }
-  for (int64_t i = 0; i < m; ++i)
-    std::fill(b.by_lane + i * lanes + s.side, b.by_lane + (i + 1) * lanes,
-              -std::numeric_limits<float>::infinity());
+// A query's result so far gives way to logits of a higher peak.
+inline void rescale(const Buffers& b, int64_t query, int64_t columns, float peak) {
+  const float shrink = std::exp(b.peak[query] - peak);
+  b.peak[query] = peak;
+  b.sum[query] *= shrink;
+  for (int64_t d = 0; d < columns; ++d) b.output[query * columns + d] *= shrink;
 }
 
-void attend_rows(const Shape& s, const Window& w, int64_t first, int64_t rows, const float* table_h,
-                 const float* table_w, const Buffers& b) {
-  const int64_t lanes = s.lanes(), columns = s.columns(), m = rows * w.real_w;
+// Σ e^(values + mask − peak) over a few whole vectors, and the peak.
+inline float short_sum(const float* values, const float* mask, int64_t lanes, float* peak) {
+  Vec best = load(values) + load(mask);
+  for (int64_t x = kLanes; x < lanes; x += kLanes) best = larger(best, load(values + x) + load(mask + x));
+  *peak = largest_of(best);
+  Vec total{};
+  for (int64_t x = 0; x < lanes; x += kLanes) total += exponential(load(values + x) + load(mask + x) - *peak);
+  return sum_of(total);
+}
+
+// Whole rows of padding: their keys and values are the same, so that the sum of e^(qk + row + lane) over them
+// is a product of two short sums.
+void attend_padding(const Shape& s, const Window& w, int64_t query, const float* by_row, const float* by_lane,
+                    const Buffers& b) {
+  const float* q = b.queries + query * s.dim;
+  float* output = b.output + query * s.columns();
+  float row_peak, lane_peak, logit = 0;
+  const float by_rows = short_sum(by_row, b.row_mask, s.lanes(), &row_peak);
+  const float by_lanes = short_sum(by_lane, b.mask, s.lanes(), &lane_peak);
+#pragma omp simd reduction(+ : logit)
+  for (int64_t d = 0; d < s.dim; ++d) logit += q[d] * w.pad_k[d];
+  logit += row_peak + lane_peak;
+  if (logit > b.peak[query]) rescale(b, query, s.columns(), logit);
+  const float weight = std::exp(logit - b.peak[query]) * by_rows * by_lanes;
+  b.sum[query] += weight;
+  for (int64_t d = 0; d < s.dim; ++d) output[d] += weight * w.pad_v[d];
+}
+
+void attend_rows(const Shape& s, const Window& w, int64_t first, int64_t rows, const float* tables,
+                 const Buffers& b) {
+  const int64_t lanes = s.lanes(), columns = s.columns(), m = rows * w.real_w, width = s.table_width();
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.dim));
   for (int64_t i = 0; i < m; ++i) {
     const float* q = w.q + (first + i / w.real_w) * w.row_stride + i % w.real_w * w.stride;
     for (int64_t d = 0; d < s.dim; ++d) b.queries[i * s.dim + d] = q[d] * scale;
   }
-  positions(s, w, first, rows, table_h, table_w, b);
+  // A query's score for every offset; that of its own place is a matter of where to begin reading.
+  if (tables != nullptr)
+    multiply(m, 2 * width, s.dim, b.queries, s.dim, tables, 2 * width, b.position, 2 * width, false);
   const int64_t step = s.key_rows_per_block();
-  for (int64_t y = 0; y < s.side; y += step) {
-    const int64_t key_rows = std::min(step, s.side - y), count = key_rows * lanes;
-    multiply(m, count, s.dim, b.queries, s.dim, b.keys + y * lanes, s.keys(), b.logits, count, false);
+  const auto by_row = [&](int64_t i) {
+    return tables == nullptr ? b.position : b.position + i * 2 * width + s.side - 1 - (first + i / w.real_w);
+  };
+  const auto by_lane = [&](int64_t i) {
+    return tables == nullptr ? b.position : b.position + (i * 2 + 1) * width + s.side - 1 - i % w.real_w;
+  };
+  for (int64_t y = 0; y < w.real_h; y += step) {
+    const int64_t key_rows = std::min(step, w.real_h - y), count = key_rows * lanes;
+    multiply(m, count, s.dim, b.queries, s.dim, b.keys + y * lanes, w.real_h * lanes, b.logits, count, false);
     for (int64_t i = 0; i < m; ++i) {
       float* row = b.logits + i * count;
-      float peak = add_position(row, key_rows, lanes, b.by_row + i * lanes + y, b.by_lane + i * lanes);
-      if (y > 0) {
-        peak = std::max(peak, b.peak[i]);
-        const float shrink = std::exp(b.peak[i] - peak);
-        b.sum[i] *= shrink;
-        for (int64_t d = 0; d < columns; ++d) b.output[i * columns + d] *= shrink;
-      } else {
+      const float peak = add_position(row, key_rows, lanes, by_row(i) + y, by_lane(i), b.mask);
+      if (y == 0) {
+        b.peak[i] = peak;
         b.sum[i] = 0;
+      } else if (peak > b.peak[i]) {
+        rescale(b, i, columns, peak);
       }
-      b.peak[i] = peak;
-      b.sum[i] += exponentials(row, count, peak);
+      b.sum[i] += exponentials(row, count, b.peak[i]);
     }
     multiply(m, columns, count, b.logits, count, b.values + y * lanes * columns, columns, b.output, columns, y > 0);
   }
+  if (w.real_h < s.side)
+    for (int64_t i = 0; i < m; ++i) attend_padding(s, w, i, by_row(i), by_lane(i), b);
   for (int64_t i = 0; i < m; ++i) {
     float* out = w.out + (first + i / w.real_w) * w.out_row_stride + i % w.real_w * w.out_stride;
     const float norm = 1.0f / b.sum[i];
@@ -309,6 +352,12 @@ Window window_of(const Shape& s, const float* qkv, const float* pad, float* out,
   w.out_row_stride = channels * s.width;
   w.real_h = std::min(s.side, s.height - y);
   w.real_w = std::min(s.side, s.width - x);
+  w.turned = w.real_w < w.real_h;
+  if (w.turned) {
+    std::swap(w.real_h, w.real_w);
+    std::swap(w.row_stride, w.stride);
+    std::swap(w.out_row_stride, w.out_stride);
+  }
   return w;
 }
 
@@ -329,22 +378,30 @@ DFQSAM_API int dfqsam_attention(const float* qkv, const float* pad, const float*
   const int64_t windows = batch * ((height + s.side - 1) / s.side) * ((width + s.side - 1) / s.side);
 
   static thread_local Scratch table_memory;
-  float *packed_h = nullptr, *packed_w = nullptr;
+  float *tables = nullptr, *turned_tables = nullptr;
   if (table_h != nullptr) {
-    packed_h = table_memory.take(2 * s.dim * s.table_width());
-    packed_w = packed_h + s.dim * s.table_width();
-    pack_table(s, table_h, packed_h);
-    pack_table(s, table_w, packed_w);
+    const int64_t size = 2 * s.dim * s.table_width();
+    tables = table_memory.take(2 * size);
+    pack_tables(s, table_h, table_w, tables);
+    pack_tables(s, table_w, table_h, tables + size);  // for windows that are turned
+    turned_tables = tables + size;
   }
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < windows * heads; ++task) {
     static thread_local Scratch memory;
-    const Buffers b = divide(s, memory.take(buffer_floats(s)));
+    Buffers b;
+    divide(s, memory.take(divide(s, nullptr, &b)), &b);
     const Window w = window_of(s, qkv, pad, out, task / heads, task % heads);
+    for (int64_t x = 0; x < s.lanes(); ++x) {
+      constexpr float kNever = -std::numeric_limits<float>::infinity();
+      b.mask[x] = x < s.side ? 0 : kNever;
+      b.row_mask[x] = x >= w.real_h && x < s.side ? 0 : kNever;
+    }
+    if (tables == nullptr) std::fill_n(b.position, 2 * s.table_width(), 0.0f);
     pack(s, w, b.keys, b.values);
     const int64_t step = std::max<int64_t>(1, kQueriesPerBlock / w.real_w);
     for (int64_t y = 0; y < w.real_h; y += step)
-      attend_rows(s, w, y, std::min(step, w.real_h - y), packed_h, packed_w, b);
+      attend_rows(s, w, y, std::min(step, w.real_h - y), w.turned ? turned_tables : tables, b);
   }
   return 0;
 }

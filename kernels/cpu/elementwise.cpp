@@ -4,6 +4,10 @@
 #include <cmath>
 #include <cstdint>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "vector.h"
 
 namespace {
@@ -62,4 +66,15 @@ DFQSAM_API int dfqsam_layer_norm_quantize(const float* x, const float* weight, c
     }
   }
   return 0;
+}
+
+// Has freed memory kept for the next call instead of being handed back, cleared and faulted in anew each time.
+// Returns 0, or 1 where the C library offers no such choice.
+DFQSAM_API int dfqsam_keep_memory() {
+#if defined(__GLIBC__)
+  constexpr int kLargestKept = 32 << 20, kFreeAtMost = 256 << 20;
+  return mallopt(M_MMAP_THRESHOLD, kLargestKept) && mallopt(M_TRIM_THRESHOLD, kFreeAtMost) ? 0 : 1;
+#else
+  return 1;
+#endif
 }

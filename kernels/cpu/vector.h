@@ -9,7 +9,7 @@
 
 #if defined(__AVX512F__)
 inline constexpr int kLanes = 16;
-inline constexpr int kTileRows = 7;     // 7·4 accumulators and 4 operands fill the 32 registers
+inline constexpr int kTileRows = 6;  // 6·4 accumulators, 4 vectors of one operand and one of the other, of 32 registers
 inline constexpr int kTileVectors = 4;
 #elif defined(__AVX2__)
 inline constexpr int kLanes = 8;
@@ -36,16 +36,21 @@ inline Vec broadcast(float x) { return Vec{} + x; }
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+// The lanes whose index differs in one bit, changed over.
+inline Vec swapped(Vec v, int bit) {
+  IntVec order;
+  for (int lane = 0; lane < kLanes; ++lane) order[lane] = lane ^ bit;
+  return __builtin_shuffle(v, order);
+}
+
 inline float sum_of(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  for (int bit = 1; bit < kLanes; bit *= 2) v += swapped(v, bit);
+  return v[0];
 }
 
 inline float largest_of(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  for (int bit = 1; bit < kLanes; bit *= 2) v = larger(v, swapped(v, bit));
+  return v[0];
 }
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

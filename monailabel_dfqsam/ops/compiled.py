@@ -26,6 +26,7 @@ _SIGNATURES = {
         c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_double, c_float, c_float, c_float,
     ],
     "dfqsam_attention": [c_void_p] * 5 + [c_int64] * 6,
+    "dfqsam_keep_memory": [],
 }  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def library() -> ctypes.CDLL | None:
     loaded = ctypes.CDLL(str(path))
     for name, arguments in _SIGNATURES.items():
         getattr(loaded, name).argtypes = arguments
+    loaded.dfqsam_keep_memory()
     return loaded
 
 
