@@ -51,7 +51,8 @@ $(CUTLASS_DIR): | $(VENV)/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.partial $(CUTLASS)
 	mv $@.partial $@
 
-$(VENV)/.installed: pyproject.toml
+# Installing compiles kernels/cpu where there is a C++ compiler.
+$(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard kernels/cpu/*)
 	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
