@@ -1,4 +1,4 @@
-"""Builds the CPU library into the package: one file for each instruction set, with whatever C++ compiler is there.
+"""Builds the CPU library into the package, a file for each instruction set, with the C++ compiler at hand.
 
 Without a compiler the package installs all the same, and runs in plain torch.
 """
@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ INSTRUCTION_SETS = (
     if platform.machine().lower() in ("x86_64", "amd64")
     else {"default": None}
 )
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
 # Sums of the elementwise operations must round as torch rounds them.
 CONTRACTION = {"attention.cpp": "fast", "elementwise.cpp": "off"}
 
@@ -30,18 +39,23 @@ class CpuLibrary(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles into the source tree, where an editable installation finds it too."""
-        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        folder = Path(self.root, "monailabel_dfqsam", "ops")
+        for old in folder.glob("libdfqsam_cpu_*.so"):
+            old.unlink()  # a stale one would be called with arguments it does not know
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         if compiler is None:
-            self.app.display_warning("no C++ compiler: without the CPU library, clicks take several times longer")
+            self.app.display_warning("no C++ compiler: without the CPU library clicks take longer")
             return
         try:
             for name, march in INSTRUCTION_SETS.items():
-                library = Path(self.root, "monailabel_dfqsam", "ops", f"libdfqsam_cpu_{name}.so")
+                library = folder / f"libdfqsam_cpu_{name}.so"
                 build(compiler, march, Path(self.root, "kernels", "cpu"), library)
                 build_data["artifacts"].append(str(library.relative_to(self.root)))
         except (OSError, subprocess.CalledProcessError) as error:
             detail = getattr(error, "stderr", None) or error
-            self.app.display_warning(f"the CPU library could not be built, plain torch runs instead: {detail}")
+            self.app.display_warning(
+                f"the CPU library could not be built, plain torch runs instead: {detail}"
+            )
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform_tag()}"
@@ -71,6 +85,4 @@ def build(compiler: str, march: str | None, sources: Path, library: Path) -> Non
 
 
 def _platform_tag() -> str:
-    import sysconfig
-
     return sysconfig.get_platform().replace("-", "_").replace(".", "_")

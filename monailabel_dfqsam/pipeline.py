@@ -22,7 +22,7 @@ from torch import Tensor
 from monailabel_dfqsam import __version__
 from monailabel_dfqsam.artifact import FORMAT_VERSION, Artifact, encode_layer, stored
 from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, SynthesisConfig, silent
-from monailabel_dfqsam.engines import Encoder, load_encoder
+from monailabel_dfqsam.engines import layer_by_layer, load_encoder
 from monailabel_dfqsam.fidelity import mask_agreement
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
 from monailabel_dfqsam.quantization.cost import encoder_cost
@@ -109,7 +109,7 @@ def quantize(
         artifact=replace(artifact, header=header),
         synthesis=synthesis,
         calibration_images=images,
-        layer_errors=layer_errors(sam.image_encoder, encoder, images[:1]),
+        layer_errors=layer_errors(sam.image_encoder, artifact, images[:1]),
         entropies={
             kind: encoder_patch_entropies(sam.image_encoder, group).mean(0).tolist()
             for kind, group in kinds.items()
@@ -138,11 +138,11 @@ def folder_images(variant: Variant, folder: Path, count: int) -> Tensor:
     return torch.cat([to_input(variant, np.array(Image.open(path).convert("RGB")))[0] for path in paths])
 
 
-def layer_errors(float_encoder: ImageEncoderViT, encoder: Encoder, images: Tensor) -> dict[str, float]:
+def layer_errors(float_encoder: ImageEncoderViT, artifact: Artifact, images: Tensor) -> dict[str, float]:
     """‖quantized − float‖ / ‖float‖ of each quantized layer's output, errors of earlier layers included."""
     names = list(quantizable(float_encoder))
     expected = _outputs(float_encoder, names, images)
-    actual = _outputs(encoder.encoder, names, images)
+    actual = _outputs(layer_by_layer(artifact), names, images)
     return {
         name: float((actual[name] - y).norm() / y.norm().clamp_min(1e-12)) for name, y in expected.items()
     }

@@ -119,7 +119,7 @@ def block_errors(artifact: Artifact, forward: GraphlessForward, device: torch.de
         errors = [relative_error(forward._patches(images.to(device)).cpu().view_as(x), x)]
         for index, block in enumerate(encoder.blocks[:3]):  # two with windows, one without
             rows = x.flatten(0, 2).to(device, forward.dtype).contiguous()
-            x = block(x)
+            x = block(x.clone())  # overwrites what it is given
             errors.append(relative_error(forward._block(rows, index, 1).cpu().view_as(x), x))
     return errors
 

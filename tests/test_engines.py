@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, encode_layer, stored
 from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, silent
+from monailabel_dfqsam.engines import encoder as encoder_module
 from monailabel_dfqsam.engines import load_encoder, onednn, select
 from monailabel_dfqsam.engines.encoder import IntegerLinear
-from monailabel_dfqsam.ops import int_accumulate
+from monailabel_dfqsam.ops import compiled, int_accumulate
 from monailabel_dfqsam.pipeline import gaussian_images
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam import VARIANTS
@@ -105,6 +107,37 @@ def test_same_output_twice_and_in_a_batch(artifact: Artifact) -> None:
     assert torch.equal(batch, encoder.embed(images))
     for row, image in zip(batch, images, strict=True):
         assert relative_error(encoder.embed(image[None])[0], row) <= EMBEDDING_TOLERANCE
+
+
+@needs_onednn
+def test_plain_torch_takes_the_place_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_artifact("tiny")
+    expected = load_encoder(artifact, EngineKind.REFERENCE).embed(_image(artifact))
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    actual = load_encoder(artifact, EngineKind.ONEDNN).embed(_image(artifact))
+    assert torch.equal(actual, expected)
+
+
+@needs_onednn
+@pytest.mark.skipif(compiled.library() is None, reason="the CPU library was not built")
+def test_steady_state_asks_the_system_for_no_memory(artifact: Artifact) -> None:
+    encoder, image = load_encoder(artifact, EngineKind.ONEDNN), _image(artifact)
+    for _ in range(3):
+        encoder.embed(image)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        encoder.embed(image)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    # One tensor of a ViT-B's hidden layer alone has 768 pages.
+    assert faults / 5 < 100
+
+
+@needs_onednn
+def test_long_inputs_go_through_the_mlp_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_artifact("tiny")
+    whole = load_encoder(artifact, EngineKind.ONEDNN).embed(_image(artifact))
+    monkeypatch.setattr(encoder_module, "_MLP_ROWS", 100)
+    assert torch.equal(load_encoder(artifact, EngineKind.ONEDNN).embed(_image(artifact)), whole)
 
 
 def test_reference_layer_is_the_dequantized_product() -> None:

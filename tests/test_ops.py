@@ -90,7 +90,7 @@ def test_geometry_turns_convolutions_into_products(layer: torch.nn.Module) -> No
     q = torch.randint(0, 16, (2, 3, 8, 12), dtype=torch.uint8)
     zero_point = 5
     rows = geometry.gather(q, zero_point).float() - zero_point
-    matrix = layer.weight.flatten(1).T if transposed else layer.weight.flatten(1)
+    matrix = layer.weight.flatten(1).T if transposed else geometry.arrange(layer.weight.flatten(1))
     actual = geometry.scatter(rows @ matrix.T, 2, 8, 12)
     expected = layer(q.float() - zero_point)
     assert actual.shape == expected.shape

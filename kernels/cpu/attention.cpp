@@ -139,7 +139,8 @@ class Scratch {
 struct Window {
   const float *q, *k, *v;        // of token (0, 0) of the window
   const float *pad_k, *pad_v;    // [dim], what stands beyond the image's edge
-  float* out;
+  float* out;                    // one of these two is null
+  uint8_t* levels;
   int64_t row_stride, stride;    // of q, k, v in floats
   int64_t out_row_stride, out_stride;
   int64_t real_h, real_w;        // tokens of the window that lie in the image
@@ -292,7 +293,7 @@ void attend_padding(const Shape& s, const Window& w, int64_t query, const float*
 }
 
 void attend_rows(const Shape& s, const Window& w, int64_t first, int64_t rows, const float* tables,
-                 const Buffers& b) {
+                 const Levels& to, const Buffers& b) {
   const int64_t lanes = s.lanes(), columns = s.columns(), m = rows * w.real_w, width = s.table_width();
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.dim));
   for (int64_t i = 0; i < m; ++i) {
@@ -328,13 +329,19 @@ void attend_rows(const Shape& s, const Window& w, int64_t first, int64_t rows, c
   if (w.real_h < s.side)
     for (int64_t i = 0; i < m; ++i) attend_padding(s, w, i, by_row(i), by_lane(i), b);
   for (int64_t i = 0; i < m; ++i) {
-    float* out = w.out + (first + i / w.real_w) * w.out_row_stride + i % w.real_w * w.out_stride;
+    const int64_t place = (first + i / w.real_w) * w.out_row_stride + i % w.real_w * w.out_stride;
     const float norm = 1.0f / b.sum[i];
-    for (int64_t d = 0; d < s.dim; ++d) out[d] = b.output[i * columns + d] * norm;
+    float* output = b.output + i * columns;
+    for (int64_t d = 0; d < s.dim; ++d) output[d] *= norm;
+    if (w.levels == nullptr)
+      std::copy_n(output, s.dim, w.out + place);
+    else
+      for (int64_t d = 0; d < s.dim; ++d) w.levels[place + d] = to.of(output[d]);
   }
 }
 
-Window window_of(const Shape& s, const float* qkv, const float* pad, float* out, int64_t index, int64_t head) {
+Window window_of(const Shape& s, const float* qkv, const float* pad, float* out, uint8_t* levels, int64_t index,
+                 int64_t head) {
   const int64_t across = (s.width + s.side - 1) / s.side, down = (s.height + s.side - 1) / s.side;
   const int64_t image = index / (across * down), y = index / across % down * s.side, x = index % across * s.side;
   const int64_t channels = s.heads * s.dim;
@@ -345,7 +352,8 @@ Window window_of(const Shape& s, const float* qkv, const float* pad, float* out,
   w.v = w.k + channels;
   w.pad_k = pad == nullptr ? nullptr : pad + channels + head * s.dim;
   w.pad_v = pad == nullptr ? nullptr : w.pad_k + channels;
-  w.out = out + token * channels + head * s.dim;
+  w.out = out == nullptr ? nullptr : out + token * channels + head * s.dim;
+  w.levels = levels == nullptr ? nullptr : levels + token * channels + head * s.dim;
   w.stride = 3 * channels;
   w.row_stride = w.stride * s.width;
   w.out_stride = channels;
@@ -364,14 +372,17 @@ Window window_of(const Shape& s, const float* qkv, const float* pad, float* out,
 }  // namespace
 
 // qkv [batch, height, width, 3, heads, dim]; pad [3, heads, dim] or null; tables [2·side − 1, dim] or null;
-// out [batch, height, width, heads, dim]. window 0 stands for the whole, then square, grid.
+// the result [batch, height, width, heads, dim] goes to out, or, where that is null, as integers to levels.
+// window 0 stands for the whole, then square, grid.
 // Returns 0, or 1 for sizes that do not fit each other.
 DFQSAM_API int dfqsam_attention(const float* qkv, const float* pad, const float* table_h, const float* table_w,
-                                float* out, int64_t batch, int64_t height, int64_t width, int64_t heads,
-                                int64_t dim, int64_t window) {
+                                float* out, uint8_t* levels, int64_t batch, int64_t height, int64_t width,
+                                int64_t heads, int64_t dim, int64_t window, float inverse_scale,
+                                float zero_point, float highest) {
   if (batch < 0 || height < 1 || width < 1 || heads < 1 || dim < 1 || window < 0) return 1;
   if (window == 0 && height != width) return 1;
-  if ((table_h == nullptr) != (table_w == nullptr)) return 1;
+  if ((table_h == nullptr) != (table_w == nullptr) || (out == nullptr) == (levels == nullptr)) return 1;
+  const Levels to{inverse_scale, zero_point, highest};
   const Shape s{batch, height, width, heads, dim, window ? window : height, window != 0};
   const bool padded = height % s.side != 0 || width % s.side != 0;
   if (padded && pad == nullptr) return 1;
@@ -391,7 +402,7 @@ DFQSAM_API int dfqsam_attention(const float* qkv, const float* pad, const float*
     static thread_local Scratch memory;
     Buffers b;
     divide(s, memory.take(divide(s, nullptr, &b)), &b);
-    const Window w = window_of(s, qkv, pad, out, task / heads, task % heads);
+    const Window w = window_of(s, qkv, pad, out, levels, task / heads, task % heads);
     for (int64_t x = 0; x < s.lanes(); ++x) {
       constexpr float kNever = -std::numeric_limits<float>::infinity();
       b.mask[x] = x < s.side ? 0 : kNever;
@@ -401,7 +412,7 @@ DFQSAM_API int dfqsam_attention(const float* qkv, const float* pad, const float*
     pack(s, w, b.keys, b.values);
     const int64_t step = std::max<int64_t>(1, kQueriesPerBlock / w.real_w);
     for (int64_t y = 0; y < w.real_h; y += step)
-      attend_rows(s, w, y, std::min(step, w.real_h - y), w.turned ? turned_tables : tables, b);
+      attend_rows(s, w, y, std::min(step, w.real_h - y), w.turned ? turned_tables : tables, to, b);
   }
   return 0;
 }

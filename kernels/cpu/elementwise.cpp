@@ -14,22 +14,16 @@ namespace {
 
 constexpr int64_t kChunk = 4096;
 
-inline uint8_t to_level(float x, float inverse_scale, float zero_point, float highest) {
-  float q = __builtin_rintf(x * inverse_scale) + zero_point;
-  q = q < 0.0f ? 0.0f : q;
-  q = q > highest ? highest : q;
-  return static_cast<uint8_t>(static_cast<int32_t>(q));
-}
-
 }  // namespace
 
 // q[i] = clip(round(x[i]·inverse_scale) + zero_point, 0, highest), ties to even.
 DFQSAM_API int dfqsam_quantize(const float* x, uint8_t* q, int64_t count, float inverse_scale, float zero_point,
                                 float highest) {
+  const Levels to{inverse_scale, zero_point, highest};
 #pragma omp parallel for schedule(static) if (count > 4 * kChunk)
   for (int64_t start = 0; start < count; start += kChunk) {
     const int64_t stop = start + kChunk < count ? start + kChunk : count;
-    for (int64_t i = start; i < stop; ++i) q[i] = to_level(x[i], inverse_scale, zero_point, highest);
+    for (int64_t i = start; i < stop; ++i) q[i] = to.of(x[i]);
   }
   return 0;
 }
@@ -39,6 +33,7 @@ DFQSAM_API int dfqsam_quantize(const float* x, uint8_t* q, int64_t count, float 
 DFQSAM_API int dfqsam_layer_norm_quantize(const float* x, const float* weight, const float* bias, float* y,
                                            uint8_t* q, int64_t rows, int64_t channels, double epsilon,
                                            float inverse_scale, float zero_point, float highest) {
+  const Levels to{inverse_scale, zero_point, highest};
 #pragma omp parallel for schedule(static) if (rows * channels > 4 * kChunk)
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = x + r * channels;
@@ -56,12 +51,12 @@ DFQSAM_API int dfqsam_layer_norm_quantize(const float* x, const float* weight, c
     uint8_t* levels = q + r * channels;
     if (y == nullptr) {
       for (int64_t c = 0; c < channels; ++c)
-        levels[c] = to_level((row[c] - center) * factor * weight[c] + bias[c], inverse_scale, zero_point, highest);
+        levels[c] = to.of((row[c] - center) * factor * weight[c] + bias[c]);
     } else {
       float* out = y + r * channels;
       for (int64_t c = 0; c < channels; ++c) {
         out[c] = (row[c] - center) * factor * weight[c] + bias[c];
-        levels[c] = to_level(out[c], inverse_scale, zero_point, highest);
+        levels[c] = to.of(out[c]);
       }
     }
   }

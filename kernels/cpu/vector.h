@@ -54,3 +54,15 @@ inline float largest_of(Vec v) {
 }
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// What multiplies its input by a reciprocal scale and rounds it to levels 0 … highest, ties to even.
+struct Levels {
+  float inverse_scale, zero_point, highest;
+
+  uint8_t of(float x) const {
+    float q = __builtin_rintf(x * inverse_scale) + zero_point;
+    q = q < 0.0f ? 0.0f : q;
+    q = q > highest ? highest : q;
+    return static_cast<uint8_t>(static_cast<int32_t>(q));
+  }
+};

@@ -137,7 +137,8 @@ def make_floor(variant: str, batch: int, threads: int) -> object:
 
 def _without_our_settings() -> None:
     """Takes back what this package chooses for servers before torch reads it; others run as they come."""
-    os.environ.pop("OMP_WAIT_POLICY", None)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        os.environ.pop(name, None)
 
 
 _KINDS: tuple[tuple[str, str], ...] = (

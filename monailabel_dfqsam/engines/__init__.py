@@ -8,9 +8,9 @@ from monailabel_dfqsam.engines import cutlass, onednn
 from monailabel_dfqsam.engines.cutlass import CutlassEncoder
 from monailabel_dfqsam.engines.encoder import Encoder
 from monailabel_dfqsam.engines.onednn import OnednnEncoder
-from monailabel_dfqsam.engines.reference import ReferenceEncoder
+from monailabel_dfqsam.engines.reference import ReferenceEncoder, layer_by_layer
 
-__all__ = ["Encoder", "load_encoder", "select"]
+__all__ = ["Encoder", "layer_by_layer", "load_encoder", "select"]
 
 
 def select(artifact: Artifact) -> EngineKind:

@@ -11,7 +11,6 @@ tests hold it to the reference engine. `CutlassEncoder` runs it on a GPU and cap
 
 from __future__ import annotations
 
-import functools
 import threading
 from typing import NamedTuple
 
@@ -22,12 +21,11 @@ from torch import Tensor
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, float_tensors
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines.cutlass_layers import Layer, Windows, window_tables
-from monailabel_dfqsam.engines.reference import ReferenceEncoder
 from monailabel_dfqsam.ops.cuda import layer_norm_quantize, linear_gelu_quantize, quantize_rows
 from monailabel_dfqsam.ops.cuda_attention import attention_inputs, attention_output
 from monailabel_dfqsam.ops.cuda_library import native_4bit, why_unavailable
 from monailabel_dfqsam.sam.variants import VARIANTS
-from monailabel_dfqsam.sam.vit import LAYER_NORM_EPS, ImageEncoderViT
+from monailabel_dfqsam.sam.vit import LAYER_NORM_EPS
 
 ADAPTER_NORM_EPS = 1e-5
 _WARM_UPS = 2
@@ -54,17 +52,11 @@ class CutlassEncoder:
         reason = why_unavailable()
         if reason is not None:
             raise ArtifactError(f"the engine 'cutlass' cannot run here: {reason}")
-        self._artifact = artifact
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._forward = GraphlessForward(artifact, self._device, torch.float16, native_4bit(self._device))
         self.arithmetic = "w4a4_native" if self._forward.native else "w4a4_int8"
         self._graphs: dict[int, _Graph] = {}
         self._lock = threading.Lock()
-
-    @functools.cached_property
-    def encoder(self) -> ImageEncoderViT:
-        """The same integers as modules on the CPU: a captured graph has no layers to look into."""
-        return ReferenceEncoder(self._artifact).encoder
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] float32, normalised, to [B, C, S/16, S/16] float32 on the images' device.

@@ -31,7 +31,8 @@ class Layer:
         n, k = layer.weight.shape
         four_bit = layer.weight_bits == 4 and layer.activation_bits == 4 and layer.geometry is None
         rows = -n % _COLUMN_MULTIPLE
-        weight = F.pad(layer.weight, (0, padded(k) - k, 0, rows))
+        ordered = layer.weight if layer.geometry is None else layer.geometry.arrange(layer.weight)
+        weight = F.pad(ordered, (0, padded(k) - k, 0, rows))
         if four_bit:
             packed_weight = pack_int4(weight).to(device)
             self.weight = packed_weight if native else unpack_signed(packed_weight)

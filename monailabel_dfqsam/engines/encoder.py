@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, float_tensors
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.ops import QuantizedLayer, plain
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.sam.vit import LAYER_NORM_EPS, Attention, AttentionCore, Block, ImageEncoderViT
 
@@ -31,10 +31,11 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class Kernels:
-    """An engine's parts; `ops.plain` defines the middle three, `sam.vit.Attention.attend` the last.
+    """An engine's parts; `ops.plain` defines the middle three.
 
     Attributes:
-        attend: qkv [B, H, W, 3C] of an attention to [B, H, W, C].
+        attend_quantize: an attention's qkv [B, H, W, 3C] float32 to the integers [B, H, W, C] uint8 that the
+            layer behind it multiplies; `attend_quantize` below defines it.
         core: for policy `paper`: an attention core from its ranges [7] and bits.
     """
 
@@ -44,7 +45,7 @@ class Kernels:
         [Tensor, Tensor, Tensor, float, QuantizedLayer, bool], tuple[Tensor, Tensor | None]
     ]
     gelu_quantize: Callable[[Tensor, QuantizedLayer], Tensor]
-    attend: Callable[[Attention, Tensor], Tensor]
+    attend_quantize: Callable[[Attention, Tensor, QuantizedLayer], Tensor]
     core: Callable[[Tensor, int], nn.Module] | None = None
 
 
@@ -52,10 +53,6 @@ class Encoder(Protocol):
     """A quantized image encoder, whatever runs it; `kind` says what does."""
 
     kind: EngineKind
-
-    @property
-    def encoder(self) -> ImageEncoderViT:
-        """The layers as modules, under the checkpoint's names."""
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] float32, normalised, to [B, C, S/16, S/16] float32.
@@ -92,6 +89,11 @@ class IntegerLinear(nn.Module):
         return geometry.scatter(self.kernel(rows), x.shape[0], x.shape[2], x.shape[3])
 
 
+class _Product(NamedTuple):
+    layer: QuantizedLayer
+    kernel: Kernel
+
+
 class IntegerBlock(nn.Module):
     """A transformer block whose activations go from product to product as integers where they can."""
 
@@ -99,36 +101,46 @@ class IntegerBlock(nn.Module):
         super().__init__()
         self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
         self.mlp, self.Adapter = block.mlp, block.Adapter
+        layers: tuple[Any, ...] = (block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2)
+        self._qkv, self._proj, self._lin1, self._lin2 = (
+            _Product(layer.layer, layer.kernel) for layer in layers
+        )
         self.norm2_restore = block.norm2_restore
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] float32, contiguous, to the same; x is overwritten."""
         rows = x.view(-1, x.shape[-1])
-        q, _ = self._normed(rows, self.norm1, self.attn.qkv, False)
-        qkv = self.attn.qkv.kernel(q).view(*x.shape[:-1], -1)
-        attended = self.kernels.attend(self.attn, qkv)
+        q, _ = self._normed(rows, self.norm1, self._qkv.layer, False)
+        qkv = self._qkv.kernel(q).view(*x.shape[:-1], -1)
+        q = self.kernels.attend_quantize(self.attn, qkv, self._proj.layer)
         del qkv  # the largest tensor of the block
-        proj = self.attn.proj
-        proj.kernel(self.kernels.quantize_input(attended, proj.layer).view(rows.shape), rows)
-        q, normed = self._normed(rows, self.norm2, self.mlp.lin1, self.Adapter is not None)
+        self._proj.kernel(q.view(rows.shape), rows)
+        q, normed = self._normed(rows, self.norm2, self._lin1.layer, self.Adapter is not None)
         for part, target in zip(q.split(_MLP_ROWS), rows.split(_MLP_ROWS), strict=True):
-            hidden = self.kernels.gelu_quantize(self.mlp.lin1.kernel(part), self.mlp.lin2.layer)
-            self.mlp.lin2.kernel(hidden, target)
+            hidden = self.kernels.gelu_quantize(self._lin1.kernel(part), self._lin2.layer)
+            self._lin2.kernel(hidden, target)
         if self.Adapter is not None and normed is not None:
             x += self.Adapter(self.norm2_restore(normed.view(x.shape)))
         return x
 
     def _normed(
-        self, rows: Tensor, norm: nn.LayerNorm, reader: IntegerLinear, keep: bool
+        self, rows: Tensor, norm: nn.LayerNorm, reader: QuantizedLayer, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return self.kernels.layer_norm_quantize(
-            rows, norm.weight, norm.bias, LAYER_NORM_EPS, reader.layer, keep
-        )
+        return self.kernels.layer_norm_quantize(rows, norm.weight, norm.bias, LAYER_NORM_EPS, reader, keep)
 
 
-def assemble(artifact: Artifact, kernels: Kernels) -> ImageEncoderViT:
+def attend_quantize(attention: Attention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
+    """`Kernels.attend_quantize` in plain torch."""
+    return plain.quantize_input(attention.attend(qkv), reader)
+
+
+def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageEncoderViT:
     """The encoder of an artifact on an engine's kernels, under the checkpoint's names.
+
+    Args:
+        fused: activations pass from product to product as integers; else each quantized layer is a module
+            from floats to floats, in a float model otherwise.
 
     Raises:
         ArtifactError: when the artifact's tensors are not those of its model.
@@ -155,7 +167,7 @@ def assemble(artifact: Artifact, kernels: Kernels) -> ImageEncoderViT:
     for key, value in floats.items():
         parent, _, buffer = key.rpartition(".")
         encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
-    for index, block in enumerate(encoder.blocks):
+    for index, block in enumerate(encoder.blocks if fused else []):
         assert isinstance(block, Block)
         encoder.blocks[index] = IntegerBlock(block, kernels)
     return encoder.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble
+from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble, attend_quantize
 from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain
 from monailabel_dfqsam.sam.vit import Attention
 
@@ -38,18 +38,15 @@ class OnednnEncoder:
 
 
 def _kernels() -> Kernels:
-    if compiled.library() is None:
-        return Kernels(
-            onednn_kernel, plain.quantize_input, plain.layer_norm_quantize, plain.gelu_quantize, Attention.attend
-        )
+    forms, attend = (plain, attend_quantize) if compiled.library() is None else (compiled, _attend_quantize)
     return Kernels(
-        onednn_kernel, compiled.quantize_input, compiled.layer_norm_quantize, compiled.gelu_quantize, _attend
+        onednn_kernel, forms.quantize_input, forms.layer_norm_quantize, forms.gelu_quantize, attend
     )
 
 
-def _attend(attention: Attention, qkv: Tensor) -> Tensor:
-    tables = (attention.rel_pos_h, attention.rel_pos_w) if attention.relative_position else (None, None)
-    return compiled.attention(qkv, attention.pad_qkv, *tables, attention.heads, attention.window)
+def _attend_quantize(attention: Attention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
+    tables = (attention.rel_pos_h, attention.rel_pos_w) if attention.relative_position else None
+    return compiled.attention(qkv, attention.pad_qkv, tables, attention.heads, attention.window, reader)
 
 
 def onednn_kernel(layer: QuantizedLayer) -> Kernel:

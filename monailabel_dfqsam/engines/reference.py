@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble
+from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble, attend_quantize
 from monailabel_dfqsam.ops import QuantizedLayer, int_linear, plain
 from monailabel_dfqsam.quantization.quantizer import Affine, fake_log_sqrt2
-from monailabel_dfqsam.sam.vit import Attention
+from monailabel_dfqsam.sam.vit import ImageEncoderViT
 
 
 class QuantizedAttentionCore(nn.Module):
@@ -36,11 +36,7 @@ class ReferenceEncoder:
     kind = EngineKind.REFERENCE
 
     def __init__(self, artifact: Artifact) -> None:
-        kernels = Kernels(
-            reference_kernel, plain.quantize_input, plain.layer_norm_quantize, plain.gelu_quantize,
-            Attention.attend, QuantizedAttentionCore,
-        )  # fmt: skip
-        self.encoder = assemble(artifact, kernels)
+        self.encoder = assemble(artifact, _KERNELS)
 
     def embed(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -58,3 +54,18 @@ def reference_kernel(layer: QuantizedLayer) -> Kernel:
         return result if residual is None else residual.add_(result)
 
     return kernel
+
+
+_KERNELS = Kernels(
+    reference_kernel,
+    plain.quantize_input,
+    plain.layer_norm_quantize,
+    plain.gelu_quantize,
+    attend_quantize,
+    QuantizedAttentionCore,
+)
+
+
+def layer_by_layer(artifact: Artifact) -> ImageEncoderViT:
+    """The encoder with each quantized layer a module from floats to floats, to look at their outputs."""
+    return assemble(artifact, _KERNELS, fused=False)

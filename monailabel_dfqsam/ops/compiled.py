@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 _SIGNATURES = {
     "dfqsam_quantize": [c_void_p, c_void_p, c_int64, c_float, c_float, c_float],
     "dfqsam_layer_norm_quantize": [
-        c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_double, c_float, c_float, c_float,
+        *[c_void_p] * 5, c_int64, c_int64, c_double, c_float, c_float, c_float,
     ],
-    "dfqsam_attention": [c_void_p] * 5 + [c_int64] * 6,
+    "dfqsam_attention": [c_void_p] * 6 + [c_int64] * 6 + [c_float] * 3,
     "dfqsam_keep_memory": [],
 }  # fmt: skip
 
@@ -37,9 +37,11 @@ def library() -> ctypes.CDLL | None:
     Raises:
         OSError: when it was built but cannot be loaded.
     """
-    path = Path(__file__).with_name(f"libdfqsam_cpu_{torch.backends.cpu.get_cpu_capability().lower()}.so")
-    if not path.is_file():
-        logger.info("no compiled CPU operations (%s): plain torch runs in their place", path.name)
+    names = (torch.backends.cpu.get_cpu_capability().lower(), "default")
+    paths = [Path(__file__).with_name(f"libdfqsam_cpu_{name}.so") for name in names]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        logger.info("no compiled CPU operations (%s): plain torch runs in their place", paths[0].name)
         return None
     _share_openmp()
     loaded = ctypes.CDLL(str(path))
@@ -80,11 +82,16 @@ def layer_norm_quantize(
 
 def gelu_quantize(x: Tensor, layer: QuantizedLayer) -> Tensor:
     """As `plain.gelu_quantize`; overwrites x."""
-    return quantize_input(torch._C._nn.gelu_(x), layer)
+    return quantize_input(torch.ops.aten.gelu_(x), layer)
 
 
 def attention(
-    qkv: Tensor, pad: Tensor | None, table_h: Tensor | None, table_w: Tensor | None, heads: int, window: int
+    qkv: Tensor,
+    pad: Tensor | None,
+    tables: tuple[Tensor, Tensor] | None,
+    heads: int,
+    window: int,
+    reader: QuantizedLayer | None = None,
 ) -> Tensor:
     """As `sam.vit.Attention.attend`, in float32, within 1e-6 of it.
 
@@ -93,16 +100,23 @@ def attention(
     Args:
         qkv: [B, H, W, 3C] float32, contiguous.
         pad: [3C] float32, qkv of tokens beyond the edge; None where windows divide the grid.
-        table_h, table_w: [2·side − 1, C / heads] float32, or None without relative position.
+        tables: of relative position by rows and by columns, each [2·side − 1, C / heads] float32.
         window: side in tokens, 0 for the whole grid.
+        reader: the layer behind, if its integers are wanted.
 
     Returns:
-        [B, H, W, C] float32.
+        [B, H, W, C] float32, or uint8 with a reader.
+
+    Raises:
+        ValueError: for sizes that do not fit each other.
     """
     b, h, w, c3 = qkv.shape
-    out = torch.empty(b, h, w, c3 // 3)
-    pointers = [_pointer(t) for t in (qkv, pad, table_h, table_w, out)]
-    if _call("dfqsam_attention", *pointers, b, h, w, heads, c3 // 3 // heads, window):
+    out = torch.empty(b, h, w, c3 // 3, dtype=torch.float32 if reader is None else torch.uint8)
+    places = (out.data_ptr(), None) if reader is None else (None, out.data_ptr())
+    inputs = (qkv, pad, *(tables or (None, None)))
+    sizes = (b, h, w, heads, c3 // 3 // heads, window)
+    levels = (1.0, 0.0, 0.0) if reader is None else _range(reader)
+    if _call("dfqsam_attention", *map(_pointer, inputs), *places, *sizes, *levels):
         raise ValueError(f"attention cannot run on {list(qkv.shape)} with {heads} heads and window {window}")
     return out
 

@@ -42,7 +42,8 @@ class Geometry:
         """A stored weight [N, C·kernel²], channel by channel, as [N, K] in the order of `gather`."""
         if not self.pixels_first:
             return weight
-        return weight.unflatten(1, (-1, self.kernel**2)).transpose(1, 2).flatten(1).contiguous()
+        by_channel: Tensor = weight.unflatten(1, (-1, self.kernel**2))
+        return by_channel.transpose(1, 2).flatten(1).contiguous()
 
     def gather(self, q: Tensor, zero_point: int) -> Tensor:
         """Rows for the matrix product.

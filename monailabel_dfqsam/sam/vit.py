@@ -110,7 +110,8 @@ class Attention(nn.Module):
             fill = self.qkv.bias if self.pad_qkv is None else self.pad_qkv
             qkv = window_partition(qkv, self.window, fill)
         side = qkv.shape[1]
-        q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.heads, c3 // 3 // self.heads)).permute(2, 0, 3, 1, 4)
+        depth = c3 // 3 // self.heads
+        q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.heads, depth)).permute(2, 0, 3, 1, 4)
         bias = (
             relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, side)
             if self.relative_position

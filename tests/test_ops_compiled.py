@@ -1,0 +1,135 @@
+"""The C++ forms against plain torch: integers bit for bit, attention against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain
+from monailabel_dfqsam.sam.vit import Attention
+from tests.models import relative_error
+
+ATTENTION_TOLERANCE = 2e-6
+
+pytestmark = pytest.mark.skipif(compiled.library() is None, reason="the CPU library was not built")
+
+
+@pytest.fixture(scope="module", autouse=True, params=["DEFAULT", "AVX2", "AVX512"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each library that was built and that this processor can run."""
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    own = torch.backends.cpu.get_cpu_capability()
+    if own not in order or order.index(request.param) > order.index(own):
+        pytest.skip(f"this processor has {own}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+        compiled.library.cache_clear()
+        if compiled.library() is None:
+            compiled.library.cache_clear()
+            pytest.skip(f"no library was built for {request.param}")
+        yield
+    compiled.library.cache_clear()
+
+
+def reader(scale: float, zero_point: int, bits: int) -> QuantizedLayer:
+    """A layer of which only the input range matters."""
+    nothing = torch.empty(0)
+    return QuantizedLayer(nothing, nothing, nothing, scale, zero_point, bits, bits)
+
+
+def layers() -> st.SearchStrategy[QuantizedLayer]:
+    return st.tuples(st.floats(1e-3, 3.0), st.integers(0, 15), st.sampled_from([4, 6, 8])).map(
+        lambda t: reader(*t)
+    )
+
+
+def values(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 70), st.integers(1, 400), layers())
+def test_integers_equal_plain_torch(seed: int, rows: int, channels: int, layer: QuantizedLayer) -> None:
+    x = values(seed, rows, channels) + values(seed + 1, channels)
+    assert torch.equal(compiled.quantize_input(x, layer), plain.quantize_input(x, layer))
+    weight, bias = values(seed + 2, channels), values(seed + 3, channels)
+    for keep in (False, True):
+        expected = plain.layer_norm_quantize(x, weight, bias, 1e-6, layer, keep)
+        actual = compiled.layer_norm_quantize(x, weight, bias, 1e-6, layer, keep)
+        assert torch.equal(actual[0], expected[0])
+        assert actual[1] is expected[1] is None or torch.equal(actual[1], expected[1])
+    assert torch.equal(compiled.gelu_quantize(x.clone(), layer), plain.gelu_quantize(x, layer))
+
+
+def test_layer_norm_is_torchs() -> None:
+    x, weight, bias = values(1, 33, 144), values(2, 144), values(3, 144)
+    _, normed = compiled.layer_norm_quantize(x, weight, bias, 1e-6, reader(0.1, 8, 4), True)
+    expected = torch.nn.functional.layer_norm(x.double(), (144,), weight.double(), bias.double(), 1e-6)
+    assert normed is not None
+    assert relative_error(normed, expected) < 1e-6
+
+
+def test_quantize_keeps_the_order_of_memory() -> None:
+    x = values(4, 2, 5, 6, 7).to(memory_format=torch.channels_last)
+    q = compiled.quantize_input(x, reader(0.3, 7, 4))
+    assert q.is_contiguous(memory_format=torch.channels_last)
+    for view in (x, x[:, :, 1:], x.transpose(0, 3)):
+        assert torch.equal(
+            compiled.quantize_input(view, reader(0.3, 7, 4)), plain.quantize_input(view, reader(0.3, 7, 4))
+        )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    grid=st.integers(1, 45),
+    window=st.sampled_from([0, 3, 8, 14, 17]),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([4, 16, 36, 64, 80]),
+    position=st.booleans(),
+)
+def test_attention_equals_float64(
+    seed: int, grid: int, window: int, heads: int, dim: int, position: bool
+) -> None:
+    attention, qkv = _attention(seed, grid, window, heads, dim, position)
+    expected = attention.double().attend(qkv.double())
+    actual = _compiled(attention.float(), qkv)
+    assert relative_error(actual, expected) < ATTENTION_TOLERANCE
+    assert torch.equal(actual, _compiled(attention, qkv))
+    layer = reader(0.05, 7, 4)
+    assert torch.equal(_compiled(attention, qkv, layer), plain.quantize_input(actual, layer))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    attention, qkv = _attention(5, 40, 0, 2, 64, True)
+    actual = _compiled(attention, qkv * 30)
+    assert relative_error(actual, attention.double().attend(qkv.double() * 30)) < 1e-4
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="attention cannot run"):
+        compiled.attention(torch.randn(1, 4, 5, 12), None, None, 1, 0)
+    with pytest.raises(ValueError, match="attention cannot run"):
+        compiled.attention(torch.randn(1, 4, 4, 12), None, None, 1, 3)
+
+
+def _attention(
+    seed: int, grid: int, window: int, heads: int, dim: int, position: bool
+) -> tuple[Attention, Tensor]:
+    attention = Attention(heads * dim, heads, grid, window, position).requires_grad_(False)
+    if position:
+        side = window or grid
+        attention.rel_pos_h.data = values(seed, 2 * side - 1, dim) * 0.1
+        attention.rel_pos_w.data = values(seed + 1, 2 * side - 1, dim) * 0.1
+    attention.pad_qkv = values(seed + 2, 3 * heads * dim)
+    return attention, values(seed + 3, 2, grid, grid, 3 * heads * dim)
+
+
+def _compiled(attention: Attention, qkv: Tensor, layer: QuantizedLayer | None = None) -> Tensor:
+    tables = (attention.rel_pos_h, attention.rel_pos_w) if attention.relative_position else None
+    return compiled.attention(qkv, attention.pad_qkv, tables, attention.heads, attention.window, layer)
