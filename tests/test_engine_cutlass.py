@@ -100,8 +100,9 @@ def layer_errors(artifact: Artifact, device: torch.device, dtype: torch.dtype, n
         n, k = stored.weight.shape
         integers = torch.randint(0, 2**stored.activation_bits, (5, k), dtype=torch.uint8)
         scaled = (integers.float() - stored.input_zero_point) * stored.input_scale
+        weight = stored.weight if stored.geometry is None else stored.geometry.arrange(stored.weight)
         expected = int_linear(
-            integers, stored.weight, stored.input_scale, stored.input_zero_point, stored.weight_scale,
+            integers, weight, stored.input_scale, stored.input_zero_point, stored.weight_scale,
             stored.bias,
         )  # fmt: skip
         actual = layer.product(layer.quantize(scaled.to(device)), dtype).cpu()
