@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <utility>
 
 #include "vector.h"
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int64_t kKeysPerBlock = 512;
 constexpr int64_t kQueriesPerBlock = 32;
+constexpr int64_t kPanel = kTileVectors * kLanes;
 
 // C [MR, NV vectors] = (accumulate ? C : 0) + A [MR, depth] · B [depth, NV vectors].
 template <int MR, int NV>
@@ -56,10 +58,11 @@ void tile_of(int rows, int64_t depth, const float* a, int64_t lda, const float* 
 }
 
 // C [rows, columns] = (accumulate ? C : 0) + A [rows, depth] · B [depth, columns]; columns in whole vectors.
+// B's columns come in panels of kPanel, each `panel` floats after the one before.
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b,
-              int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+              int64_t ldb, int64_t panel, float* c, int64_t ldc, bool accumulate) {
   const int64_t parts = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t n = 0; n < columns; n += kTileVectors * kLanes) {
+  for (int64_t n = 0; n < columns; n += kPanel, b += panel) {
     const int64_t vectors = std::min<int64_t>(kTileVectors, (columns - n) / kLanes);
     for (int64_t p = 0, m = 0; p < parts; ++p) {
       const int count = static_cast<int>(rows * (p + 1) / parts - m);  // even parts: no thin last one
@@ -67,17 +70,17 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int6
       float* c0 = c + m * ldc + n;
       switch (vectors) {
         case 1:
-          tile_of<1>(count, depth, a0, lda, b + n, ldb, c0, ldc, accumulate);
+          tile_of<1>(count, depth, a0, lda, b, ldb, c0, ldc, accumulate);
           break;
         case 2:
-          tile_of<2>(count, depth, a0, lda, b + n, ldb, c0, ldc, accumulate);
+          tile_of<2>(count, depth, a0, lda, b, ldb, c0, ldc, accumulate);
           break;
 #if !defined(__AVX2__) || defined(__AVX512F__)
         case 3:
-          tile_of<3>(count, depth, a0, lda, b + n, ldb, c0, ldc, accumulate);
+          tile_of<3>(count, depth, a0, lda, b, ldb, c0, ldc, accumulate);
           break;
         case 4:
-          tile_of<4>(count, depth, a0, lda, b + n, ldb, c0, ldc, accumulate);
+          tile_of<4>(count, depth, a0, lda, b, ldb, c0, ldc, accumulate);
           break;
 #endif
       }
@@ -111,7 +114,11 @@ struct Shape {
   int64_t lanes() const { return round_up(side, kLanes); }
   int64_t keys() const { return side * lanes(); }
   int64_t columns() const { return round_up(dim, kLanes); }
-  int64_t key_rows_per_block() const { return std::max<int64_t>(1, std::min(side, kKeysPerBlock / lanes())); }
+  // So many that a block begins where a panel does.
+  int64_t key_rows_per_block() const {
+    const int64_t unit = kPanel / std::gcd(lanes(), kPanel);
+    return std::max(unit, kKeysPerBlock / lanes() / unit * unit);
+  }
   // Of one table: wide enough for a whole row of lanes from any offset.
   int64_t table_width() const { return round_up(side - 1 + lanes(), kLanes); }
 };
@@ -164,7 +171,8 @@ inline void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// keys: [dim, real_h · lanes], transposed; values: [real_h · lanes, columns]. Lanes beyond the side are zero.
+// keys: [panels, dim, kPanel], transposed; values: [real_h · lanes, columns]. Lanes beyond the side are zero.
+// In panels, since rows as long as all keys would lie a power of two apart and push each other out of cache.
 void pack(const Shape& s, const Window& w, float* keys, float* values) {
   const int64_t total = w.real_h * s.lanes(), columns = s.columns();
   for (int64_t t = 0; t < total; t += kLanes) {
@@ -179,15 +187,16 @@ void pack(const Shape& s, const Window& w, float* keys, float* values) {
       if (filled) std::copy_n(real ? w.v + token : w.pad_v, s.dim, row);
       std::fill(row + filled, row + columns, 0.0f);
     }
+    float* place = keys + t / kPanel * kPanel * s.dim + t % kPanel;
     int64_t d = 0;
     for (; d + kLanes <= s.dim; d += kLanes) {
       Vec square[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) square[lane] = k[lane] ? load(k[lane] + d) : Vec{};
       transpose(square);
-      for (int i = 0; i < kLanes; ++i) store(keys + (d + i) * total + t, square[i]);
+      for (int i = 0; i < kLanes; ++i) store(place + (d + i) * kPanel, square[i]);
     }
     for (; d < s.dim; ++d)
-      for (int lane = 0; lane < kLanes; ++lane) keys[d * total + t + lane] = k[lane] ? k[lane][d] : 0.0f;
+      for (int lane = 0; lane < kLanes; ++lane) place[d * kPanel + lane] = k[lane] ? k[lane][d] : 0.0f;
   }
 }
 
@@ -243,7 +252,7 @@ int64_t divide(const Shape& s, float* memory, Buffers* b) {
     used += round_up(n, kLanes);
     return start;
   };
-  b->keys = take(s.keys() * s.dim);
+  b->keys = take(round_up(s.keys(), kPanel) * s.dim);
   b->values = take(s.keys() * s.columns());
   b->queries = take(m * s.dim);
   b->position = take(m * 2 * s.table_width());
@@ -302,7 +311,7 @@ void attend_rows(const Shape& s, const Window& w, int64_t first, int64_t rows, c
   }
   // A query's score for every offset; that of its own place is a matter of where to begin reading.
   if (tables != nullptr)
-    multiply(m, 2 * width, s.dim, b.queries, s.dim, tables, 2 * width, b.position, 2 * width, false);
+    multiply(m, 2 * width, s.dim, b.queries, s.dim, tables, 2 * width, kPanel, b.position, 2 * width, false);
   const int64_t step = s.key_rows_per_block();
   const auto by_row = [&](int64_t i) {
     return tables == nullptr ? b.position : b.position + i * 2 * width + s.side - 1 - (first + i / w.real_w);
@@ -312,7 +321,8 @@ void attend_rows(const Shape& s, const Window& w, int64_t first, int64_t rows, c
   };
   for (int64_t y = 0; y < w.real_h; y += step) {
     const int64_t key_rows = std::min(step, w.real_h - y), count = key_rows * lanes;
-    multiply(m, count, s.dim, b.queries, s.dim, b.keys + y * lanes, w.real_h * lanes, b.logits, count, false);
+    multiply(m, count, s.dim, b.queries, s.dim, b.keys + y * lanes * s.dim, kPanel, kPanel * s.dim, b.logits, count,
+             false);
     for (int64_t i = 0; i < m; ++i) {
       float* row = b.logits + i * count;
       const float peak = add_position(row, key_rows, lanes, by_row(i) + y, by_lane(i), b.mask);
@@ -324,7 +334,8 @@ void attend_rows(const Shape& s, const Window& w, int64_t first, int64_t rows, c
       }
       b.sum[i] += exponentials(row, count, b.peak[i]);
     }
-    multiply(m, columns, count, b.logits, count, b.values + y * lanes * columns, columns, b.output, columns, y > 0);
+    multiply(m, columns, count, b.logits, count, b.values + y * lanes * columns, columns, kPanel, b.output,
+             columns, y > 0);
   }
   if (w.real_h < s.side)
     for (int64_t i = 0; i < m; ++i) attend_padding(s, w, i, by_row(i), by_lane(i), b);

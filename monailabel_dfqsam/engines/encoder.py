@@ -5,7 +5,7 @@ What differs between them is `Kernels`: the integer matrix product, and what lie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +18,9 @@ from monailabel_dfqsam.ops import QuantizedLayer, plain
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.sam.vit import LAYER_NORM_EPS, Attention, AttentionCore, Block, ImageEncoderViT
 
-# Rows of an MLP at a time: its hidden layer, four times as wide and in float, then stays in cache.
+# Rows at a time: what lies between two products, three or four times as wide and in float, then stays in cache.
 _MLP_ROWS = 512
+_ATTENTION_ROWS = 512
 
 
 class Kernel(Protocol):
@@ -111,11 +112,8 @@ class IntegerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] float32, contiguous, to the same; x is overwritten."""
         rows = x.view(-1, x.shape[-1])
-        q, _ = self._normed(rows, self.norm1, self._qkv.layer, False)
-        qkv = self._qkv.kernel(q).view(*x.shape[:-1], -1)
-        q = self.kernels.attend_quantize(self.attn, qkv, self._proj.layer)
-        del qkv  # the largest tensor of the block
-        self._proj.kernel(q.view(rows.shape), rows)
+        for part in _independent(x, self.attn.window):
+            self._attend(part)
         q, normed = self._normed(rows, self.norm2, self._lin1.layer, self.Adapter is not None)
         for part, target in zip(q.split(_MLP_ROWS), rows.split(_MLP_ROWS), strict=True):
             hidden = self.kernels.gelu_quantize(self._lin1.kernel(part), self._lin2.layer)
@@ -124,10 +122,28 @@ class IntegerBlock(nn.Module):
             x += self.Adapter(self.norm2_restore(normed.view(x.shape)))
         return x
 
+    def _attend(self, x: Tensor) -> None:
+        rows = x.view(-1, x.shape[-1])
+        q, _ = self._normed(rows, self.norm1, self._qkv.layer, False)
+        qkv = self._qkv.kernel(q).view(*x.shape[:-1], -1)
+        q = self.kernels.attend_quantize(self.attn, qkv, self._proj.layer)
+        self._proj.kernel(q.view(rows.shape), rows)
+
     def _normed(
         self, rows: Tensor, norm: nn.LayerNorm, reader: QuantizedLayer, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
         return self.kernels.layer_norm_quantize(rows, norm.weight, norm.bias, LAYER_NORM_EPS, reader, keep)
+
+
+def _independent(x: Tensor, window: int) -> Iterator[Tensor]:
+    """Parts of [B, H, W, C], each contiguous, between which no attention passes."""
+    _, h, w, _ = x.shape
+    if not window or h * w <= _ATTENTION_ROWS:
+        yield from x.split(max(1, _ATTENTION_ROWS // (h * w)))
+        return
+    strip = window * max(1, _ATTENTION_ROWS // (window * w))
+    for image in x.split(1):
+        yield from image.split(strip, dim=1)
 
 
 def attend_quantize(attention: Attention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
