@@ -18,7 +18,7 @@ from monailabel_dfqsam.ops import QuantizedLayer, plain
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.sam.vit import LAYER_NORM_EPS, Attention, AttentionCore, Block, ImageEncoderViT
 
-# Rows at a time: what lies between two products, three or four times as wide and in float, then stays in cache.
+# Rows at a time: what lies between two products, several times as wide and in float, then stays in cache.
 _MLP_ROWS = 512
 _ATTENTION_ROWS = 512
 
