@@ -185,7 +185,9 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
         encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
     for index, block in enumerate(encoder.blocks if fused else []):
         assert isinstance(block, Block)
-        encoder.blocks[index] = IntegerBlock(block, kernels)
+        products = (block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2)
+        if all(isinstance(layer, IntegerLinear) for layer in products):
+            encoder.blocks[index] = IntegerBlock(block, kernels)
     return encoder.eval().requires_grad_(False)
 
 
