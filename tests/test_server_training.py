@@ -17,7 +17,8 @@ import pytest
 from monailabel_dfqsam.artifact import read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.sam.checkpoint import file_sha256
-from monailabel_dfqsam.server.models import FULL_PRECISION, ModelFolder, Models
+from monailabel_dfqsam.server.model_folder import HISTORY, STOPPED, ModelFolder
+from monailabel_dfqsam.server.models import FULL_PRECISION, ChoiceError, Models
 from monailabel_dfqsam.server.options import OptionError
 from monailabel_dfqsam.server.settings import Settings
 from monailabel_dfqsam.server.train_task import QuantizeTask
@@ -71,7 +72,7 @@ def test_quantization_needs_no_data(quantized: Settings) -> None:
     key = key_of(quantized)
     assert model.published() == {"key": key, "default_key": key}
     assert read_header(model.artifact(key))["config"]["bits"] == 4
-    assert "<html" in model.report.read_text()[:200].lower()
+    assert "<html" in model.report(key).read_text()[:200].lower()
     assert not model.building.exists()
     assert not [path for path in quantized.model_dir.iterdir() if path.name.startswith(".")]
 
@@ -141,8 +142,14 @@ def test_a_wrong_option_fails_before_anything_is_written(tmp_path: Path) -> None
 def test_a_killed_quantization_shows_as_stopped(folder: Settings) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    ModelFolder(folder.model_dir).write_progress({"state": "running", "pid": ended.pid})
-    assert QuantizeTask("dfqsam", folder).stats() == {"state": "stopped"}
+    model = ModelFolder(folder.model_dir)
+    begun = {"started": "2026-01-01T00:00:00.000+00:00", "state": "running", "pid": ended.pid, "seconds": 0}
+    model.write_history(begun)
+    model.write_progress({**begun, "seconds": 7})
+    stopped = {**begun, "seconds": 7, "state": "stopped", "error": STOPPED}
+    assert model.read_history()[0] == stopped
+    stopped.pop("pid")
+    assert QuantizeTask("dfqsam", folder).stats() == stopped
 
 
 def test_the_published_artifact_is_served(folder: Settings) -> None:
@@ -212,3 +219,128 @@ def test_a_start_clears_what_was_interrupted(tmp_path: Path) -> None:
     (tmp_path / "keep.safetensors").touch()
     model.prepare()
     assert [path.name for path in tmp_path.iterdir()] == ["keep.safetensors"]
+
+
+def test_the_history_says_what_was_asked_for_and_how_it_ended(folder: Settings, tmp_path: Path) -> None:
+    model = ModelFolder(folder.model_dir)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no weights")
+    QuantizeTask("dfqsam", replace(folder, min_fidelity=1.0))({}, Untouchable())
+    with pytest.raises(ValueError, match="broken"):
+        QuantizeTask("dfqsam", replace(folder, checkpoint=broken))({"seed": 3, "bits": 8}, Untouchable())
+    failed, rejected, published = model.read_history()
+    assert (published["state"], published["key"]) == ("published", key_of(folder))
+    assert published["best_metric"] > 0
+    assert published["options"] == {
+        "bits": 4, "policy": "deploy", "calibration": "gaussian", "iterations": 2, "images": 1, "seed": 0,
+        "checkpoint": folder.checkpoint.name,
+    }  # fmt: skip
+    assert (rejected["state"], rejected["key"]) == ("rejected", key_of(folder))
+    assert "fidelity" in rejected["error"]
+    assert (failed["state"], failed["key"], failed["options"]["seed"]) == ("failed", "", 3)
+    assert failed["options"]["bits"] == 8
+    assert "broken" in failed["error"]
+    assert failed["started"] >= rejected["started"] > published["started"]
+
+
+def test_the_history_is_bounded_and_survives_damage(tmp_path: Path) -> None:
+    model = ModelFolder(tmp_path)
+    for n in range(HISTORY + 5):
+        model.write_history({"started": f"{n:03}", "state": "published"})
+    assert [record["started"] for record in model.read_history()] == [
+        f"{n:03}" for n in reversed(range(5, HISTORY + 5))
+    ]
+    (tmp_path / "history.json").write_text('[{"started": "1"')
+    assert model.read_history() == []
+    model.write_history({"started": "1", "state": "published"})
+    assert len(model.read_history()) == 1
+
+
+def test_what_ran_when_the_machine_went_down_is_stopped_at_the_next_start(tmp_path: Path) -> None:
+    """Another process may have its number by then, like this one here."""
+    model = ModelFolder(tmp_path)
+    record = {"started": "1", "state": "running", "pid": os.getpid()}
+    model.write_history(record)
+    model.write_progress({**record, "seconds": 5})
+    assert model.read_history()[0]["state"] == "running"
+    model.prepare()
+    assert model.read_history() == [{**record, "seconds": 5, "state": "stopped", "error": STOPPED}]
+    assert model.read_progress()["state"] == "stopped"
+
+
+@pytest.fixture(scope="module")
+def two(quantized: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, str]:
+    """A folder in which the default was made first and another one after it, and the other's key."""
+    model_dir = tmp_path_factory.mktemp("two") / "model"
+    shutil.copytree(quantized.model_dir, model_dir)
+    settings = replace(quantized, model_dir=model_dir)
+    assert QuantizeTask("dfqsam", settings)({"seed": 1}, Untouchable())["state"] == "published"
+    return settings, ModelFolder(model_dir).published()["key"]  # type: ignore[index]
+
+
+def test_an_earlier_artifact_chosen_back_serves_at_once_and_after_a_restart(
+    two: tuple[Settings, str],
+) -> None:
+    settings, other = two
+    models = Models(settings)
+    assert models.current().identity == other
+    assert sorted(models.folder.keys()) == sorted([other, key_of(settings)])
+    chosen = models.choose(key_of(settings))
+    assert models.current() is chosen
+    assert models.describe()["key"] == key_of(settings)
+    assert Models(settings).current().identity == key_of(settings)
+    models.choose(other)
+    assert Models(settings).current().identity == other
+    elsewhere = replace(settings, quantization=replace(QUICK, seed=5))
+    assert Models(elsewhere).current().segmenter.name == FULL_PRECISION
+
+
+def test_a_chosen_artifact_is_not_replaced_by_the_default_at_the_next_start(
+    two: tuple[Settings, str], tmp_path: Path
+) -> None:
+    shutil.copytree(two[0].model_dir, tmp_path / "model")
+    settings, other = replace(two[0], model_dir=tmp_path / "model"), two[1]
+    Models(settings).choose(other)
+    ModelFolder(settings.model_dir).artifact(key_of(settings)).unlink()
+    asked: list[str] = []
+    models = Models(settings)
+    models.start(quantize=lambda: asked.append("quantize"))
+    wait(lambda: models.describe()["key"] == other, SWAP_SECONDS)
+    wait(lambda: not any(t.name == "dfqsam-models" for t in threading.enumerate()), SWAP_SECONDS)
+    assert asked == []
+
+
+@pytest.mark.parametrize("wrong", ["unknown", "path", "damaged", "fidelity"])
+def test_what_cannot_be_served_is_not_chosen(two: tuple[Settings, str], tmp_path: Path, wrong: str) -> None:
+    shutil.copytree(two[0].model_dir, tmp_path / "model")
+    settings, key = replace(two[0], model_dir=tmp_path / "model"), two[1]
+    models = Models(settings)
+    models.choose(key_of(settings))
+    before = models.folder.stamp()
+    if wrong == "unknown":
+        key = "0" * 16
+    elif wrong == "path":
+        key = f"../{key}"
+    elif wrong == "damaged":
+        with models.folder.artifact(key).open("r+b") as file:
+            file.truncate(file.seek(0, os.SEEK_END) // 2)
+    else:
+        models._settings = replace(settings, min_fidelity=1.0)
+    with pytest.raises(ChoiceError, match="16 hex" if wrong == "path" else "cannot be served"):
+        models.choose(key)
+    assert models.folder.stamp() == before
+    assert models.current().identity == key_of(settings)
+
+
+def test_speed_is_counted_by_model(two: tuple[Settings, str]) -> None:
+    models = Models(two[0])
+    served = models.choose(key_of(two[0]))
+    assert served.speed.summary() == {"embed": None, "click": None}
+    served.speed.count({"embed": 0.5, "total": 0.6}, cached=False)
+    for seconds in (0.01, 0.03, 0.02):
+        served.speed.count({"embed": 0.0, "total": seconds}, cached=True)
+    assert served.speed.summary() == {
+        "embed": {"seconds": 0.5, "count": 1},
+        "click": {"seconds": 0.02, "count": 3},
+    }
+    assert models.choose(two[1]).speed.summary() == {"embed": None, "click": None}

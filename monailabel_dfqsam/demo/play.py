@@ -22,7 +22,8 @@ from monailabel_dfqsam.demo.server import DemoServer
 from monailabel_dfqsam.numbers import in_bytes, in_seconds
 from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.segmentation.volume import load_volume
-from monailabel_dfqsam.server.models import FULL_PRECISION, ModelFolder
+from monailabel_dfqsam.server.model_folder import ModelFolder
+from monailabel_dfqsam.server.models import FULL_PRECISION
 from monailabel_dfqsam.slicer_session import SlicerSession
 
 QUANTIZE_SECONDS = 1800.0
@@ -103,7 +104,7 @@ class _Play:
         full = {**self._ask_all(), (0, "point"): first}
         seconds = self._wait_for_quantization("quantizing")
         header = self._published_header()
-        shutil.copy(self._folder.report, self._out / "report.html")
+        shutil.copy(self._folder.report(header["key"]), self._out / "report.html")
         self._wait_for_swap({"model": FULL_PRECISION})
         comparison = Comparison(self._cases, full, self._ask_all())
         output.print(comparison.table())

@@ -1,27 +1,17 @@
 """Which model answers: full precision until an artifact is published, then the artifact, swapped atomically.
 
-The folder, shared by the server and the quantization process:
-
-    {key}.safetensors   an artifact, whole or absent (written in `building/`, then renamed)
-    report.html         the report of the artifact published last
-    current.json        names the artifact to serve; replaced in one step, this is what publishes
-    progress.json       how far the quantization is; replaced in one step
-    building/           where the quantization process writes; what it left there is removed at the next start
-
-`Models` belongs to the server. One lock guards which model is served; a request takes the model once and
-finishes on it, whatever is published meanwhile.
+`Models` belongs to the server. One lock guards which model is served, another lets one change of it happen
+at a time; a request takes the model once and finishes on it, whatever is published or chosen meanwhile.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
+import statistics
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,81 +20,48 @@ from monailabel_dfqsam.artifact import ArtifactError, read_artifact, read_header
 from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import file_sha256
 from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter, load_segmenter
+from monailabel_dfqsam.server.model_folder import ModelFolder, is_key
 from monailabel_dfqsam.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 FULL_PRECISION = "full precision"
 
+_ANSWERS = 200  # of which speed is the median: as many as one works through, so that old load is forgotten
 
-class ModelFolder:
-    """The files above; safe between processes, since every file appears in one step."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+class ChoiceError(ValueError):
+    """An artifact that cannot be served; the message says why."""
 
-    @property
-    def building(self) -> Path:
-        """Where an artifact is made before it is moved into place."""
-        return self.path / "building"
 
-    @property
-    def report(self) -> Path:
-        """The report of the artifact published last."""
-        return self.path / "report.html"
+class Speed:
+    """How long one model took for its last answers; safe between threads."""
 
-    def artifact(self, key: str) -> Path:
-        """The artifact of a key, whether or not it exists."""
-        return self.path / f"{key}.safetensors"
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds = {kind: deque[float](maxlen=_ANSWERS) for kind in ("embed", "click")}
 
-    def prepare(self) -> None:
-        """Makes the folder and removes what an interrupted quantization left."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.building, ignore_errors=True)
-        for partial in self.path.glob(".*.partial"):
-            partial.unlink(missing_ok=True)
-
-    def publish(self, key: str, default_key: str) -> None:
-        """Names the artifact to serve.
+    def count(self, latencies: Mapping[str, float], cached: bool) -> None:
+        """Counts one answer.
 
         Args:
-            key: of an artifact that is in place.
-            default_key: of the server's own configuration; a later start with another one follows that.
+            latencies: seconds by stage, 'embed' and 'total' among them.
+            cached: whether the embedding was there already: then it was nothing but a click.
         """
-        self._replace(self.path / "current.json", {"key": key, "default_key": default_key})
+        with self._lock:
+            if cached:
+                self._seconds["click"].append(latencies["total"])
+            else:
+                self._seconds["embed"].append(latencies["embed"])
 
-    def published(self) -> dict[str, str] | None:
-        """What `publish` was last given, or None; a damaged file counts as none."""
-        found = self._read(self.path / "current.json")
-        return found if isinstance(found.get("key"), str) else None
-
-    def stamp(self) -> tuple[int, int] | None:
-        """Changes whenever something is published: (mtime in ns, bytes) of current.json."""
-        try:
-            status = (self.path / "current.json").stat()
-        except FileNotFoundError:
-            return None
-        return status.st_mtime_ns, status.st_size
-
-    def write_progress(self, values: Mapping[str, Any]) -> None:
-        """Keeps progress for `read_progress` in any process."""
-        self._replace(self.path / "progress.json", values)
-
-    def read_progress(self) -> dict[str, Any]:
-        """The progress last written, or an empty dict."""
-        return self._read(self.path / "progress.json")
-
-    def _replace(self, path: Path, values: Mapping[str, Any]) -> None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(values))
-        os.replace(partial, path)
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+    def summary(self) -> dict[str, dict[str, float] | None]:
+        """Of 'embed', a slice, and 'click', on an embedded one: median `seconds` of `count`, or None."""
+        with self._lock:
+            kinds = {kind: list(seconds) for kind, seconds in self._seconds.items()}
+        return {
+            kind: {"seconds": statistics.median(seconds), "count": len(seconds)} if seconds else None
+            for kind, seconds in kinds.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -116,12 +73,14 @@ class Served:
         identity: tells its embeddings from another's: the artifact's key, or `FULL_PRECISION`.
         engine: what runs its image encoder.
         fidelity: mean mask IoU with full precision, None for full precision itself.
+        speed: of its answers since it is served.
     """
 
     segmenter: Segmenter
     identity: str
     engine: str
     fidelity: float | None = None
+    speed: Speed = field(default_factory=Speed, compare=False)
 
 
 class Models:
@@ -131,6 +90,7 @@ class Models:
         self.folder = ModelFolder(settings.model_dir)
         self._settings = settings
         self._lock = threading.RLock()
+        self._changing = threading.Lock()  # taken before `_lock`
         self._served: Served | None = None
         self._stamp: tuple[int, int] | None = None
         self._loading = False
@@ -168,12 +128,46 @@ class Models:
                 threading.Thread(target=self._swap, name="dfqsam-swap", daemon=True).start()
             return self._served
 
+    def choose(self, key: str) -> Served:
+        """Serves an artifact of the folder from now on; later starts with the same configuration do so too.
+
+        Args:
+            key: of an artifact, as the folder's `keys` says.
+
+        Returns:
+            The model, checked and loaded, which answers from now on.
+
+        Raises:
+            ChoiceError: when it is not there, damaged, or of too low a fidelity; then nothing changes.
+        """
+        if not is_key(key):
+            raise ChoiceError("a model is named by its key, 16 hexadecimal digits")
+        with self._changing:
+            try:
+                served = self._load(key)
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                raise ChoiceError(f"the model cannot be served: {error}") from None
+            stamp = self.folder.publish(key, self.default_key())
+            with self._lock:
+                self._served, self._stamp = served, stamp
+        logger.info("Serving %s by choice", served.segmenter.name)
+        return served
+
+    def served(self) -> Served | None:
+        """The model that answers; None while the first one loads, for which this does not wait."""
+        return None if self._served is None else self.current()
+
     def describe(self) -> dict[str, Any]:
         """What `/info/` says about the model served; it does not wait for the first one to load."""
-        if self._served is None:
-            return {"model": "loading", "engine": "", "fidelity": None}
-        served = self.current()
-        return {"model": served.segmenter.name, "engine": served.engine, "fidelity": served.fidelity}
+        served = self.served()
+        if served is None:
+            return {"model": "loading", "engine": "", "fidelity": None, "key": None}
+        return {
+            "model": served.segmenter.name,
+            "engine": served.engine,
+            "fidelity": served.fidelity,
+            "key": None if served.identity == FULL_PRECISION else served.identity,
+        }
 
     def default_key(self) -> str:
         """The key of the artifact that this server's own configuration makes."""
@@ -195,43 +189,57 @@ class Models:
         return Served(full_precision_segmenter(build(checkpoint).to(device)), FULL_PRECISION, "torch")
 
     def _ready(self) -> bool:
-        """Whether quantizing again would make nothing new."""
-        path = self.folder.artifact(self.default_key())
-        if self._served is not None and self._served.identity == path.stem:
-            return True
+        """Whether there is nothing to quantize at the start."""
+        if self._served is not None and self._served.identity != FULL_PRECISION:
+            return True  # the own configuration's, or one chosen instead of it
         try:
-            read_artifact(path)  # of too low a fidelity perhaps, but it would come out the same
+            # Of too low a fidelity perhaps, but it would come out the same.
+            read_artifact(self.folder.artifact(self.default_key()))
         except ArtifactError:
             return False
         return True
 
+    def _load(self, key: str) -> Served:
+        """The artifact's model.
+
+        Raises:
+            _FidelityError: when its fidelity is below the server's threshold.
+            ValueError, KeyError, TypeError: when it cannot be read or run.
+        """
+        path = self.folder.artifact(key)
+        fidelity = float(read_header(path)["fidelity"]["mean_iou"])
+        least = self._settings.min_fidelity
+        if not fidelity >= least:
+            raise _FidelityError(f"the fidelity of {path.name}, {fidelity:.3f}, is below {least:.3f}")
+        segmenter = load_segmenter(read_artifact(path))
+        return Served(segmenter, key, segmenter.name.partition("(")[2].rstrip(")"), fidelity)
+
     def _try_artifact(self, key: str) -> Served | None:
         """The artifact's model; None, with one line in the log, when it cannot or must not be served."""
-        path = self.folder.artifact(key)
         try:
-            fidelity = float(read_header(path)["fidelity"]["mean_iou"])
-            if not fidelity >= self._settings.min_fidelity:
-                logger.warning(
-                    "Not serving %s: its fidelity %.3f is below %.3f",
-                    path.name,
-                    fidelity,
-                    self._settings.min_fidelity,
-                )
-                return None
-            segmenter = load_segmenter(read_artifact(path))
+            served = self._load(key)
+        except _FidelityError as error:
+            logger.warning("Not served: %s", error)
+            return None
         except (ValueError, KeyError, TypeError) as error:  # ArtifactError is a ValueError
             logger.error("Refused the quantized model: %s", error)
             return None
-        engine = segmenter.name.partition("(")[2].rstrip(")")
-        logger.info("Serving %s, fidelity %.3f", segmenter.name, fidelity)
-        return Served(segmenter, key, engine, fidelity)
+        logger.info("Serving %s, fidelity %.3f", served.segmenter.name, served.fidelity)
+        return served
 
     def _swap(self) -> None:
         try:
-            published = self.folder.published()
-            served = self._try_artifact(published["key"]) if published else None
-            if served is not None:
-                self._served = served
+            with self._changing:
+                published = self.folder.published()
+                if published is None or (self._served and self._served.identity == published["key"]):
+                    return
+                served = self._try_artifact(published["key"])
+                if served is not None:
+                    self._served = served
         finally:
             with self._lock:
                 self._loading = False
+
+
+class _FidelityError(ValueError):
+    """An artifact that agrees too little with full precision."""

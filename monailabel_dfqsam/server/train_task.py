@@ -14,16 +14,16 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from monailabel.interfaces.tasks.train import TrainTask
 
 from monailabel_dfqsam.artifact import ArtifactError, read_artifact, write_artifact
 from monailabel_dfqsam.config import QuantizationConfig
-from monailabel_dfqsam.server.models import ModelFolder
+from monailabel_dfqsam.server.model_folder import ModelFolder
 from monailabel_dfqsam.server.options import defaults, read_options
 from monailabel_dfqsam.server.settings import Settings
 
@@ -53,12 +53,10 @@ class QuantizeTask(TrainTask):  # type: ignore[misc]
     def stats(self) -> dict[str, Any]:
         """How far the quantization is, or how the last one ended; in Slicer's words.
 
-        `epoch` of `total_epochs` counts the steps of `stage`, `best_metric` is the fidelity, `total_time`
-        (seconds) appears at the end. `state` is 'running', 'published', 'rejected', 'failed' or 'stopped'.
+        A record as `model_folder` describes it, without its process, and with `total_time` (seconds) at the
+        end. `epoch` of `total_epochs` counts the steps of `stage`, `best_metric` is the fidelity.
         """
         found = self._folder.read_progress()
-        if found.get("state") == "running" and not _alive(found.get("pid")):
-            found["state"] = "stopped"
         found.pop("pid", None)
         return found
 
@@ -78,14 +76,15 @@ class QuantizeTask(TrainTask):  # type: ignore[misc]
         config, checkpoint = read_options(request, self._settings, self._name)
         _exit_with_parent()
         self._folder.prepare()
-        report = _Reporter(self._folder)
+        report = _Reporter(self._folder, _options(config, checkpoint))
         try:
-            self._run(config, checkpoint, report)
+            try:
+                self._run(config, checkpoint, report)
+            finally:
+                shutil.rmtree(self._folder.building, ignore_errors=True)
         except Exception as error:
-            report.end("failed", error=str(error))
+            report.end("failed", error=str(error) or type(error).__name__)
             raise
-        finally:
-            shutil.rmtree(self._folder.building, ignore_errors=True)
         return self.stats()
 
     def _run(self, config: QuantizationConfig, path: Path, report: _Reporter) -> None:
@@ -98,6 +97,7 @@ class QuantizeTask(TrainTask):  # type: ignore[misc]
         variant = settings.variant if path == settings.checkpoint else None
         checkpoint = read_checkpoint(path, variant)
         key = config.key(checkpoint.sha256)
+        report.name(key)
         header = _ready(folder.artifact(key))
         if header is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,6 +106,7 @@ class QuantizeTask(TrainTask):  # type: ignore[misc]
             folder.building.mkdir(parents=True, exist_ok=True)
             write_artifact(result.artifact, folder.building / "artifact")
             write_report(result, checkpoint, folder.building / "report")
+            os.replace(folder.building / "report", folder.report(key))
             os.replace(folder.building / "artifact", folder.artifact(key))
             header = result.artifact.header
         fidelity = float(header["fidelity"]["mean_iou"])
@@ -113,25 +114,24 @@ class QuantizeTask(TrainTask):  # type: ignore[misc]
             reason = f"fidelity {fidelity:.3f} is below {settings.min_fidelity:.3f}: the served model stays"
             report.end("rejected", fidelity, error=reason)
             return
-        if (folder.building / "report").is_file():
-            os.replace(folder.building / "report", folder.report)
         default_key = settings.quantization.key(_sha256_of(settings, path, checkpoint.sha256))
         folder.publish(key, default_key)
         report.end("published", fidelity)
 
 
 class _Reporter:
-    """A `Progress` that prints a line and writes the progress file now and then."""
+    """A `Progress` that prints a line, writes the progress now and then, and begins and ends the history."""
 
-    def __init__(self, folder: ModelFolder) -> None:
+    def __init__(self, folder: ModelFolder, options: Mapping[str, Any]) -> None:
         self._folder = folder
         self._begin = time.monotonic()
         self._last = (-_REPORT_SECONDS, "")
-        self._values: dict[str, Any] = {
-            "state": "running", "stage": "starting", "epoch": 0, "total_epochs": 1, "best_metric": 0.0,
-            "pid": os.getpid(),
+        self._record: dict[str, Any] = {
+            "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "options": dict(options), "key": "", "state": "running", "seconds": 0.0, "pid": os.getpid(),
+            "stage": "starting", "epoch": 0, "total_epochs": 1, "best_metric": 0.0,
         }  # fmt: skip
-        folder.write_progress(self._values)
+        self._write(history=True)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -139,18 +139,46 @@ class _Reporter:
         if stage == last_stage and done < total and now - last < _REPORT_SECONDS:
             return
         self._last = (now, stage)
-        self._values.update(stage=stage, epoch=done, total_epochs=max(1, total))
-        self._folder.write_progress(self._values)
+        self._record.update(stage=stage, epoch=done, total_epochs=max(1, total), seconds=self._seconds())
+        self._write()
         print(f"{stage} {done}/{total}, {now - self._begin:.0f} s", flush=True)
+
+    def name(self, key: str) -> None:
+        """Says which artifact is being made."""
+        self._record["key"] = key
 
     def end(self, state: str, fidelity: float = 0.0, error: str = "") -> None:
         """The last line: how it ended."""
-        seconds = round(time.monotonic() - self._begin, 1)
-        self._values.update(state=state, total_time=seconds, best_metric=round(fidelity, 4))
+        seconds = self._seconds()
+        self._record.update(state=state, seconds=seconds, total_time=seconds, best_metric=round(fidelity, 4))
         if error:
-            self._values["error"] = error
-        self._folder.write_progress(self._values)
+            self._record["error"] = error
+        self._write(history=True)
         print(f"{state} after {seconds} s, {error or f'fidelity {fidelity:.3f}'}", flush=True)
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._begin, 1)
+
+    def _write(self, history: bool = False) -> None:
+        try:
+            self._folder.write_progress(self._record)
+            if history:
+                self._folder.write_history(self._record)
+        except OSError as error:  # of a full disk; nobody's model is worse for it
+            print(f"the progress could not be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def _options(config: QuantizationConfig, checkpoint: Path) -> dict[str, Any]:
+    """What was chosen, by its name in a request."""
+    return {
+        "bits": config.bits,
+        "policy": config.policy.value,
+        "calibration": config.calibration.value,
+        "iterations": config.synthesis.iterations,
+        "images": config.images,
+        "seed": config.seed,
+        "checkpoint": checkpoint.name,
+    }
 
 
 def _ready(path: Path) -> dict[str, Any] | None:
@@ -186,13 +214,3 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="dfqsam-parent", daemon=True).start()
-
-
-def _alive(pid: object) -> bool:
-    """Whether a process runs; one that has ended but was not yet collected by the server does not."""
-    if not isinstance(pid, int):
-        return False
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
