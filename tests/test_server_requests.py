@@ -51,7 +51,7 @@ def test_info_tells_viewers_what_they_need(running: Running) -> None:
     assert isinstance(info["labels"], list)
     model = info["models"]["dfqsam"]
     assert (model["type"], model["dimension"], model["labels"]) == ("deepgrow", 2, [])
-    assert set(model["config"]) == {"multimask", "window", "largest_component"}
+    assert set(model["config"]) == {"multimask", "window", "largest_cc", "fill_holes"}
     assert 0 <= model["serving"]["fidelity"] <= 1
     assert info["train_stats"]["dfqsam"]["state"] == "published"
     assert info["strategies"].keys() == {"random", "first"}

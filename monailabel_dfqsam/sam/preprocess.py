@@ -18,6 +18,8 @@ from monailabel_dfqsam.sam.variants import Preprocessing, Variant
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
+MASK_LOGIT = 10.0
+"""About what a mask decoder puts out where it is sure."""
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,22 @@ def to_image(low_res_masks: Tensor, frame: Frame) -> Tensor:
     full = F.interpolate(low_res_masks, size=(size, size), mode="bilinear", align_corners=False)
     full = full[..., : frame.resized_height, : frame.resized_width]
     return F.interpolate(full, size=(frame.height, frame.width), mode="bilinear", align_corners=False)
+
+
+def to_low_res(mask: NDArray[np.bool_], frame: Frame) -> Tensor:
+    """A mask of the image as the mask prompt that a model of this frame takes; `to_image` leads back.
+
+    Args:
+        mask: [H, W] bool.
+
+    Returns:
+        [1, 1, S/4, S/4] float32 logits, `MASK_LOGIT` well inside and minus that well outside.
+    """
+    signed = torch.from_numpy(np.where(mask, MASK_LOGIT, -MASK_LOGIT)).float()[None, None]
+    inner = F.interpolate(
+        signed, size=(frame.resized_height, frame.resized_width), mode="bilinear", antialias=True
+    )
+    size = frame.input_size
+    padding = (0, size - frame.resized_width, 0, size - frame.resized_height)
+    full = F.pad(inner, padding, value=-MASK_LOGIT)
+    return F.interpolate(full, size=(size // 4, size // 4), mode="bilinear", antialias=True)

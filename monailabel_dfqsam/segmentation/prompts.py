@@ -58,6 +58,33 @@ def read_prompts(request: Mapping[str, Any], shape: tuple[int, int, int]) -> tup
     return k, Prompts(xy, labels[here], None if roi is None else _box(roi, shape))
 
 
+def of_mask(mask: NDArray[np.bool_], slice_index: Any = None) -> tuple[int, Prompts]:
+    """The slice and the box that an existing mask stands for when a person gives nothing else.
+
+    Args:
+        mask: [I, J, K] bool.
+        slice_index: k; None takes the slice where the mask is largest.
+
+    Raises:
+        PromptError: when the mask is empty there, or there is no such slice.
+    """
+    areas = mask.sum(axis=(0, 1))
+    k = (
+        int(areas.argmax())
+        if slice_index is None
+        else _slice(slice_index, np.zeros((0, 3)), None, mask.shape)
+    )
+    if not areas[k]:
+        raise PromptError("there is nothing to segment: the mask is empty, and there is no point and no ROI")
+    return k, Prompts(box=box_of(mask[:, :, k]))
+
+
+def box_of(plane: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[4] float (x0, y0, x1, y1), the outer edges of what is set in [H, W] bool; not for an empty one."""
+    rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
+
+
 def _numbers(value: Any, what: str) -> list[float]:
     """A JSON array of finite numbers."""
     if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)):

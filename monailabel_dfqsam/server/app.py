@@ -15,12 +15,14 @@ from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
 from monailabel_dfqsam.server import compat
-from monailabel_dfqsam.server.infer_task import WINDOWS, SegmentTask
+from monailabel_dfqsam.server.infer_task import InteractiveTask, SegmentTask
 from monailabel_dfqsam.server.models import Models
 from monailabel_dfqsam.server.options import OptionError
+from monailabel_dfqsam.server.request import WINDOWS
 from monailabel_dfqsam.server.security import Refusal
 from monailabel_dfqsam.server.settings import read_settings
 from monailabel_dfqsam.server.train_task import SERVER_PID, QuantizeTask
+from monailabel_dfqsam.server.workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         """
         self._settings = read_settings(conf or {}, Path(app_dir), tuple(WINDOWS))
         self._models = Models(self._settings)
+        self._workbench = Workbench(self._models, self._settings.cache_mb)
         compat.quieten()
         super().__init__(
             app_dir=app_dir,
@@ -48,9 +51,9 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             labels=list(self._settings.labels),
         )
 
-    def init_infers(self) -> dict[str, SegmentTask]:
-        """The one model."""
-        return {NAME: SegmentTask(self._models, self._settings)}
+    def init_infers(self) -> dict[str, InteractiveTask]:
+        """The models offered; all answer with the same weights."""
+        return {NAME: SegmentTask(self._workbench, self._settings)}
 
     def init_trainers(self) -> dict[str, QuantizeTask]:
         """The one trainer."""

@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -52,10 +53,12 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse
 
+from monailabel_dfqsam.server.request import MASK
 from monailabel_dfqsam.server.security import Guard, Refusal, check_name, check_session, check_tag
 
 IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha", ".dcm", ".png", ".jpg", ".jpeg")
-LABEL_EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".bin")
+MASK_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
+LABEL_EXTENSIONS = (*MASK_EXTENSIONS, ".bin")
 
 # Asymmetric ones alone: the realm's key is public, and must not do as an HMAC secret.
 _TOKEN_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"]
@@ -67,7 +70,7 @@ _TALKATIVE = (
 )  # fmt: skip
 
 # Set by the server about the request, so not by the client within it.
-_RESERVED = frozenset({"image", "model", "session", "description", "file"})
+_RESERVED = frozenset({"image", "model", "session", "description", "file", MASK})
 
 # Each chunk costs a change of threads; OHIF asks for whole volumes, 26 MB of which were 400 of them.
 _CHUNK = 1 << 20
@@ -156,7 +159,7 @@ def _infer(
     output: infer_endpoint.ResultType | None = None,
     user: Annotated[Any, Depends(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_USER))] = None,
 ) -> Any:
-    """Upstream's arguments; `label`, which holds scribbles, means nothing to a model of clicks."""
+    """Upstream's arguments; `label` is an existing mask to start from."""
     instance = app_instance()
     instance.check_model(model)
     _check_params(params)
@@ -171,6 +174,8 @@ def _infer(
         raise Refusal(400, "there is no image: name one with image, or a session with session_id")
     else:
         check_name(image, "image")
+    if label:
+        params = _with_mask(params, label, background_tasks)
     with _UploadsRemoved(background_tasks):
         reply = infer_endpoint.run_inference(
             background_tasks, model, image, session_id, params, file or None, None, output
@@ -178,6 +183,16 @@ def _infer(
     if isinstance(reply, FileResponse):
         reply.chunk_size = _CHUNK
     return reply
+
+
+def _with_mask(params: str, mask: UploadFile, tasks: BackgroundTasks) -> str:
+    """The params with the place of an uploaded mask; upstream would let `label`, a name, replace it."""
+    _check_extension(mask.filename, MASK_EXTENSIONS, "label")
+    suffix = next(end for end in MASK_EXTENSIONS if str(mask.filename).lower().endswith(end))
+    with tempfile.NamedTemporaryFile(prefix="dfqsam-", suffix=suffix, delete=False) as file:
+        tasks.add_task(os.unlink, file.name)
+        shutil.copyfileobj(mask.file, file)
+    return json.dumps({**json.loads(params or "{}"), MASK: file.name})
 
 
 def _check_params(params: str) -> None:

@@ -1,0 +1,149 @@
+"""A viewer's request, apart from its prompts: options, the window shown, and the kind of file asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+
+from monailabel_dfqsam.segmentation.volume import Volume, Window, load_volume
+
+MASK = "mask"
+"""Entry by which the server passes on where it put an uploaded mask; a client cannot set it."""
+
+FULL_RANGE = "full range"
+WINDOWS: dict[str, Window | None] = {
+    "auto": None,
+    "ct soft tissue": Window(-160, 240),
+    "ct lung": Window.of_level(-600, 1500),
+    "ct bone": Window.of_level(400, 1800),
+    "ct brain": Window.of_level(40, 80),
+    FULL_RANGE: None,
+}
+"""Names that a viewer offers; 'auto' is the image's own window, 'full range' its least to greatest value."""
+
+EXTENSIONS = (".nrrd", ".nii.gz", ".nii")
+_PIXEL_TYPES = {
+    "uint8": sitk.sitkUInt8, "int8": sitk.sitkInt8, "uint16": sitk.sitkUInt16, "int16": sitk.sitkInt16,
+    "uint32": sitk.sitkUInt32, "int32": sitk.sitkInt32, "float32": sitk.sitkFloat32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResultFormat:
+    """The mask file that a viewer wants.
+
+    Attributes:
+        extension: one of `EXTENSIONS`.
+        pixel_type: ITK's number of it.
+        compress: for .nrrd; a NIfTI's name says it.
+    """
+
+    extension: str
+    pixel_type: int
+    compress: bool
+
+
+def with_defaults(config: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request with the config entries it lacks; Slicer sends a choice as a list, chosen first."""
+    merged = {**config, **request}
+    for key in config:
+        value = merged[key]
+        merged[key] = value[0] if isinstance(value, list) and value else value
+    return merged
+
+
+def read_flag(request: Mapping[str, Any], key: str) -> bool:
+    """A truth value, which may be text.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    value = request[key]
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, not {value!r}")
+    return value
+
+
+def read_label(request: Mapping[str, Any], default: str) -> str:
+    """The name of the object; raises ValueError for what is no text."""
+    label = request.get("label") or default
+    if not isinstance(label, str):
+        raise ValueError(f"label must be a name, not {label!r}")
+    return label
+
+
+def read_window(request: Mapping[str, Any], volume: Volume) -> Window | None:
+    """The values to show: a viewer's own, sent as `window_center` and `window_width`, or those of a name.
+
+    Returns:
+        None for the image's own window.
+
+    Raises:
+        ValueError: for an unknown name, and for a centre and a width that are no window.
+    """
+    center, width = request.get("window_center"), request.get("window_width")
+    if center is not None or width is not None:
+        return Window.of_level(_number(center, "window_center"), _number(width, "window_width"))
+    name = request["window"]
+    if not isinstance(name, str) or name not in WINDOWS:
+        raise ValueError(f"window must be one of {', '.join(WINDOWS)}, not {name!r}")
+    if name == FULL_RANGE and volume.array.ndim == 3:
+        low, high = float(volume.array.min()), float(volume.array.max())
+        return Window(low, high if high > low else low + 1)
+    return WINDOWS[name]
+
+
+def read_mask(request: Mapping[str, Any], volume: Volume) -> NDArray[np.bool_] | None:
+    """An existing mask that came with the request, [I, J, K] bool: what is not 0 in its file.
+
+    Raises:
+        ValueError: when it is no image on the volume's grid.
+    """
+    path = request.get(MASK)
+    if path is None:
+        return None
+    mask = load_volume(path).array
+    if mask.shape != volume.array.shape[:3]:
+        raise ValueError(
+            f"the mask must have the image's {list(volume.shape)} voxels (i, j, k), not {list(mask.shape)}"
+        )
+    found: NDArray[np.bool_] = mask != 0
+    return found
+
+
+def read_format(request: Mapping[str, Any]) -> ResultFormat:
+    """What kind of file to answer with; compressed unless that is refused, as OHIF does.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    extension = request.get("result_extension") or EXTENSIONS[1]
+    if extension not in EXTENSIONS:
+        raise ValueError(f"result_extension must be one of {', '.join(EXTENSIONS)}, not {extension!r}")
+    name = request.get("result_dtype") or "uint8"
+    if not isinstance(name, str) or name not in _PIXEL_TYPES:
+        raise ValueError(f"result_dtype must be one of {', '.join(_PIXEL_TYPES)}, not {name!r}")
+    compress = request.get("result_compress")
+    if compress in (None, ""):
+        compress = True
+    return ResultFormat(
+        extension, _PIXEL_TYPES[name], read_flag({"result_compress": compress}, "result_compress")
+    )
+
+
+def _number(value: Any, key: str) -> float:
+    """A number, a text of one, or the first of several, as DICOM allows for windows."""
+    first = value[0] if isinstance(value, list) and value else value
+    try:
+        if isinstance(first, bool):
+            raise TypeError
+        return float(first)
+    except (TypeError, ValueError):
+        raise ValueError(f"{key} must be a number beside its partner, not {value!r}") from None

@@ -1,0 +1,134 @@
+"""What all models of the server share: the weights served, loaded volumes, embeddings, idle-time work.
+
+Volumes and embeddings are kept in two caches, each bounded in bytes; one lock lets one embedding be computed
+at a time, since a device is no faster with two. Prompting needs no lock. A request takes the model once, as
+`Served`, and finishes on it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from fastapi import HTTPException
+from numpy.typing import NDArray
+
+from monailabel_dfqsam.segmentation.embeddings import CacheStats, EmbeddingCache
+from monailabel_dfqsam.segmentation.segmenter import Embedding
+from monailabel_dfqsam.segmentation.slice_mask import write_slice_mask
+from monailabel_dfqsam.segmentation.volume import (
+    Volume,
+    VolumeLoader,
+    Window,
+    file_key,
+    slice_rgb,
+    write_mask,
+)
+from monailabel_dfqsam.server.models import Models, Served
+from monailabel_dfqsam.server.neighbours import Neighbours
+from monailabel_dfqsam.server.request import ResultFormat
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One image as a viewer shows it, with the model that answers about it."""
+
+    served: Served
+    path: Path
+    volume: Volume
+    window: Window | None
+
+
+class Workbench:
+    """One a server; any thread may use it."""
+
+    def __init__(self, models: Models, cache_mb: int) -> None:
+        self.models = models
+        self._volumes = VolumeLoader(cache_mb << 20)
+        self._embeddings = EmbeddingCache(cache_mb << 20)
+        self._one_embedding = threading.Lock()
+        self._neighbours = Neighbours()
+
+    @property
+    def cache_stats(self) -> CacheStats:
+        """Of the embeddings."""
+        return self._embeddings.stats
+
+    def busy(self) -> AbstractContextManager[None]:
+        """Within, no idle-time work begins."""
+        return self._neighbours.busy()
+
+    def served(self) -> Served:
+        """The model that answers now; raises HTTPException 503 when there is none."""
+        try:
+            return self.models.current()
+        except (ValueError, OSError) as error:
+            raise HTTPException(503, f"no model can be loaded: {error}") from None
+
+    def volume(self, path: Path) -> Volume:
+        """An image, read once as long as it stays in the cache; raises ImageError."""
+        return self._volumes.load(path)
+
+    def embed(self, shown: Shown, k: int) -> Embedding:
+        """The embedding of slice k, cached."""
+
+        def compute() -> Embedding:
+            with self._one_embedding:
+                return shown.served.segmenter.embed(slice_rgb(shown.volume, k, shown.window))
+
+        key = (file_key(shown.path), k, shown.window, shown.served.identity)
+        return self._embeddings.get_or_compute(key, compute)
+
+    def prepare(self, shown: Shown, slices: Sequence[int]) -> None:
+        """Embeds slices when nothing else is to be done, first things first; numbers outside are left out."""
+        near = [k for k in slices if 0 <= k < shown.volume.shape[2]]
+        self._neighbours.next([lambda k=k: self.embed(shown, k) for k in near])  # type: ignore[misc]
+
+
+class Clock:
+    """Seconds between laps, by name, and in total."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Ends the part called `name`; parts of one name add up."""
+        now = time.perf_counter()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def laps(self) -> dict[str, float]:
+        """Seconds a part, and 'total'."""
+        return {k: round(v, 6) for k, v in {**self._laps, "total": self._last - self._begin}.items()}
+
+
+def write_answer(mask: NDArray[np.uint8], k: int | None, volume: Volume, form: ResultFormat) -> str:
+    """A mask as a temporary file, the caller's to remove.
+
+    Args:
+        mask: [I, J] uint8 of slice k, or with k None [I, J, K].
+        k: 0 … K − 1, or None.
+    """
+    handle, file = tempfile.mkstemp(prefix="dfqsam-", suffix=form.extension)
+    os.close(handle)
+    try:
+        if k is None:
+            write_mask(mask, volume, file, form.compress)
+        else:
+            write_slice_mask(mask, k, volume, file, form.compress)
+        if form.pixel_type != sitk.sitkUInt8:
+            image = sitk.Cast(sitk.ReadImage(file), form.pixel_type)
+            sitk.WriteImage(image, file, useCompression=form.compress)
+    except BaseException:
+        os.unlink(file)
+        raise
+    return file
