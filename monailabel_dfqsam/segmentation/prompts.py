@@ -69,11 +69,9 @@ def of_mask(mask: NDArray[np.bool_], slice_index: Any = None) -> tuple[int, Prom
         PromptError: when the mask is empty there, or there is no such slice.
     """
     areas = mask.sum(axis=(0, 1))
-    k = (
-        int(areas.argmax())
-        if slice_index is None
-        else _slice(slice_index, np.zeros((0, 3)), None, mask.shape)
-    )
+    i, j, depth = mask.shape
+    nowhere = np.zeros((0, 3))
+    k = int(areas.argmax()) if slice_index is None else _slice(slice_index, nowhere, None, (i, j, depth))
     if not areas[k]:
         raise PromptError("there is nothing to segment: the mask is empty, and there is no point and no ROI")
     return k, Prompts(box=box_of(mask[:, :, k]))
