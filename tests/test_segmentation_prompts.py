@@ -10,7 +10,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from monailabel_dfqsam.segmentation.prompts import PromptError, read_prompts
+from monailabel_dfqsam.segmentation.prompts import (
+    PromptError,
+    box_of,
+    of_mask,
+    read_prompts,
+    read_volume_prompts,
+)
 from monailabel_dfqsam.segmentation.volume import Volume, slice_rgb
 
 SHAPE = (12, 20, 7)
@@ -181,3 +187,61 @@ def test_a_picture_takes_points_of_two_or_three_coordinates(point: list[int]) ->
 def test_what_cannot_be_answered_is_refused_with_a_sentence(request_: dict[str, Any], sentence: str) -> None:
     with pytest.raises(PromptError, match=sentence):
         read_prompts(request_, SHAPE)
+
+
+def test_a_volumes_points_belong_to_their_slices() -> None:
+    request = {"foreground": [[1, 2, 3], [4, 5, 3], [1, 1, 5]], "background": [[6, 7, 3], [8, 9, 6]]}
+    found = read_volume_prompts(request, SHAPE)
+    assert found.bounds is None
+    assert list(found.by_slice) == [3, 5, 6]
+    assert found.by_slice[3].points.tolist() == [[2.5, 1.5], [5.5, 4.5], [7.5, 6.5]]
+    assert found.by_slice[3].labels.tolist() == [1, 1, 0]
+    assert found.by_slice[6].labels.tolist() == [0]
+    assert all(prompts.box is None for prompts in found.by_slice.values())
+
+
+@relaxed
+@given(shape_and_roi())
+def test_a_volumes_roi_is_the_box_of_its_middle_slice_and_a_bound(
+    case: tuple[tuple[int, int, int], list[int]],
+) -> None:
+    shape, roi = case
+    try:
+        k, one = read_prompts({"roi": roi}, shape)
+    except PromptError:
+        with pytest.raises(PromptError):
+            read_volume_prompts({"roi": roi}, shape)
+        return
+    found = read_volume_prompts({"roi": roi}, shape)
+    assert list(found.by_slice) == [k]
+    assert found.by_slice[k].box is not None
+    assert found.by_slice[k].box.tolist() == one.box.tolist()  # type: ignore[union-attr]
+    inside = [n for n in range(shape[2]) if min(roi[4:]) <= n <= max(roi[4:])]
+    assert found.bounds == (inside[0], inside[-1])
+
+
+@pytest.mark.parametrize(
+    ("request_", "word"),
+    [
+        ({}, "nothing"),
+        ({"background": [[1, 1, 1]]}, "nothing"),
+        ({"foreground": [[1, 1, 6]], "roi": [0, 5, 0, 5, 1, 3]}, "outside the ROI"),
+    ],
+)
+def test_a_volumes_bad_prompts(request_: dict[str, Any], word: str) -> None:
+    with pytest.raises(PromptError, match=word):
+        read_volume_prompts(request_, SHAPE)
+
+
+def test_a_mask_alone_means_its_box_where_it_is_largest() -> None:
+    mask = np.zeros(SHAPE, dtype=bool)
+    mask[2:5, 7:9, 4] = True
+    mask[3, 8, 2] = True
+    k, prompts = of_mask(mask)
+    assert (k, prompts.box.tolist()) == (4, [7, 2, 9, 5])  # type: ignore[union-attr]
+    k, prompts = of_mask(mask, 2)
+    assert (k, prompts.box.tolist()) == (2, [8, 3, 9, 4])  # type: ignore[union-attr]
+    for other, word in ((0, "empty"), (99, "outside")):
+        with pytest.raises(PromptError, match=word):
+            of_mask(mask, other)
+    assert box_of(mask[:, :, 4]).tolist() == [7, 2, 9, 5]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -56,6 +57,52 @@ def read_prompts(request: Mapping[str, Any], shape: tuple[int, int, int]) -> tup
     labels = np.repeat([1, 0], [len(foreground), len(background)])
     xy = points[here][:, [1, 0]] + _CENTRE
     return k, Prompts(xy, labels[here], None if roi is None else _box(roi, shape))
+
+
+@dataclass(frozen=True)
+class VolumePrompts:
+    """What a person pointed at in a volume.
+
+    Attributes:
+        by_slice: k -> the prompts on that slice; at least one has a foreground point or a box. The others
+            hold background points alone: they say on their slice what the object is not.
+        bounds: (k0, k1), the slices that a ROI allows, both included; None for all.
+    """
+
+    by_slice: dict[int, Prompts]
+    bounds: tuple[int, int] | None
+
+
+def read_volume_prompts(request: Mapping[str, Any], shape: tuple[int, int, int]) -> VolumePrompts:
+    """The prompts of a request about an object on several slices.
+
+    Args:
+        request: `foreground`, `background` and `roi` as for `read_prompts`. The ROI's rectangle is the box
+            of its middle slice; its first and last slice bound the object.
+        shape: (I, J, K) of the image.
+
+    Raises:
+        PromptError: as `read_prompts`; and for a foreground point outside the ROI's slices.
+    """
+    foreground = _points(request.get("foreground"), "foreground", shape)
+    background = _points(request.get("background"), "background", shape)
+    roi = _roi(request.get("roi"), shape)
+    if len(foreground) == 0 and roi is None:
+        raise PromptError("there is nothing to segment: give at least one foreground point or a ROI")
+    points = np.concatenate([foreground, background])
+    labels = np.repeat([1, 0], [len(foreground), len(background)])
+    slices = points[:, 2].astype(int)
+    bounds = None if roi is None else _bounds(roi, shape[2])
+    low, high = bounds or (0, shape[2] - 1)
+    allowed = (low <= slices) & (slices <= high)
+    if not allowed[labels == 1].all():
+        raise PromptError(f"a foreground point lies outside the ROI, whose slices are {low} to {high}")
+    boxes = {} if roi is None else {(low + high) // 2: _box(roi, shape)}
+    by_slice = {}
+    for k in sorted({int(k) for k in slices[allowed]} | set(boxes)):
+        here = slices == k
+        by_slice[k] = Prompts(points[here][:, [1, 0]] + _CENTRE, labels[here], boxes.get(k))
+    return VolumePrompts(by_slice, bounds)
 
 
 def of_mask(mask: NDArray[np.bool_], slice_index: Any = None) -> tuple[int, Prompts]:
@@ -144,8 +191,14 @@ def _slice(
     elif len(points):
         return int(points[-1, 2])
     assert roi is not None
+    low, high = _bounds(roi, depth)
+    return (low + high) // 2
+
+
+def _bounds(roi: NDArray[np.float64], depth: int) -> tuple[int, int]:
+    """First and last slice of a ROI, both inside the image."""
     low, high = np.clip(roi[2], 0, depth - 1)
-    return int((low + high) / 2)
+    return math.floor(low), math.floor(high)
 
 
 def _box(roi: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float64]:
