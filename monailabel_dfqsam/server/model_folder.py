@@ -58,7 +58,7 @@ class ModelFolder:
         """The artifact of a key, whether or not it exists."""
         return self.path / f"{key}.safetensors"
 
-    def keys(self) -> list[str]:
+    def keys_kept(self) -> list[str]:
         """Of the artifacts here; checkpoints, which may lie here too, are not named by a key."""
         return sorted(path.stem for path in self.path.glob("*.safetensors") if is_key(path.stem))
 

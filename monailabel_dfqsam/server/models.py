@@ -92,6 +92,7 @@ class Models:
         self._lock = threading.RLock()
         self._changing = threading.Lock()  # taken before `_lock`
         self._served: Served | None = None
+        self._own_key: str | None = None
         self._stamp: tuple[int, int] | None = None
         self._loading = False
 
@@ -132,7 +133,7 @@ class Models:
         """Serves an artifact of the folder from now on; later starts with the same configuration do so too.
 
         Args:
-            key: of an artifact, as the folder's `keys` says.
+            key: of an artifact, as the folder's `keys_kept` says.
 
         Returns:
             The model, checked and loaded, which answers from now on.
@@ -169,12 +170,17 @@ class Models:
             "key": None if served.identity == FULL_PRECISION else served.identity,
         }
 
+    @property
+    def own_key(self) -> str | None:
+        """`default_key` as it was when the first model was loaded; None until then."""
+        return self._own_key
+
     def default_key(self) -> str:
         """The key of the artifact that this server's own configuration makes."""
         return self._settings.quantization.key(file_sha256(self._settings.checkpoint))
 
     def _load_first(self) -> Served:
-        default_key = self.default_key()
+        default_key = self._own_key = self.default_key()
         published = self.folder.published() or {}
         # A choice made under another configuration, checkpoint included, does not outlive it.
         chosen = published.get("key") if published.get("default_key") == default_key else None

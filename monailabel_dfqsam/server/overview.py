@@ -1,0 +1,208 @@
+"""What the quantization page shows, as JSON values: the model, the models kept, the history, work going on.
+
+Read from the folder of models and from MONAI Label's list of tasks; the datastore is not asked for anything.
+An artifact's header is read once and again when its file has changed, so that asking every second is cheap.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from monailabel.utils.async_tasks.utils import processes, tasks
+
+from monailabel_dfqsam.artifact import read_header
+from monailabel_dfqsam.server.model_folder import is_key
+from monailabel_dfqsam.server.models import FULL_PRECISION, Models, Speed
+from monailabel_dfqsam.server.options import defaults
+from monailabel_dfqsam.server.settings import Settings
+
+_LINES = 8
+_CHECKPOINTS = (".pth", ".pt", ".safetensors")
+_PNG = "data:image/png;base64,"
+
+
+class Overview:
+    """One server's; its methods may be called from any thread."""
+
+    def __init__(self, models: Models, settings: Settings) -> None:
+        self._models = models
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._artifacts: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
+
+    def status(self) -> dict[str, Any]:
+        """Everything but the pictures.
+
+        Returns:
+            `model`, which answers; `checkpoint`, its name and bytes; `threshold`, the least fidelity to be
+            served; `own_key`, of the artifact that the server's own settings make; `artifacts`, the newest
+            first; `history`, the newest first; `task`, the quantization going on, or None; `options` of
+            another one, as the trainer offers them.
+        """
+        checkpoint = self._settings.checkpoint
+        return {
+            "model": self._model(),
+            "checkpoint": {"name": checkpoint.name, "bytes": _size(checkpoint)},
+            "threshold": self._settings.min_fidelity,
+            "own_key": self._models.own_key,
+            "artifacts": self._kept(),
+            "history": [_row(record) for record in self._models.folder.read_history()],
+            "task": self._task(),
+            "options": {**defaults(self._settings), **self._checkpoints()},
+        }
+
+    def pictures(self, key: str) -> dict[str, Any] | None:
+        """The pictures of an artifact's report, None without one.
+
+        Returns:
+            `images`, that it was calibrated on, and `evolution`, for each of some images the labels at a few
+            steps; a picture is `src`, a PNG as data URI, and `caption`.
+        """
+        try:
+            report = self._models.folder.report(key).read_text(encoding="utf-8")
+        except OSError:
+            return None
+        parser = _Pictures()
+        parser.feed(report)
+        return {"images": parser.images, "evolution": [steps for steps in parser.evolution if steps]}
+
+    def _model(self) -> dict[str, Any]:
+        served = self._models.served()
+        if served is None:
+            speed = Speed().summary()
+            return {"name": "loading", "engine": "", "key": None, "fidelity": None, "speed": speed}
+        return {
+            "name": served.segmenter.name,
+            "engine": served.engine,
+            "key": None if served.identity == FULL_PRECISION else served.identity,
+            "fidelity": served.fidelity,
+            "speed": served.speed.summary(),
+        }
+
+    def _kept(self) -> list[dict[str, Any]]:
+        folder, found = self._models.folder, {}
+        with self._lock:
+            for key in folder.keys_kept():
+                try:
+                    status = folder.artifact(key).stat()
+                except OSError:  # taken away just now
+                    continue
+                stamp = (status.st_mtime_ns, status.st_size)
+                known = self._artifacts.get(key)
+                found[key] = known if known and known[0] == stamp else (stamp, self._artifact(key))
+            self._artifacts = found
+        kept = [artifact for _, artifact in found.values()]
+        return sorted(kept, key=lambda artifact: str(artifact["made"]), reverse=True)
+
+    def _artifact(self, key: str) -> dict[str, Any]:
+        try:
+            return _summary(key, read_header(self._models.folder.artifact(key)), self._settings.min_fidelity)
+        except (ValueError, KeyError, TypeError) as error:
+            nothing = dict.fromkeys(("options", "fidelity", "bytes", "checkpoint_bytes", "made"))
+            return {"key": key, "name": key, **nothing, "refusal": str(error)}
+
+    def _task(self) -> dict[str, Any] | None:
+        task = next((task for task in tasks("train") if task["status"] in ("SUBMITTED", "RUNNING")), None)
+        if task is None:
+            return None
+        process = next(iter(processes("train").values()), None)
+        record = self._models.folder.read_progress()
+        # Until the process has said something, the progress is that of an earlier one.
+        begun = process is not None and record.get("pid") == process.pid
+        if not begun:
+            record = {"state": "running", "stage": "starting"}
+        return {
+            "stage": record.get("stage", "") if record.get("state") == "running" else "ending",
+            "step": record.get("epoch", 0),
+            "steps": record.get("total_epochs", 1),
+            "seconds": record.get("seconds", 0.0),
+            "options": record.get("options"),
+            "lines": list(task.get("details", ()))[-_LINES:],
+        }
+
+    def _checkpoints(self) -> dict[str, list[str]]:
+        """A choice of checkpoints, where there is any beside the server's own."""
+        own, folder = self._settings.checkpoint.name, self._settings.model_dir
+        others = sorted(
+            path.name
+            for path in folder.glob("*")
+            if path.suffix in _CHECKPOINTS and not is_key(path.stem) and not path.name.startswith(".")
+        )
+        names = [own, *(name for name in others if name != own)]
+        return {"checkpoint": names} if len(names) > 1 else {}
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _summary(key: str, header: Mapping[str, Any], least: float) -> dict[str, Any]:
+    config, fidelity = header["config"], float(header["fidelity"]["mean_iou"])
+    low = f"its fidelity, {fidelity:.3f}, is below {least:.3f}"
+    return {
+        "key": key,
+        "name": f"W{config['bits']}A{config['bits']}",
+        "options": {
+            **{name: config[name] for name in ("bits", "policy", "calibration", "images", "seed")},
+            "iterations": config["synthesis"]["iterations"],
+            "checkpoint": str(header["source_name"]),
+        },
+        "fidelity": fidelity,
+        "bytes": int(header["sizes"]["artifact_bytes"]),
+        "checkpoint_bytes": int(header["sizes"]["checkpoint_bytes"]),
+        "made": str(header["created"]),
+        "refusal": "" if fidelity >= least else low,
+    }
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A quantization's record in the page's words."""
+    return {
+        "started": record.get("started", ""),
+        "options": record.get("options", {}),
+        "key": record.get("key", ""),
+        "state": record.get("state", "stopped"),
+        "reason": record.get("error", ""),
+        "seconds": record.get("seconds", 0.0),
+        "fidelity": record.get("best_metric") or None,
+    }
+
+
+class _Pictures(HTMLParser):
+    """Finds the pictures in a report: `figure.image` and, in one `div.pictures` an image, `figure.step`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[dict[str, str]] = []
+        self.evolution: list[list[dict[str, str]]] = []
+        self._figure: dict[str, str] | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Begins a group or a figure, or takes a picture."""
+        given = {name: value or "" for name, value in attrs}
+        if tag == "div" and given.get("class") == "pictures":
+            self.evolution.append([])
+        elif tag == "figure" and given.get("class") in ("image", "step"):
+            self._figure = {"src": "", "caption": ""}
+            group = self.images if given["class"] == "image" or not self.evolution else self.evolution[-1]
+            group.append(self._figure)
+        elif tag == "img" and self._figure is not None and given.get("src", "").startswith(_PNG):
+            self._figure["src"] = given["src"]
+
+    def handle_endtag(self, tag: str) -> None:
+        """Ends a figure."""
+        if tag == "figure":
+            self._figure = None
+
+    def handle_data(self, data: str) -> None:
+        """Takes the words of a caption."""
+        if self._figure is not None and data.strip():
+            words = self._figure["caption"]
+            self._figure["caption"] = f"{words}, {data.strip()}" if words else data.strip()
