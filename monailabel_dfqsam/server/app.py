@@ -14,7 +14,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
-from monailabel_dfqsam.server import compat
+from monailabel_dfqsam.server import compat, page
 from monailabel_dfqsam.server.infer_task import InteractiveTask, SegmentTask
 from monailabel_dfqsam.server.models import Models
 from monailabel_dfqsam.server.options import OptionError
@@ -68,8 +68,10 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         super().server_mode(mode)
         if mode:
             from monailabel.app import app
+            from monailabel.config import settings
 
             compat.install(app, self._check_training, self._settings.trusted_hosts)
+            app.include_router(page.router(self._models, self._settings), prefix=settings.MONAI_LABEL_API_STR)
 
     def on_init_complete(self) -> None:
         """Loads the model in the background, and quantizes it if that has not been done."""

@@ -126,6 +126,7 @@ class SegmentTask(InteractiveTask):
         clock.lap("post")
         file = write_answer(plane.astype(np.uint8), k, shown.volume, form)
         clock.lap("write")
+        shown.served.speed.count(clock.laps(), cached)
         self.workbench.prepare(shown, (k + 1, k - 1))
         return file, {
             "label_names": {label: 1},
