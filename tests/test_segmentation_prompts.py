@@ -135,6 +135,9 @@ def test_slicer_sends_both_kinds_of_points_and_the_slice() -> None:
         ({"roi": [2, 5, 3, 8, 6, 2], "slice": 57}, 4),  # Slicer: millimetres
         ({"roi": [2, 5, 3, 8, 6, 2], "slice": -57}, 4),
         ({"roi": [2, 5, 3, 8, 6, 2], "slice": 5}, 5),
+        ({"roi": [2, 5, 3, 8, 6, 4], "slice": 1}, 5),  # millimetres that could be an index
+        ({"foreground": [[1, 2, 3]], "roi": [2, 5, 3, 8, 6, 4], "slice": 1}, 5),
+        ({"foreground": [[1, 2, 1]], "roi": [2, 5, 3, 8, 6, 4], "slice": 1}, 1),
         ({"roi": [2, 5, 3, 8, -40, 2], "slice": 99}, 1),  # its middle within the image
         ({"foreground": [[1, 2, 6]], "roi": [2, 5, 3, 8, 2, 4]}, 6),
     ],

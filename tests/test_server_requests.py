@@ -15,6 +15,7 @@ import pytest
 import requests
 import SimpleITK as sitk
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
@@ -176,6 +177,54 @@ def test_a_label_is_saved_and_the_next_sample_is_another(running: Running, tmp_p
     assert session.next_sample("first")["id"] == "phantom1"
 
 
+def test_a_viewers_own_window_is_what_the_model_sees(running: Running, tmp_path: Path) -> None:
+    """All of the image is one grey in it, so that the object cannot be told from its ground."""
+    session = running.server.session
+    seen = voxels(image_of(session.infer("phantom0", [OBJECT]), tmp_path))
+    named = session.infer("phantom0", [OBJECT], window="ct brain")
+    own = session.infer("phantom0", [OBJECT], window_center=40, window_width=80)
+    assert own.params["cached"], "the same values shown are the same embedding"
+    assert own.image == named.image
+    blind = voxels(
+        image_of(session.infer("phantom0", [OBJECT], window_center=[9000], window_width="10"), tmp_path)
+    )
+    assert not np.array_equal(blind, seen)
+
+
+def test_an_existing_mask_is_a_prompt(running: Running, tmp_path: Path) -> None:
+    reply = running.server.session.infer("phantom0", [OBJECT])
+    mask = voxels(image_of(reply, tmp_path))
+    url = f"{running.server.url}/infer/dfqsam?image=phantom0&output=image"
+
+    def refine(**params: Any) -> requests.Response:
+        fields = {"params": (None, json.dumps({"result_extension": ".nrrd", **params}))}
+        return requests.post(url, files={**fields, "label": ("mask.nrrd", reply.image)}, timeout=60)
+
+    before = set(UPLOADS.glob("dfqsam-*"))
+    answer = refine(label="organ")
+    assert answer.status_code == 200, answer.text
+    path = tmp_path / "refined.nrrd"
+    path.write_bytes(answer.content)
+    refined = voxels(sitk.ReadImage(str(path)))
+    assert set(np.nonzero(refined)[2]) == {OBJECT[2]}
+    assert (refined & mask).sum() / (refined | mask).sum() > 0.7
+    answer = refine(slice=0)
+    assert (answer.status_code, "empty" in answer.text) == (400, True)
+    answer = refine(mask="/etc/passwd")
+    assert (answer.status_code, "mask" in answer.text) == (400, True)
+    assert set(UPLOADS.glob("dfqsam-*")) <= before
+
+
+def test_one_part_without_holes(running: Running, tmp_path: Path) -> None:
+    reply = running.server.session.infer(
+        "phantom0", [OBJECT], window="full range", largest_cc=True, fill_holes="true"
+    )
+    plane = voxels(image_of(reply, tmp_path))[:, :, OBJECT[2]] != 0
+    assert ndimage.label(plane)[1] == 1
+    assert np.array_equal(ndimage.binary_fill_holes(plane), plane)
+    assert plane[OBJECT[:2]]
+
+
 K = OBJECT[2]
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no prompt": ({}, "nothing to segment"),
@@ -189,6 +238,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "slice outside": ({"foreground": [[1, 2, 3]], "slice": 99}, "slice"),
     "short roi": ({"roi": [1, 2, 3]}, "roi"),
     "window": ({"foreground": [OBJECT], "window": "pink"}, "window"),
+    "half a window": ({"foreground": [OBJECT], "window_center": 40}, "window_width"),
+    "no width": ({"foreground": [OBJECT], "window_center": 40, "window_width": 0}, "window"),
+    "window of words": ({"foreground": [OBJECT], "window_center": "x", "window_width": 1}, "window_center"),
+    "holes": ({"foreground": [OBJECT], "fill_holes": "perhaps"}, "fill_holes"),
     "flag": ({"foreground": [OBJECT], "multimask": 7}, "multimask"),
     "label": ({"foreground": [OBJECT], "label": 7}, "label"),
     "extension": ({"foreground": [OBJECT], "result_extension": ".exe"}, "result_extension"),

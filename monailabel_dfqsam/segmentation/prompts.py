@@ -34,8 +34,8 @@ def read_prompts(request: Mapping[str, Any], shape: tuple[int, int, int]) -> tup
             roi: [i0, i1, j0, j1, k0, k1] voxel indices, the voxels at both ends included, each pair in
                 either order; the first four will do for a 2-D image.
             slice: k. Without it, that of the last foreground point counts, else of the last background
-                point, else the ROI's middle. With a ROI, a slice outside the image means the ROI's middle:
-                Slicer then sends millimetres.
+                point, else the ROI's middle. With a ROI, a slice that is none of the ROI's and has no point
+                means the ROI's middle: Slicer then sends millimetres.
         shape: (I, J, K) of the image; K is 1 for a 2-D one.
 
     Returns:
@@ -184,7 +184,9 @@ def _slice(
         (number,) = _numbers([value], "'slice'")
         if number != round(number):
             raise PromptError(f"'slice' must be a whole number, not {value!r}")
-        if 0 <= number < depth:
+        if 0 <= number < depth and (
+            roi is None or roi[2, 0] <= number <= roi[2, 1] or (points[:, 2] == number).any()
+        ):
             return int(number)
         if roi is None:
             raise PromptError(f"slice {value} is outside the image, {_size(shape)}")
