@@ -1,21 +1,44 @@
-"""Files to ITK images of one grid: which kinds are read, and what is refused."""
+"""Files to ITK images of one grid: which kinds are read, and what is refused.
+
+A file's name chooses its reader, since ITK, left to choose by content, also knows formats that name other
+files, HDF5 for one. Its size is taken from its header and refused before its voxels are read.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import math
+import os
 import re
+import struct
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import psutil
 import SimpleITK as sitk
 
 Modality = str | None
 
-_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".png", ".jpg", ".jpeg", ".dcm")
+_READERS = {
+    ".nii": "NiftiImageIO", ".nii.gz": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".mha": "MetaImageIO",
+    ".png": "PNGImageIO", ".jpg": "JPEGImageIO", ".jpeg": "JPEGImageIO", ".dcm": "GDCMImageIO",
+}  # fmt: skip
+_NIFTI = (".nii", ".nii.gz")
+_NIFTI_HEADER = 352
 _MODALITY_TAG = "0008|0060"
 _HEADER_BYTES = 1 << 16
 # Fields by which a header names another file as the place of its voxels; such a file could be any on disk.
-_ELSEWHERE = re.compile(rb"^(data ?file:|ElementDataFile *=(?! *LOCAL))", re.IGNORECASE | re.MULTILINE)
+_NRRD_ELSEWHERE = re.compile(rb"data ?file\s*:", re.IGNORECASE)
+_MHA_HERE = re.compile(rb"ElementDataFile *= *LOCAL *\r?", re.IGNORECASE)
+
+MAX_VOXELS = 1 << 31
+"""1024×1024×2048, more than any scanner in hospitals makes."""
+# ITK's own, the one in our order of axes, and one while values are converted.
+_COPIES = 3
 
 
 class ImageError(ValueError):
@@ -40,23 +63,100 @@ def read_itk(path: Path) -> tuple[sitk.Image, Modality]:
 def _read_file(path: Path) -> tuple[sitk.Image, Modality]:
     with path.open("rb") as file:
         head = file.read(_HEADER_BYTES)
-    is_dicom = head[128:132] == b"DICM"
     if not head:
         raise ImageError(f"'{path.name}' is empty")
-    if not is_dicom and not path.name.lower().endswith(_SUFFIXES):
-        raise ImageError(f"'{path.name}' is not an image of a known kind: expected {', '.join(_SUFFIXES)}")
-    if path.suffix.lower() in (".nrrd", ".mha") and _ELSEWHERE.search(head.split(b"\n\n", 1)[0]):
-        raise ImageError(f"'{path.name}' keeps its voxels in another file, which is not read")
-    is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    suffix = ".dcm" if head[128:132] == b"DICM" else _suffix(path.name)
+    if _names_another_file(head, suffix):
+        raise ImageError(f"'{path.name}' keeps its voxels in another file, or its header is unusual")
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(_READERS[suffix])
+    reader.SetFileName(str(path))
     try:
-        image = sitk.ReadImage(str(path))
-        if is_nifti and "float" in image.GetPixelIDTypeAsString():
-            image = _restore_nan(image, path)
+        reader.ReadImageInformation()
+        size = _check_reader(reader, path.name)
+        image = reader.Execute()
+        if suffix in _NIFTI:
+            _check_length(path, size)
+            if "float" in image.GetPixelIDTypeAsString():
+                image = _restore_nan(image, path)
     except RuntimeError as error:
-        if is_nifti and "orthonormal" in str(error):
+        if suffix in _NIFTI and "orthonormal" in str(error):
             return _read_sheared(path), None
         raise ImageError(f"'{path.name}' cannot be read: it is damaged, or of a rare kind") from None
     return image, image.GetMetaData(_MODALITY_TAG).strip() if image.HasMetaDataKey(_MODALITY_TAG) else None
+
+
+def _suffix(name: str) -> str:
+    """The ending of a kind that is read; raises ImageError for any other."""
+    found = [suffix for suffix in _READERS if name.lower().endswith(suffix)]
+    if not found:
+        raise ImageError(f"'{name}' is not an image of a known kind: expected {', '.join(_READERS)}")
+    return found[-1]
+
+
+def _names_another_file(head: bytes, suffix: str) -> bool:
+    """Whether a header may lead to voxels elsewhere; also true for one whose end does not lie in `head`."""
+    if suffix == ".nrrd":
+        text = head.replace(b"\r\n", b"\n")
+        end = text.find(b"\n\n")
+        return end < 0 or b"\r" in text[:end] or _NRRD_ELSEWHERE.search(head) is not None
+    if suffix == ".mha":
+        fields = [line for line in head.split(b"\n") if b"elementdatafile" in line.lower()]
+        return not fields or not all(_MHA_HERE.fullmatch(field) for field in fields)
+    return False
+
+
+def _check_reader(reader: sitk.ImageFileReader, name: str, files: int = 1) -> int:
+    """Bytes of an image's voxels by its header, unless that refuses it; `files` are as large each."""
+    pixel = sitk.Image([1, 1], reader.GetPixelID())
+    value_bytes = int(pixel.GetSizeOfPixelComponent())
+    if "vector" in pixel.GetPixelIDTypeAsString():
+        value_bytes *= reader.GetNumberOfComponents()
+    check_size([*reader.GetSize(), files], value_bytes, name)
+    size: int = math.prod(reader.GetSize()) * value_bytes
+    return size
+
+
+def _check_length(path: Path, size: int) -> None:
+    """Refuses a NIfTI that ends before its `size` bytes of voxels do; ITK takes the rest for zeros."""
+    needed = _NIFTI_HEADER + size
+    if path.suffix != ".gz":
+        found = path.stat().st_size
+    else:
+        with path.open("rb") as file:
+            file.seek(-4, os.SEEK_END)
+            (told,) = struct.unpack("<I", file.read(4))
+        # What gzip's last four bytes say is not so for a file cut off, or made of several parts.
+        found = needed if told == needed % (1 << 32) else _unpacked_length(path, needed)
+    if found < needed:
+        raise ImageError(f"'{path.name}' is incomplete: its header announces more voxels than it holds")
+
+
+def _unpacked_length(path: Path, enough: int) -> int:
+    """Bytes that a gzip file unpacks to; counting stops at `enough` and at damage."""
+    found = 0
+    with contextlib.suppress(EOFError, OSError, zlib.error), gzip.open(path) as file:
+        while found < enough and (block := file.read(1 << 20)):
+            found += len(block)
+    return found
+
+
+def check_size(shape: Sequence[int], value_bytes: int, name: str) -> None:
+    """Refuses an image that is too large for any use, or for this machine's free memory.
+
+    Args:
+        shape: voxels along each axis.
+        value_bytes: bytes of one voxel.
+
+    Raises:
+        ImageError: saying what it needs and what there is.
+    """
+    voxels = math.prod(shape)
+    if voxels > MAX_VOXELS:
+        raise ImageError(f"'{name}' has {voxels} voxels; at most {MAX_VOXELS} are read")
+    needed, free = voxels * value_bytes * _COPIES, psutil.virtual_memory().available
+    if needed > free:
+        raise ImageError(f"'{name}' needs {needed >> 20} MB of memory to be read; {free >> 20} MB are free")
 
 
 def _read_series(folder: Path) -> tuple[sitk.Image, Modality]:
@@ -66,10 +166,12 @@ def _read_series(folder: Path) -> tuple[sitk.Image, Modality]:
         raise ImageError(f"the folder '{folder.name}' must hold one DICOM series, not {len(series)}")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     try:
-        image = sitk.ReadImage(files)
         first = sitk.ImageFileReader()
+        first.SetImageIO("GDCMImageIO")
         first.SetFileName(files[0])
         first.ReadImageInformation()
+        _check_reader(first, folder.name, len(files))
+        image = sitk.ReadImage(files, imageIO="GDCMImageIO")
     except RuntimeError:
         raise ImageError(f"the DICOM series in '{folder.name}' cannot be read") from None
     return image, first.GetMetaData(_MODALITY_TAG).strip() if first.HasMetaDataKey(_MODALITY_TAG) else None
@@ -88,6 +190,7 @@ def _restore_nan(image: sitk.Image, path: Path) -> sitk.Image:
 def _read_sheared(path: Path) -> sitk.Image:
     """A NIfTI whose axes are not at right angles, which ITK refuses to read though it can hold one."""
     source = nibabel.load(path)
+    check_size(source.shape, source.get_data_dtype().itemsize, path.name)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ source.affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     array = np.asanyarray(source.dataobj)
