@@ -1,4 +1,4 @@
-"""segment-anything's mask decoder for one object, asked for one mask only.
+"""segment-anything's mask decoder, asked for one mask of each object only.
 
 The modules and their weights are segment-anything's, and so is the result, up to the rounding of float32. The
 way differs: channels come last throughout, so that no product needs a copy; the upscaling, whose kernels do
@@ -53,8 +53,33 @@ class OneMaskDecoder:
         logits = (self._upscaled(keys[0]) @ weights).view(height, width, 2, 2, 2, 2)
         return logits.permute(0, 2, 4, 1, 3, 5).reshape(1, 1, 4 * height, 4 * width), float(scores[best])
 
+    def each(self, image: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """Many objects of one image, each the best of outputs 1 to 3.
+
+        Args:
+            image: [1, C, h, w] float32.
+            sparse: [B, N, C] float32, the points of B objects.
+            dense: [1, C, h, w] float32, the mask prompt of all.
+
+        Returns:
+            [B, 1, 4h, 4w] float32 logits, and [B] float32, the IoUs that the decoder expects.
+        """
+        decoder, count = self._decoder, len(sparse)
+        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([fixed.expand(count, -1, -1), sparse], dim=1)
+        keys = (image + dense).expand(count, -1, -1, -1)
+        queries, keys = decoder.transformer(keys, self._positions, tokens)
+        scores, best = decoder.iou_prediction_head(queries[:, 0])[:, 1:].max(1)
+        weights = torch.stack(
+            [mlp(queries[:, 1 + n]) for n, mlp in enumerate(decoder.output_hypernetworks_mlps) if n], dim=1
+        )[torch.arange(count), best]
+        height, width = image.shape[2:]
+        pixels = self._upscaled(keys.flatten(0, 1)).view(count, -1, weights.shape[1])
+        logits = (pixels @ weights[:, :, None]).view(count, height, width, 2, 2, 2, 2)
+        return logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, 1, 4 * height, 4 * width), scores
+
     def _upscaled(self, keys: Tensor) -> Tensor:
-        """[h·w, C] to [h·w·16, C/8]; the 16 pixels of a token follow one another."""
+        """[tokens, C] to [tokens·16, C/8]; the 16 pixels of a token follow one another."""
         norm = self._norm
         x = F.linear(keys, *self._first).view(-1, norm.weight.numel())
         # segment-anything's LayerNorm2d is LayerNorm over the channels, here the last axis.
