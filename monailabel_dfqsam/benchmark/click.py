@@ -87,7 +87,7 @@ def measure_clicks(
             (folder / "app" / "model" / checkpoint.name).symlink_to(checkpoint.resolve())
         with DemoServer(studies, folder / "app", folder / "server.log") as server:
             session = SlicerSession(server.url)
-            _quantize(session, None if checkpoint is None else checkpoint.name, server.check, progress)
+            quantize_quickly(session, server.check, progress, None if checkpoint is None else checkpoint.name)
             play = _Play(session, shape, progress)
             rows = play.rows(clicks)
         rows.append(_stock_row(folder, studies, play.last, clicks, progress))
@@ -260,10 +260,18 @@ class _Play:
         return int(self._session.info()["models"]["dfqsam"]["embedding_cache"]["bytes"])
 
 
-def _quantize(
-    session: SlicerSession, checkpoint: str | None, check: Callable[[], None], progress: Progress
+def quantize_quickly(
+    session: SlicerSession, check: Callable[[], None], progress: Progress, checkpoint: str | None = None
 ) -> None:
-    """Has the server quantize in few iterations, instead of as it began to, and serve the result."""
+    """Has the server quantize in few iterations, instead of as it began to, and serve the result.
+
+    Args:
+        check: raises when the server has ended.
+        checkpoint: a name in the server's model folder; None takes the server's own.
+
+    Raises:
+        ClickError: when that fails, or takes longer than half an hour.
+    """
     named = {} if checkpoint is None else {"checkpoint": checkpoint}
     progress("quantizing", 0, 1)
 

@@ -1,4 +1,4 @@
-"""The commands `dfqsam benchmark encoder` and `dfqsam benchmark click`."""
+"""The commands `dfqsam benchmark encoder`, `click` and `load`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,30 @@ def click(
             found = measure_clicks(clicks=clicks, shape=sizes, checkpoint=checkpoint, progress=progress)
         _write(json_file, {**run, **found})
     print_clicks(found)
+
+
+@benchmark.command()
+def load(
+    clients: Annotated[int, typer.Option(help="Annotators at once, a volume each.")] = 8,
+    seconds: Annotated[float, typer.Option(help="For how long they click.")] = 180.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Lets many annotators click at once while the server quantizes, and checks each of their masks.
+
+    Exits with status 1 after an error or a wrong mask.
+    """
+    with plain_errors():
+        from monailabel_dfqsam.benchmark.load import measure_load
+        from monailabel_dfqsam.benchmark.machine import describe_run
+        from monailabel_dfqsam.benchmark.table import print_load
+
+        run = describe_run()
+        with progress_bars() as progress:
+            found = measure_load(clients=clients, seconds=seconds, progress=progress)
+        _write(json_file, {**run, **found})
+    print_load(found)
+    if found["errors"] or found["wrong"]:
+        raise typer.Exit(1)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

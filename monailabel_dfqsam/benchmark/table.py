@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from monailabel_dfqsam.console import output
+from monailabel_dfqsam.console import output, print_rows
 from monailabel_dfqsam.numbers import in_bytes
 
 # Load average of a machine that does nothing else; daemons make a little.
@@ -91,6 +91,24 @@ def print_clicks(result: dict[str, Any]) -> None:
             _bytes(row.get("reply_bytes")),
         )
     output.print(table)
+
+
+def print_load(result: dict[str, Any]) -> None:
+    """What a load found, right and wrong answers first."""
+    memory = result["memory_mib"]
+    who = f"{result['clients']} annotators in {result['seconds']:g} s"
+    models = f"{result['artifacts']} models; quantization meanwhile: {result['requantized']}"
+    median, late = (_milliseconds(result[key]) for key in ("median_s", "p95_s"))
+    print_rows(
+        {
+            "clicks": f"{result['clicks']} by {who}, {models}",
+            "errors": ", ".join(result["errors"]) or "none",
+            "wrong masks": str(result["wrong"]),
+            "click": f"{median} ms, 95th percentile {late} ms",
+            "memory": f"{memory['start']:.0f} MiB, after a third {memory['third']:.0f}, at the end "
+            f"{memory['end']:.0f}; growth over the last two thirds {memory['growth']:+.1f}",
+        }
+    )
 
 
 def _times(value: float | None) -> str:

@@ -75,6 +75,13 @@ class DemoServer:
     ) -> None:
         self._stop()
 
+    @property
+    def pid(self) -> int:
+        """The server's process; raises ServerFailed when it has ended."""
+        self.check()
+        assert self._process is not None
+        return self._process.pid
+
     def check(self) -> None:
         """Raises ServerFailed when the server has ended."""
         if self._process is None or self._process.poll() is not None:

@@ -132,6 +132,7 @@ class SegmentTask(InteractiveTask):
             "label_names": {label: 1},
             "model": shown.served.segmenter.name,
             "engine": shown.served.engine,
+            "artifact": shown.served.identity,
             "score": round(prediction.score, 4),
             "slice": k,
             "cached": cached,

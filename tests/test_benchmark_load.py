@@ -1,0 +1,39 @@
+"""Annotators at once on a real server, for a short while; and how memory's growth is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from monailabel_dfqsam.benchmark.load import _memory, measure_load
+from monailabel_dfqsam.cli import app
+
+MIB = 1 << 20
+
+
+@pytest.mark.slow
+def test_eight_annotators_get_what_each_would_get_alone(tmp_path: Path) -> None:
+    path = tmp_path / "load.json"
+    done = CliRunner().invoke(
+        app, ["benchmark", "load", "--clients", "8", "--seconds", "20", "--json", str(path)]
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(path.read_text())
+    assert (found["errors"], found["wrong"]) == ([], 0)
+    assert found["clicks"] > 8 * 5
+    assert found["requantized"] == "published"
+    assert 0 < found["min_s"] <= found["median_s"] <= found["p95_s"]
+
+
+def test_growth_is_that_of_the_last_two_thirds() -> None:
+    """A server that fills its caches first and then leaks a MiB a second."""
+    samples = [(float(t), (100 + 20 * min(t, 10) + max(0, t - 10)) * MIB) for t in range(30)]
+    assert _memory(samples, 30.0) == {"start": 100, "third": 300, "end": 319, "growth": 19}
+
+
+def test_a_load_needs_somebody() -> None:
+    with pytest.raises(ValueError, match="clients"):
+        measure_load(clients=0)
