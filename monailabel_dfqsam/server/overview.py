@@ -19,6 +19,7 @@ from monailabel_dfqsam.server.model_folder import is_key
 from monailabel_dfqsam.server.models import FULL_PRECISION, Models, Speed
 from monailabel_dfqsam.server.options import defaults
 from monailabel_dfqsam.server.settings import Settings
+from monailabel_dfqsam.server.train_task import PRINTED
 
 _LINES = 8
 _CHECKPOINTS = (".pth", ".pt", ".safetensors")
@@ -121,7 +122,7 @@ class Overview:
             "steps": record.get("total_epochs", 1),
             "seconds": record.get("seconds", 0.0),
             "options": record.get("options"),
-            "lines": list(task.get("details", ()))[-_LINES:],
+            "lines": [line for line in list(task.get("details", ())) if PRINTED.fullmatch(line)][-_LINES:],
         }
 
     def _checkpoints(self) -> dict[str, list[str]]:

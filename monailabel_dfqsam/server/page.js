@@ -8,18 +8,18 @@
 const BUSY_MS = 1000, IDLE_MS = 4000;
 
 const OPTION_WORDS = {
-  bits: ["Bits", "of weights and activations"],
-  policy: ["Policy", "paper: slow, for comparison"],
+  bits: ["Bits", "weights, activations"],
+  policy: ["Policy", "paper: for comparison"],
   calibration: ["Calibration", "gaussian: plain noise"],
-  iterations: ["Iterations", "300 is quick, 1500 the paper's"],
-  images: ["Images", "to synthesize, 1 to 256"],
-  seed: ["Seed", "another one, another model"],
+  iterations: ["Iterations", "300 quick, 1500 best"],
+  images: ["Images", "1 to 256"],
+  seed: ["Seed", "0 or more"],
   checkpoint: ["Checkpoint", "in the server's model folder"],
 };
 const LEAST = { seed: 0 };  // other numbers begin at 1
-const STAGES = { starting: "Start", synthesis: "Synthesis", calibration: "Calibration", fidelity: "Fidelity", writing: "Writing" };
+const STAGES = { synthesis: "Synthesis", calibration: "Calibration", fidelity: "Fidelity", writing: "Writing" };
 const OUTCOMES = {
-  published: "It was published and answers now", rejected: "It was made, but not published",
+  published: "The new model answers", rejected: "The model was made, but does not answer",
   failed: "It failed", stopped: "It was stopped",
 };
 const CALIBRATION_WORDS = {
@@ -29,7 +29,7 @@ const CALIBRATION_WORDS = {
 };
 
 const at = (id) => document.getElementById(id);
-let token = "", running = false, asking = 0, timer = 0;
+let token = "", running = false, before = "", asking = 0, timer = 0;
 const shown = {};  // what each part of the page was last made from, as JSON
 
 // Asking the server
@@ -111,13 +111,13 @@ function part(name, values, draw) {
 }
 
 function render(status) {
-  const ended = running && !status.task;
+  const ended = running && !status.task, latest = status.history[0];
   running = status.task !== null;
   const artifact = status.artifacts.find((one) => one.key === status.model.key) || null;
   part("model", { model: status.model, artifact, checkpoint: status.checkpoint, threshold: status.threshold }, showModel);
   part("pictures", artifact && artifact.key, () => showPictures(artifact));
   part("fields", status.options, showFields);
-  part("models", { artifacts: status.artifacts, now: status.model.key, own: status.own_key }, showKept);
+  part("models", { artifacts: status.artifacts, now: status.model.key, own: status.own_key, checkpoint: status.checkpoint.name }, showKept);
   part("history", { history: status.history, own: status.checkpoint.name }, showHistory);
   at("progress").hidden = !running;
   at("start-form").hidden = running;
@@ -125,10 +125,14 @@ function render(status) {
   if (running) {
     say("outcome", "");
     part("task", status.task, showTask);
-  } else if (ended && status.history.length) {
-    const last = status.history[0];
-    say("outcome", `${OUTCOMES[last.state]} (${seconds(last.seconds)})${last.reason ? `: ${last.reason}` : ""}.`, last.state !== "published");
+  } else if (ended && (latest === undefined || latest.started === before)) {
+    say("outcome", "It ended before it began; the server's log says why.", true);
+  } else if (ended) {
+    const reason = latest.reason && latest.state !== "stopped" ? `: ${latest.reason}` : "";
+    say("outcome", `${OUTCOMES[latest.state]}, after ${seconds(latest.seconds)}${reason}.`, latest.state !== "published");
   }
+  // Which quantization was the latest before the next one said anything.
+  if (!running || status.task.stage === "starting") before = latest ? latest.started : "";
 }
 
 function showModel({ model, artifact, checkpoint, threshold }) {
@@ -143,8 +147,8 @@ function showModel({ model, artifact, checkpoint, threshold }) {
   at("size").textContent = inBytes(bytes);
   at("size").title = `${bytes.toLocaleString()} bytes`;
   at("size-words").textContent = artifact ?
-    `${(artifact.checkpoint_bytes / bytes).toFixed(1)} times smaller than the checkpoint's ${inBytes(artifact.checkpoint_bytes)}` :
-    "the checkpoint itself";
+    `${(artifact.checkpoint_bytes / bytes).toFixed(1)} times smaller than the checkpoint's ${inBytes(artifact.checkpoint_bytes)} in 32-bit float` :
+    "the checkpoint's file";
   bar("size-bar", artifact && bytes / artifact.checkpoint_bytes);
   showSpeed("embed", model.speed.embed, "when somebody first clicks in it");
   showSpeed("click", model.speed.click, "once it is embedded, with reading and writing");
@@ -173,19 +177,20 @@ async function showPictures(artifact) {
   at("pictures").hidden = artifact === null;
   at("images").replaceChildren();
   at("evolution").replaceChildren();
-  at("report").hidden = true;
+  at("report").hidden = at("evolution-words").hidden = true;
   if (artifact === null) return;
   at("pictures-words").textContent = CALIBRATION_WORDS[artifact.options.calibration] || "";
   say("pictures-message", "");
   try {
     const { images, evolution } = await (await call(`pictures/${artifact.key}`)).json();
     if (shown.pictures !== JSON.stringify(artifact.key)) return;
+    at("shown").classList.toggle("abreast", images.length === 1 && evolution.length === 1);
     at("images").replaceChildren(...images.map(picture));
     at("evolution").replaceChildren(...evolution.flatMap((steps, index) => [
       make("h3", {}, `How its labels evolved${evolution.length > 1 ? `, image ${index + 1}` : ""}`),
       make("div", { className: "strip" }, ...steps.map(picture)),
     ]));
-    if (evolution.length) at("evolution").append(make("p", { className: "note" }, "Regions that the model itself recognises in the image, each colour one class; the score is its confidence in them, 0 to 1."));
+    at("evolution-words").hidden = evolution.length === 0;
     at("report").href = `report/${artifact.key}`;
     at("report").hidden = false;
   } catch (error) {
@@ -214,27 +219,27 @@ function showTask(task) {
   const names = Object.keys(STAGES).filter((name) => name !== "synthesis" || !task.options || task.options.calibration === "synthetic");
   const now = names.indexOf(task.stage);
   at("stages").replaceChildren(...names.map((name, index) => {
-    const item = make("li", { className: index < now ? "done" : "" }, STAGES[name]);
+    const item = make("li", { className: index < now || task.stage === "ending" ? "done" : "" }, STAGES[name]);
     if (index === now) item.setAttribute("aria-current", "step");
     return item;
   }));
-  const begun = task.stage !== "starting";
+  const begun = task.stage !== "starting" && task.stage !== "ending";
   at("step").textContent = begun ?
-    `${STAGES[task.stage] || task.stage}, ${task.step} of ${task.steps} · ${seconds(task.seconds)} so far` : "Its process is starting …";
+    `${STAGES[task.stage] || task.stage}, ${task.step} of ${task.steps} · ${seconds(task.seconds)} so far` : `Its process is ${task.stage} …`;
   if (begun) { at("step-bar").max = task.steps; at("step-bar").value = task.step; } else at("step-bar").removeAttribute("value");
   const lines = at("lines"), followed = lines.scrollTop + lines.clientHeight >= lines.scrollHeight - 4;
   lines.textContent = task.lines.join("\n");
   if (followed) lines.scrollTop = lines.scrollHeight;
 }
 
-function showKept({ artifacts, now, own }) {
+function showKept({ artifacts, now, own, checkpoint }) {
   at("no-models").hidden = artifacts.length > 0;
   at("models").closest("table").hidden = artifacts.length === 0;
   at("models").replaceChildren(...artifacts.map((artifact) => {
     const name = make("div", {}, `${artifact.name} `);
     if (artifact.key === own) name.append(make("span", { className: "tag own", title: "What this server's own settings make" }, "this server's default"));
     return make("tr", {},
-      cell("Model", name, make("small", {}, artifact.options ? described(artifact.options) : artifact.key)),
+      cell("Model", name, make("small", {}, artifact.options ? described(artifact.options, checkpoint) : artifact.key)),
       cell("Fidelity", artifact.fidelity === null ? "–" : artifact.fidelity.toFixed(3), "number"),
       cell("Size", artifact.bytes === null ? "–" : inBytes(artifact.bytes), "number"),
       cell("Made", when(artifact.made)),
@@ -292,17 +297,17 @@ function when(iso) {
 }
 
 function seconds(value) {
-  if (value < 1) return `${Number((1000 * value).toPrecision(2))} ms`;
-  if (value < 60) return `${value.toFixed(1)} s`;
-  return `${Math.floor(value / 60)} min ${Math.floor(value % 60)} s`;
+  if (value < 1) return `${Number((1000 * value).toPrecision(2))}\u00a0ms`;
+  if (value < 60) return `${value.toFixed(1)}\u00a0s`;
+  return `${Math.floor(value / 60)}\u00a0min ${Math.floor(value % 60)}\u00a0s`;
 }
 
 function inBytes(count) {
   for (const unit of ["B", "kB", "MB"]) {
-    if (count < 1000) return `${count >= 100 || unit === "B" ? count.toFixed(0) : count.toPrecision(3)} ${unit}`;
+    if (count < 1000) return `${count >= 100 || unit === "B" ? count.toFixed(0) : count.toPrecision(3)}\u00a0${unit}`;
     count /= 1000;
   }
-  return `${count.toPrecision(3)} GB`;
+  return `${count.toPrecision(3)}\u00a0GB`;
 }
 
 // What a person asks for

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 SERVER_PID = "DFQSAM_SERVER_PID"
 """Environment variable by which the server tells its training process whose child it is."""
+
+PRINTED = re.compile(r"[a-z]+ (\d+/\d+, \d+ s|after [\d.]+ s, .*)")
+"""What the task prints itself; the other lines of its process are MONAI Label's and name folders."""
 
 _PARENT_CHECK_SECONDS = 1.0
 _REPORT_SECONDS = 2.0
