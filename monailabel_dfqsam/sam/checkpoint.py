@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,7 @@ def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> 
         CheckpointError: when the file is missing, damaged, of another model, or holds pickled code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint file '{path.name}' at the given path")
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise CheckpointError(f"'{path.name}' is not a checkpoint: expected .pth, .pt or .safetensors")
+    _check_kind(path)
     if variant is not None and variant not in VARIANTS:
         raise CheckpointError(f"unknown model '{variant}'; known are: {', '.join(VARIANTS)}")
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -73,6 +71,24 @@ def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> 
     except ValueError as error:
         raise CheckpointError(f"'{path.name}': {error}") from None
     return Checkpoint(found, tensors, file_sha256(path), path)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuses what `read_checkpoint` would for its kind, or for code in it, without reading weights.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`.
+    """
+    _check_kind(path)
+    if path.suffix != ".safetensors":
+        _read_pickle(path, mapped=zipfile.is_zipfile(path))
+
+
+def _check_kind(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file '{path.name}' at the given path")
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        raise CheckpointError(f"'{path.name}' is not a checkpoint: expected .pth, .pt or .safetensors")
 
 
 def file_sha256(path: Path) -> str:
@@ -103,7 +119,8 @@ def _plain_dict(*_: object) -> dict[Any, Any]:
     return {}
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, mapped: bool = False) -> Any:
+    """What a pickle holds; `mapped` leaves tensors on disk, for as long as nobody changes the file."""
     stand_ins: list[Any] = [
         (_DiscardedOptimizer, "torch.optim.adam.Adam"),
         (_DiscardedOptimizer, "torch.optim.adamw.AdamW"),
@@ -112,7 +129,7 @@ def _read_pickle(path: Path) -> Any:
     ]
     try:
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
         refused = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
         if isinstance(error, pickle.UnpicklingError) and refused:

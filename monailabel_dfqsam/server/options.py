@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from monailabel_dfqsam.config import Calibration, Policy, Preset, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.sam.checkpoint import CheckpointError, check_checkpoint
 from monailabel_dfqsam.server.settings import Settings
 
 OPTIONS = ("bits", "policy", "iterations", "images", "seed", "calibration", "preset", "checkpoint")
@@ -89,6 +90,10 @@ def _checkpoint(name: Any, settings: Settings) -> Path:
     path = settings.model_dir / name
     if not path.is_file():
         raise OptionError(f"there is no checkpoint '{name}' in the server's model folder")
+    try:
+        check_checkpoint(path)
+    except CheckpointError as error:
+        raise OptionError(f"checkpoint: {error}") from None
     return path
 
 
