@@ -29,10 +29,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_the_command_is_upstreams_with_our_defaults(tmp_path: Path) -> None:
     weights = tmp_path / "w.pth"
     weights.touch()
-    extra = ["--verbose", "DEBUG", "--host", "0.0.0.0"]
+    extra = ["--verbose", "DEBUG"]
     line, environment = command("/studies", checkpoint=weights, app_dir=tmp_path / "app", extra=extra)
     assert line[:4] == [sys.executable, "-m", "monailabel.main", "start_server"]
-    options = dict(zip(line[4::2], line[5::2], strict=False))  # of two, the last, as upstream reads them
+    options = dict(zip(line[4::2], line[5::2], strict=False))
     assert options["--host"] == "127.0.0.1"
     assert options["--verbose"] == "DEBUG"
     assert options["--app"] == str(tmp_path / "app")

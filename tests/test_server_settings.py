@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from monailabel_dfqsam.config import Calibration, Policy, Preset
 from monailabel_dfqsam.server.options import OptionError, defaults, read_options
@@ -29,6 +31,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         "checkpoint": str(weights), "variant": "medsam", "labels": " liver , spleen,", "quantize": "False",
         "preset": "best", "images": "3", "bits": "8", "min_fidelity": "0.9", "cache_mb": "7",
         "window": "b", "model_dir": str(tmp_path), "trusted_hosts": "PACS.example", "server_mode": "true",
+        "max_upload_mb": "9",
     }  # fmt: skip
     settings = read_settings(conf, APP, windows=("a", "b"))
     assert (settings.checkpoint, settings.variant) == (weights, "medsam")
@@ -39,6 +42,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert (settings.min_fidelity, settings.cache_mb, settings.window) == (0.9, 7, "b")
     assert settings.model_dir == tmp_path
     assert settings.trusted_hosts == ("pacs.example",)
+    assert settings.max_upload_mb == 9
 
 
 def test_iterations_win_over_the_preset() -> None:
@@ -51,6 +55,7 @@ def test_iterations_win_over_the_preset() -> None:
     [
         ("iteration", "5"), ("quantize", "maybe"), ("bits", "5"), ("bits", "four"), ("images", "0"),
         ("iterations", "1.5"), ("min_fidelity", "1.01"), ("min_fidelity", "nan"), ("cache_mb", "-1"),
+        ("max_upload_mb", "0"),
         ("preset", "slow"), ("variant", "sam3"), ("window", "c"), ("checkpoint", "/no/such/file.pth"),
     ],
 )  # fmt: skip
@@ -100,6 +105,23 @@ def test_a_wrong_option_is_named(option: str, value: object) -> None:
 
 
 def test_a_checkpoint_in_the_model_folder_can_be_named(tmp_path: Path) -> None:
-    (tmp_path / "other.pth").touch()
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     _, checkpoint = read_options({"checkpoint": "other.pth"}, Settings(tmp_path), "dfqsam")
     assert checkpoint == tmp_path / "other.pth"
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("never made",)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("x.pkl", "expected .pth"), ("x.pth", "never code"), ("old.pt", "never code")]
+)
+def test_a_checkpoint_that_holds_code_is_refused_before_training(
+    tmp_path: Path, name: str, word: str
+) -> None:
+    torch.save({"weight": _Evil()}, tmp_path / name, _use_new_zipfile_serialization=name != "old.pt")
+    with pytest.raises(OptionError, match=word):
+        read_options({"checkpoint": name}, Settings(tmp_path), "dfqsam")
+    assert not Path("never made").exists()

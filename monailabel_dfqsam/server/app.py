@@ -70,7 +70,12 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             from monailabel.app import app
             from monailabel.config import settings
 
-            compat.install(app, self._check_training, self._settings.trusted_hosts)
+            compat.install(
+                app,
+                self._check_training,
+                self._settings.trusted_hosts,
+                self._settings.max_upload_mb << 20,
+            )
             app.include_router(page.router(self._models, self._settings), prefix=settings.MONAI_LABEL_API_STR)
 
     def on_init_complete(self) -> None:

@@ -1,15 +1,15 @@
-"""MONAI Label 0.8.5, made safe and exact from outside: everything that knows its inside is here.
+"""MONAI Label 0.8.5, made safe and exact from outside: what knows its inside is here and in `compat_…`.
 
 `install` runs once, when the app enters server mode, and `quieten` before; they put right:
 
 - `GET …` and `PUT …` parameters become paths, pages of any origin may call: `security.Guard` in front.
+- A request of any size is received, before its sender is known: `bodies.BodyLimit`.
 - `POST /infer/{model}` blocks the event loop, takes `image` from its JSON too, leaves uploads behind when it
   fails, and answers unknown models and images with 500: our own route before it, in a worker thread.
-- Training options are only read in the training process: checked before it is started.
-- Uploads of any extension and archives are taken: only images and labels are.
-- Tokens are decoded without naming algorithms, which PyJWT refuses; an administrator is no user.
+- Options of training, scoring and strategies are only read when they run: checked before anything is started.
+- The datastore and sessions: `compat_store`; logins: `compat_login`.
 - `/proxy/dicom` drops the query.
-- A DICOMweb label is looked for in the archive under the image's name, although it lies here.
+- Lines of the log without bound, a folder of OHIF's page, no graphics card: faults of the server.
 - Prompts, image names and paths are logged at INFO: `quieten`.
 
 Each is a replacement by name in a module of a pinned version; a test holds every one against the server.
@@ -24,22 +24,19 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Annotated, Any
 
-import jwt
 import requests
 from fastapi import BackgroundTasks, Depends, FastAPI, File, Form, HTTPException, UploadFile
 from fastapi.middleware.cors import CORSMiddleware
 from monailabel.config import settings as upstream
-from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.local import LocalDatastore
-from monailabel.endpoints import datastore as datastore_endpoint
+from monailabel.endpoints import activelearning as activelearning_endpoint
 from monailabel.endpoints import infer as infer_endpoint
+from monailabel.endpoints import logs as logs_endpoint
+from monailabel.endpoints import ohif as ohif_endpoint
 from monailabel.endpoints import proxy as proxy_endpoint
-from monailabel.endpoints import session as session_endpoint
+from monailabel.endpoints import scoring as scoring_endpoint
 from monailabel.endpoints import train as train_endpoint
 from monailabel.endpoints.user import auth
 from monailabel.interfaces.exception import (
@@ -53,15 +50,18 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse
 
+from monailabel_dfqsam.server.bodies import MAX_UPLOAD, BodyLimit
+from monailabel_dfqsam.server.compat_login import is_known, login_failure, repair_tokens
+from monailabel_dfqsam.server.compat_store import (
+    IMAGE_EXTENSIONS,
+    MASK_EXTENSIONS,
+    UploadsRemoved,
+    check_extension,
+    repair_store,
+)
+from monailabel_dfqsam.server.json_input import check_value, read_object
 from monailabel_dfqsam.server.request import MASK
 from monailabel_dfqsam.server.security import Guard, Refusal, check_name, check_session, check_tag
-
-IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha", ".dcm", ".png", ".jpg", ".jpeg")
-MASK_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
-LABEL_EXTENSIONS = (*MASK_EXTENSIONS, ".bin")
-
-# Asymmetric ones alone: the realm's key is public, and must not do as an HMAC secret.
-_TOKEN_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"]
 
 _TALKATIVE = (
     "monailabel.endpoints", "monailabel.datastore", "monailabel.utils.sessions", "monailabel.interfaces.app",
@@ -75,27 +75,38 @@ _RESERVED = frozenset({"image", "model", "session", "description", "file", MASK}
 # Each chunk costs a change of threads; OHIF asks for whole volumes, 26 MB of which were 400 of them.
 _CHUNK = 1 << 20
 
-_UID = re.compile(r"[0-9][0-9.]{0,63}")
+# The decoder's memory grows with the square of the number of points.
+_MAX_POINTS = 1000
+# The options travel to the training process as one argument of a command, of which Linux takes 128 KiB.
+_MAX_OPTIONS_BYTES = 1 << 16
+_MAX_LOG_LINES = 100_000
+_DEVICES = re.compile(r"(all|[0-9,]*)")
 
 CheckTraining = Callable[[str, Mapping[str, Any]], None]
 
 
-def install(app: FastAPI, check_training: CheckTraining, trusted_hosts: Sequence[str]) -> None:
+def install(
+    app: FastAPI, check_training: CheckTraining, trusted_hosts: Sequence[str], max_upload: int = MAX_UPLOAD
+) -> None:
     """Puts MONAI Label's server right.
 
     Args:
         app: MONAI Label's, starting.
         check_training: raises Refusal for a trainer's name or options that cannot be used.
         trusted_hosts: as for `Guard`.
+        max_upload: as for `BodyLimit`.
     """
-    _put_guard(app, trusted_hosts)
-    app.add_api_route("/infer/{model}", _infer, methods=["POST"], include_in_schema=False)
+    _put_in_front(app, trusted_hosts, max_upload)
+    path = f"{upstream.MONAI_LABEL_API_STR}/infer/{{model}}"
+    app.add_api_route(path, _infer, methods=["POST"], include_in_schema=False)
     app.router.routes.insert(0, app.router.routes.pop())
     _check_training(check_training)
-    _check_uploads()
-    _repair_tokens()
+    _check_scoring()
+    _check_strategies()
     _repair_proxy()
-    _repair_dicomweb()
+    _repair_pages()
+    repair_store()
+    repair_tokens()
 
 
 def image_path(store: Any, image: str) -> str:
@@ -120,10 +131,10 @@ def quieten() -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _put_guard(app: FastAPI, trusted_hosts: Sequence[str]) -> None:
+def _put_in_front(app: FastAPI, trusted_hosts: Sequence[str], max_upload: int) -> None:
     # Upstream passes pydantic's URLs on, whose trailing slash no browser sends.
     origins = [str(origin).rstrip("/") for origin in upstream.MONAI_LABEL_CORS_ORIGINS]
-    guard = Middleware(Guard, origins=origins, trusted_hosts=trusted_hosts, translate=_translate)
+    # Outermost, so that a page of an allowed origin can also read refusals.
     cors = Middleware(
         CORSMiddleware,
         allow_origins=origins,
@@ -131,8 +142,10 @@ def _put_guard(app: FastAPI, trusted_hosts: Sequence[str]) -> None:
         allow_methods=["*"],
         allow_headers=["*"],
     )
+    guard = Middleware(Guard, origins=origins, trusted_hosts=trusted_hosts, translate=_translate)
+    limit = Middleware(BodyLimit, max_upload=max_upload, is_known=is_known)
     others = [m for m in app.user_middleware if m.cls is not CORSMiddleware]  # type: ignore[comparison-overlap]
-    app.user_middleware = [guard, *([cors] if origins else []), *others]
+    app.user_middleware = [*([cors] if origins else []), guard, limit, *others]
     app.middleware_stack = None  # built again by the first request; start-up itself still runs in the old one
 
 
@@ -142,9 +155,11 @@ def _translate(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, MONAILabelException):
         return (400 if error.error is MONAILabelError.INVALID_INPUT else 500), error.msg
     if isinstance(error, requests.RequestException):
-        return 502, f"the image archive does not answer ({type(error).__name__})"
+        return login_failure(error) or (502, f"the image archive does not answer ({type(error).__name__})")
     if isinstance(error, json.JSONDecodeError):
         return 400, "a field that must be JSON is not"
+    if isinstance(error, FileNotFoundError) and error.filename == "nvidia-smi":
+        return 404, "there is no NVIDIA driver on this server"
     return None
 
 
@@ -163,20 +178,22 @@ def _infer(
     instance = app_instance()
     instance.check_model(model)
     _check_params(params)
+    if output is infer_endpoint.ResultType.dicom_seg and not _is_archive():
+        raise Refusal(400, "DICOM SEG needs a DICOMweb archive; the studies of this server are a folder")
     if session_id:
         check_session(session_id)
         sessions = instance.sessions()
         if sessions is None or sessions.get_session(session_id) is None:
             raise Refusal(404, "there is no such session; it may have expired: PUT /session/ starts one")
     elif file:
-        _check_extension(file.filename, IMAGE_EXTENSIONS, "file")
+        check_extension(file.filename, IMAGE_EXTENSIONS, "file")
     elif not image:
         raise Refusal(400, "there is no image: name one with image, or a session with session_id")
     else:
         check_name(image, "image")
-    if label:
-        params = _with_mask(params, label, background_tasks)
-    with _UploadsRemoved(background_tasks):
+    with UploadsRemoved(background_tasks):
+        if label:
+            params = _with_mask(params, label, background_tasks)
         reply = infer_endpoint.run_inference(
             background_tasks, model, image, session_id, params, file or None, None, output
         )
@@ -187,7 +204,7 @@ def _infer(
 
 def _with_mask(params: str, mask: UploadFile, tasks: BackgroundTasks) -> str:
     """The params with the place of an uploaded mask; upstream would let `label`, a name, replace it."""
-    _check_extension(mask.filename, MASK_EXTENSIONS, "label")
+    check_extension(mask.filename, MASK_EXTENSIONS, "label")
     suffix = next(end for end in MASK_EXTENSIONS if str(mask.filename).lower().endswith(end))
     with tempfile.NamedTemporaryFile(prefix="dfqsam-", suffix=suffix, delete=False) as file:
         tasks.add_task(os.unlink, file.name)
@@ -196,32 +213,18 @@ def _with_mask(params: str, mask: UploadFile, tasks: BackgroundTasks) -> str:
 
 
 def _check_params(params: str) -> None:
-    try:
-        values = json.loads(params or "{}")
-    except json.JSONDecodeError as error:
-        raise Refusal(400, f"params must be JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise Refusal(400, "params must be a JSON object")
+    values = read_object(params, "params")
     reserved = sorted(_RESERVED & set(values))
     if reserved:
         raise Refusal(400, f"params must not hold {', '.join(reserved)}: these belong into the address")
+    if any(isinstance(value, list) and len(value) > _MAX_POINTS for value in values.values()):
+        raise Refusal(400, f"params must not hold lists of more than {_MAX_POINTS} points")
     if values.get("label_tag"):
         check_tag(str(values["label_tag"]))
 
 
-class _UploadsRemoved:
-    """Runs a request's clean-up when its handler fails; upstream only does when it succeeds."""
-
-    def __init__(self, tasks: BackgroundTasks) -> None:
-        self._tasks = tasks
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is not None:
-            for task in self._tasks.tasks:
-                task.func(*task.args, **task.kwargs)
+def _is_archive() -> bool:
+    return str(upstream.MONAI_LABEL_STUDIES).startswith(("http://", "https://"))
 
 
 def _check_training(check: CheckTraining) -> None:
@@ -231,82 +234,79 @@ def _check_training(check: CheckTraining) -> None:
     def checked_model(
         model: str, params: dict[str, Any] | None = None, run_sync: bool = False, enqueue: bool = False
     ) -> Any:
-        if run_sync:
-            raise Refusal(400, "run_sync is not offered: it would hold up every other request")
+        _check_options(params, run_sync)
         check(model, params or {})
         return run_model(model, params, False, enqueue)
 
     @functools.wraps(run)
     def checked_all(params: dict[str, Any] | None = None, run_sync: bool = False) -> Any:
-        if run_sync:
-            raise Refusal(400, "run_sync is not offered: it would hold up every other request")
+        _check_options(params, run_sync)
         for model in app_instance().info()["trainers"]:
+            _check_own(params, model)
             check(model, params or {})
         return run(params, False)
 
     train_endpoint.run_model, train_endpoint.run = checked_model, checked_all
 
 
-def _check_uploads() -> None:
-    add_image, save_label = datastore_endpoint.add_image, datastore_endpoint.save_label
-    create_session = session_endpoint.create_session
+def _check_scoring() -> None:
+    run_method, run = scoring_endpoint.run_method, scoring_endpoint.run
 
-    @functools.wraps(add_image)
-    def checked_image(
-        tasks: BackgroundTasks, image: str | None, params: str, file: UploadFile, user: str | None = None
-    ) -> Any:
-        _check_extension(file.filename, IMAGE_EXTENSIONS, "file")
-        with _UploadsRemoved(tasks):
-            return add_image(tasks, image, params, file, user)
+    @functools.wraps(run_method)
+    def checked_method(method: str, params: dict[str, Any] | None = None, run_sync: bool = False) -> Any:
+        _check_options(params, run_sync)
+        known = app_instance().info()["scoring"]
+        if method not in known:
+            raise Refusal(
+                404, f"there is no scoring method '{method}'; there is: {', '.join(known) or 'none'}"
+            )
+        return run_method(method, params, False)
 
-    @functools.wraps(save_label)
-    def checked_label(
-        tasks: BackgroundTasks, image: str, params: str, tag: str, label: UploadFile, user: str | None = None
-    ) -> Any:
-        _check_extension(label.filename, LABEL_EXTENSIONS, "label")
-        with _UploadsRemoved(tasks):
-            return save_label(tasks, image, params, tag, label, user)
+    @functools.wraps(run)
+    def checked_all(params: dict[str, Any] | None = None, run_sync: bool = False) -> Any:
+        _check_options(params, run_sync)
+        for method in app_instance().info()["scoring"]:
+            _check_own(params, method)
+        return run(params, False)
 
-    @functools.wraps(create_session)
-    def checked_session(
-        tasks: BackgroundTasks, uncompress: bool, expiry: int, files: list[UploadFile]
-    ) -> Any:
-        if uncompress:
-            raise Refusal(400, "archives are not unpacked: send the image, or the files of its series")
-        if len(files) == 1:
-            _check_extension(files[0].filename, IMAGE_EXTENSIONS, "files")
-        with _UploadsRemoved(tasks):
-            return create_session(tasks, uncompress, expiry, files)
-
-    datastore_endpoint.add_image, datastore_endpoint.save_label = checked_image, checked_label
-    session_endpoint.create_session = checked_session
+    scoring_endpoint.run_method, scoring_endpoint.run = checked_method, checked_all
 
 
-def _check_extension(filename: str | None, allowed: tuple[str, ...], what: str) -> None:
-    name = os.path.basename(filename or "")
-    check_name(name, f"the file name of {what}")
-    if not name.lower().endswith(allowed):
-        raise Refusal(400, f"{what} must be a {', '.join(allowed)} file")
+def _check_strategies() -> None:
+    sample = activelearning_endpoint.sample
+
+    @functools.wraps(sample)
+    def checked(strategy: str, params: dict[str, Any] | None = None, user: str | None = None) -> Any:
+        _check_options(params, False)
+        known = app_instance().info()["strategies"]
+        if strategy not in known:
+            raise Refusal(404, f"there is no strategy '{strategy}'; there is: {', '.join(known)}")
+        if "strategy" in (params or {}):
+            raise Refusal(400, "params must not hold strategy: it belongs into the address")
+        # It is kept in the datastore.
+        if not isinstance((params or {}).get("client_id", ""), str):
+            raise Refusal(400, "client_id must be text")
+        return sample(strategy, params, user)
+
+    activelearning_endpoint.sample = checked
 
 
-def _repair_tokens() -> None:
-    roles = (
-        upstream.MONAI_LABEL_AUTH_ROLE_ADMIN,
-        upstream.MONAI_LABEL_AUTH_ROLE_REVIEWER,
-        upstream.MONAI_LABEL_AUTH_ROLE_ANNOTATOR,
-        upstream.MONAI_LABEL_AUTH_ROLE_USER,
-    )
-    from_token = auth.from_token
+def _check_options(params: Mapping[str, Any] | None, run_sync: bool | None) -> None:
+    """What holds for the options of anything that runs in a process of its own."""
+    if run_sync:
+        raise Refusal(400, "run_sync is not offered: it would hold up every other request")
+    check_value(params or {}, "the options")
+    if len(json.dumps(params)) > _MAX_OPTIONS_BYTES:
+        raise Refusal(400, f"the options must be at most {_MAX_OPTIONS_BYTES >> 10} KiB")
+    gpus = (params or {}).get("gpus") or "all"
+    if not isinstance(gpus, str) or not _DEVICES.fullmatch(gpus):
+        raise Refusal(400, "gpus must be 'all' or numbers with commas between them")
 
-    @functools.wraps(from_token)
-    def with_lesser_roles(token: str) -> Any:
-        user = from_token(token)
-        highest = min((roles.index(role) for role in user.roles if role in roles), default=len(roles))
-        user.roles = sorted({*user.roles, *roles[highest:]})
-        return user
 
-    auth.from_token = with_lesser_roles
-    auth.jwt = SimpleNamespace(decode=functools.partial(jwt.decode, algorithms=_TOKEN_ALGORITHMS))
+def _check_own(params: Mapping[str, Any] | None, name: str) -> None:
+    """What is for one of several stands under its name."""
+    if not isinstance((params or {}).get(name) or {}, dict):
+        raise Refusal(400, f"{name} must be an object of options")
 
 
 def _repair_proxy() -> None:
@@ -314,7 +314,7 @@ def _repair_proxy() -> None:
 
     @functools.wraps(proxy_dicom)
     async def with_query(request: Request, op: str, path: str) -> Any:
-        if not str(upstream.MONAI_LABEL_STUDIES).startswith(("http://", "https://")):
+        if not _is_archive():
             raise Refusal(404, "the studies of this server are a folder, not a DICOMweb archive")
         query = request.url.query
         return await proxy_dicom(request, op, f"{path}?{query}" if query else path)
@@ -322,30 +322,20 @@ def _repair_proxy() -> None:
     proxy_endpoint.proxy_dicom = with_query
 
 
-def _repair_dicomweb() -> None:
-    get_image_uri, get_label_uri = DICOMWebDatastore.get_image_uri, DICOMWebDatastore.get_label_uri
-    downloading = threading.Lock()
+def _repair_pages() -> None:
+    get_logs, get_ohif = logs_endpoint.get_logs, ohif_endpoint.get_ohif
 
-    @functools.wraps(get_image_uri)
-    def whole_image(self: Any, image_id: str) -> str:
-        if not _UID.fullmatch(image_id):
-            raise Refusal(400, "an image of this server is named by its SeriesInstanceUID")
-        folder = os.path.join(self._datastore.image_path(), image_id)
-        with downloading:
-            known = os.path.isdir(folder)
-            try:
-                return str(get_image_uri(self, image_id))
-            except Exception:
-                # What came would be taken for the whole series from then on.
-                if not known:
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
+    @functools.wraps(get_logs)
+    def bounded_logs(file: str, lines: int | None, html: bool, text: bool, refresh: int | None) -> Any:
+        if not 0 < (lines or 0) <= _MAX_LOG_LINES:
+            raise Refusal(400, f"lines must be 1 to {_MAX_LOG_LINES}")
+        return get_logs(file, lines, html, text, refresh)
 
-    @functools.wraps(get_label_uri)
-    def local_label(self: Any, label_id: str, label_tag: str, image_id: str = "") -> str:
-        found = LocalDatastore.get_label_uri(self, label_id, label_tag)
-        if found and os.path.isfile(found):
-            return str(found)
-        return str(get_label_uri(self, label_id, label_tag, image_id))
+    @functools.wraps(get_ohif)
+    def file_of_page(path: str) -> Any:
+        reply = get_ohif(path)
+        if os.path.isdir(reply.path):
+            raise Refusal(404, "there is no such page")
+        return reply
 
-    DICOMWebDatastore.get_image_uri, DICOMWebDatastore.get_label_uri = whole_image, local_label
+    logs_endpoint.get_logs, ohif_endpoint.get_ohif = bounded_logs, file_of_page

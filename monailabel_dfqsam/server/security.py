@@ -1,13 +1,15 @@
 """What a request must not do, decided from its address and headers before any handler runs.
 
-- Paths: no `..`, no absolute path, no backslash or NUL, however often encoded, neither in the URL's path nor
-  in a parameter that ends up in a file name.
+- Paths: no `..`, no absolute path, no backslash, no control character and no broken UTF-8, however often
+  encoded, neither in the URL's path nor in a parameter that ends up in a file name.
 - Sites: a page of another origin may not drive the server, since browsers send such requests unasked; and a
   server that listens on loopback is addressed by a loopback name only, against DNS rebinding.
 - Endpoints that replace code or model files, or that make no sense for a model that needs a click.
+- Requests that a proxy in front and this server could read differently: two lengths, or a change of protocol.
 
-`Guard` also turns an exception that a handler let through into an answer with a sentence, and logs where it
-happened but not its text, which may name a patient's file.
+`Guard` also has browsers take every answer for what it says it is, and show none within other sites' pages.
+It turns an exception that a handler let through into an answer with a sentence, and logs where it happened
+but not its text, which may name a patient's file.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import logging
 import re
 import traceback
+import unicodedata
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -33,9 +36,13 @@ Translate = Callable[[Exception], "tuple[int, str] | None"]
 _FILE_PARAMETERS = frozenset({"image", "images", "label", "id"})
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
+_SESSION_PATH = re.compile(r"/session/(.+)$")
+_PROXIED = re.compile(r"/proxy/dicom(/|$)")
+_DRIVE = re.compile(r"[A-Za-z]:")
 _CHANGING = frozenset({"POST", "PUT", "DELETE", "PATCH"})
 _LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost"})
-_MAX_NAME = 255
+# File systems allow 255 bytes, of which a temporary name and an ending take some.
+_MAX_NAME_BYTES = 200
 
 _CLOSED = (
     ("PUT", re.compile(r"/model/"), "model files are not taken: quantize with POST /train/dfqsam"),
@@ -66,9 +73,11 @@ def check_name(name: str, what: str) -> None:
         Refusal: 400.
     """
     decoded = _decoded(name)
-    separated = any(character in decoded for character in "/\\\0")
-    if separated or decoded in (".", "..") or len(decoded) > _MAX_NAME:
-        raise Refusal(400, f"{what} must be a plain name, without any path")
+    separated = "/" in decoded or _is_tricky(decoded) or _DRIVE.match(decoded)
+    if separated or decoded in (".", "..") or len(decoded.encode(errors="replace")) > _MAX_NAME_BYTES:
+        raise Refusal(
+            400, f"{what} must be a plain name of at most {_MAX_NAME_BYTES} bytes, without any path"
+        )
 
 
 def check_tag(tag: str) -> None:
@@ -81,6 +90,12 @@ def check_session(session_id: str) -> None:
     """Refuses what cannot be a session's id; raises Refusal 400."""
     if not _SESSION.fullmatch(session_id):
         raise Refusal(400, "session_id must be the id that PUT /session/ answered")
+
+
+def header(scope: Scope, name: str) -> str:
+    """A request's header by its lower-case name; of several the first, '' when there is none."""
+    wanted = name.encode()
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == wanted), "")
 
 
 class Guard:
@@ -102,11 +117,19 @@ class Guard:
         """
         self._app = app
         self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
+        frames = " ".join(["frame-ancestors 'self'", *sorted(self._origins)])
+        self._answered_with = {
+            b"x-content-type-options": b"nosniff",
+            b"content-security-policy": frames.encode(),
+        }
         self._hosts = _LOOPBACK_NAMES | {host.lower() for host in trusted_hosts}
         self._translate = translate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or hands it on."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -114,7 +137,11 @@ class Guard:
 
         async def tracked(message: Message) -> None:
             nonlocal started
-            started = started or message["type"] == "http.response.start"
+            if message["type"] == "http.response.start":
+                started = True
+                present = {key.lower() for key, _ in message["headers"]}
+                added = [pair for pair in self._answered_with.items() if pair[0] not in present]
+                message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
         try:
@@ -124,21 +151,23 @@ class Guard:
             if started:
                 raise
             status, detail = self._answer(error)
-            await _reply(send, status, detail)
+            await _reply(tracked, status, detail)
 
     def check(self, scope: Scope) -> None:
         """Raises Refusal for a request that breaks a rule."""
         method, path = scope["method"], _decoded(scope["path"])
-        if "\0" in path or "\\" in path or ".." in path.split("/"):
-            raise Refusal(400, "the address must not contain '..', backslashes or NUL")
-        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        self._check_host(scope, headers.get("host", ""))
+        if _is_tricky(path) or ".." in path.split("/") or "//" in path:
+            raise Refusal(400, "the address must not contain '..', '//', backslashes or control characters")
+        self._check_host(scope, header(scope, "host"))
+        _check_framing(scope)
         if method in _CHANGING:
-            self._check_origin(headers.get("origin"), headers.get("host", ""))
+            self._check_origin(header(scope, "origin") or None, header(scope, "host"))
         for closed_method, pattern, detail in _CLOSED:
             if method == closed_method and pattern.search(path):
                 raise Refusal(403, detail)
-        if "/proxy/" not in path:
+        if found := _SESSION_PATH.search(path):
+            check_session(found[1])
+        if not _PROXIED.search(path):
             _check_parameters(scope, path)
 
     def _check_host(self, scope: Scope, host: str) -> None:
@@ -167,6 +196,13 @@ class Guard:
         return 500, f"the server failed on this request ({type(error).__name__}); its log says where"
 
 
+def _check_framing(scope: Scope) -> None:
+    if header(scope, "transfer-encoding") and header(scope, "content-length"):
+        raise Refusal(400, "a request has either Content-Length or Transfer-Encoding, not both")
+    if header(scope, "upgrade").lower() == "websocket":
+        raise Refusal(400, "there are no web sockets here")
+
+
 def _check_parameters(scope: Scope, path: str) -> None:
     parameters = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
     session = next((value for key, value in parameters if key == "session_id" and value), "")
@@ -185,6 +221,11 @@ def _decoded(text: str) -> str:
     while (once := unquote(text)) != text:
         text = once
     return text
+
+
+def _is_tricky(text: str) -> bool:
+    """Whether a text holds a backslash, a control character, or what was not UTF-8."""
+    return any(c in "\\\ufffd" or unicodedata.category(c) in ("Cc", "Cs") for c in text)
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,13 +1,21 @@
-"""`dfqsam serve`: MONAI Label's own server on this app, safe by default."""
+"""`dfqsam serve`: MONAI Label's own server on this app, safe by default.
+
+MONAI Label's options follow after `--`. Passed on are those of TLS, logging and limits, and `--conf`; refused
+with a sentence are those that `dfqsam serve` has itself, and those that would not do what they promise.
+Logins and other origins are MONAI Label's environment variables, which the server inherits.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
 import logging
 import os
+import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +28,28 @@ __all__ = ["DFQSamApp"]
 
 # Upstream keeps only CT series of an archive; the model takes any modality.
 _SERIES_FILTER = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER"
+
+
+_OWN = "stands before --, as an option of dfqsam serve"
+_REFUSED = {
+    ("-a", "--app"): _OWN,
+    ("-s", "--studies"): _OWN,
+    ("-i", "--host"): _OWN,
+    ("-p", "--port"): _OWN,
+    ("--uvicorn_app",): "would serve another application, without what makes this one safe",
+    ("--workers",): "cannot be: quantizations and sessions are known to one process alone",
+    (
+        "--dryrun",
+    ): "would write all settings, passwords among them, into a file .env that the next start reads",
+    (
+        "--ssl_keyfile_password",
+    ): "would stand in the log and in the list of processes: give the key without one",
+    ("--ssl_ca_certs",): "would have no effect: MONAI Label asks for no client certificates",
+}
+_PASSED = (
+    ("-v", "--verbose"), ("-l", "--log_config"), ("--log_level",), ("--limit_concurrency",),
+    ("--root_path",), ("--ssl_keyfile",), ("--ssl_certfile",),
+)  # fmt: skip
 
 
 class ServeError(ValueError):
@@ -64,12 +94,12 @@ def command(
         extra: further options of `monailabel start_server`.
 
     Raises:
-        ServeError: when the app folder or the checkpoint cannot be used.
+        ServeError: when the app folder, the checkpoint or a further option cannot be used.
     """
+    check_options(extra)
     if checkpoint is not None and not checkpoint.is_file():
         raise ServeError(f"there is no checkpoint file '{checkpoint}'")
     app = prepare_app(app_dir or default_app_dir())
-    # Further options come first: of two the last one counts, and nobody is to listen elsewhere unwarned.
     line = [sys.executable, "-m", "monailabel.main", "start_server", *extra]
     line += ["--app", str(app), "--studies", studies, "--host", host, "--port", str(port)]
     if checkpoint is not None:
@@ -92,20 +122,74 @@ def serve(
 ) -> None:
     """Becomes the server; arguments as for `command`. Does not return."""
     line, environment = command(studies, host, port, checkpoint, app_dir, extra)
-    if is_exposed(host, environment):
+    if warning := exposure(host, environment, any(word.startswith("--ssl_certfile") for word in extra)):
         banner = "!" * 78
-        print(
-            f"{banner}\n!! {host}: everyone on this network can read the images and change the labels, for\n"
-            f"!! there is no login. Listen on 127.0.0.1, or set MONAI_LABEL_AUTH_ENABLE=true.\n{banner}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{banner}\n!! {warning}\n{banner}", file=sys.stderr, flush=True)
     os.execve(line[0], line, environment)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ServeError(f"MONAI Label's options after --: {message}")
+
+
+class _Refuse(argparse.Action):
+    def __call__(self, parser: object, namespace: object, values: object, option: str | None = None) -> None:
+        raise ServeError(f"{option} {self.help}")
+
+
+def check_options(extra: Sequence[str]) -> None:
+    """Refuses options of MONAI Label that must not be passed on.
+
+    Raises:
+        ServeError: saying why; also for unknown options, and for a certificate that cannot be used.
+    """
+    # Abbreviations would pass by the names that are refused.
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for names, reason in _REFUSED.items():
+        parser.add_argument(*names, nargs="?", action=_Refuse, help=reason)
+    for names in _PASSED:
+        parser.add_argument(*names)
+    parser.add_argument("-c", "--conf", nargs=2, action="append")
+    parser.add_argument("--access_log", action="store_true")
+    options = parser.parse_args(list(extra))
+    if options.ssl_keyfile and not options.ssl_certfile:
+        raise ServeError("--ssl_keyfile needs the certificate, --ssl_certfile, beside it")
+    if options.ssl_certfile:
+        _check_certificate(options.ssl_certfile, options.ssl_keyfile)
+
+
+def _check_certificate(certificate: str, key: str | None) -> None:
+    try:
+        # A password that is wrong, since for none OpenSSL would ask at the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, "")
+    except OSError as error:  # SSLError is one
+        raise ServeError(f"the certificate '{certificate}' cannot be used with its key: {error}") from None
+
+
+def exposure(host: str, environment: dict[str, str], encrypted: bool) -> str | None:
+    """What others on the network can do to a server that listens on `host`; None for nothing.
+
+    Args:
+        environment: of the server, with MONAI Label's settings.
+        encrypted: whether it has a certificate.
+    """
+    if is_exposed(host, environment):
+        return (
+            f"{host}: everyone on this network can read the images and change the labels, for\n"
+            "!! there is no login. Listen on 127.0.0.1, or set MONAI_LABEL_AUTH_ENABLE=true."
+        )
+    if is_exposed(host, {}) and not encrypted:
+        return (
+            f"{host}: images and logins cross this network unencrypted. Add -- --ssl_keyfile KEY\n"
+            "!! --ssl_certfile CERTIFICATE, or put a proxy with TLS in front."
+        )
+    return None
 
 
 def is_exposed(host: str, environment: dict[str, str]) -> bool:
     """Whether others than this machine reach the server, and without a login."""
-    if environment.get("MONAI_LABEL_AUTH_ENABLE", "").lower() in ("1", "true", "yes", "on"):
+    if environment.get("MONAI_LABEL_AUTH_ENABLE", "").lower() in ("1", "true", "t", "yes", "y", "on"):
         return False
     try:
         return not ipaddress.ip_address(host).is_loopback

@@ -40,6 +40,7 @@ class Settings:
         cache_mb: bound of the embedding cache, and again of the cache of loaded volumes, in MiB.
         window: intensity window offered first, or None for the first of the list.
         trusted_hosts: names under which clients may address a server that listens on loopback.
+        max_upload_mb: bound of one upload with all its files, in MiB.
     """
 
     model_dir: Path
@@ -52,6 +53,7 @@ class Settings:
     cache_mb: int = 512
     window: str | None = None
     trusted_hosts: tuple[str, ...] = ()
+    max_upload_mb: int = 4096
 
 
 def read_settings(conf: Mapping[str, Any], app_dir: Path, windows: tuple[str, ...] = ()) -> Settings:
@@ -86,6 +88,7 @@ def read_settings(conf: Mapping[str, Any], app_dir: Path, windows: tuple[str, ..
         cache_mb=int(_number(texts, "cache_mb", Settings.cache_mb, 1, 1 << 20)),
         window=_one_of(texts, "window", windows),
         trusted_hosts=hosts,
+        max_upload_mb=int(_number(texts, "max_upload_mb", Settings.max_upload_mb, 1, 1 << 20)),
     )
 
 
@@ -133,5 +136,5 @@ def _number(texts: Mapping[str, str], key: str, default: float, low: float, high
 
 _KEYS = (
     "checkpoint", "variant", "labels", "quantize", "preset", "iterations", "images", "bits", "min_fidelity",
-    "cache_mb", "window", "model_dir", "trusted_hosts",
+    "cache_mb", "window", "model_dir", "trusted_hosts", "max_upload_mb",
 )  # fmt: skip

@@ -1,0 +1,244 @@
+"""MONAI Label's datastore and sessions, put right.
+
+- Uploads of any name, extension and number of parts are taken, and archives unpacked: only images and labels
+  under plain names are, and what was received is removed when its handler fails.
+- Fields that must be JSON objects are stored whatever they are.
+- A session is named by the clock and the network card: by chance here. One that was written in part stops
+  the removal of all old ones: it is removed at once.
+- The archive of the dataset stays in the temporary folder; without any label there is a fault of the server.
+- A DICOMweb series that came in part is taken for the whole; a label is looked for in the archive under the
+  image's name, although it lies here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import BackgroundTasks, UploadFile
+from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.datastore.local import LocalDatastore
+from monailabel.endpoints import datastore as datastore_endpoint
+from monailabel.endpoints import session as session_endpoint
+from monailabel.interfaces.utils.app import app_instance
+from starlette.background import BackgroundTask
+
+from monailabel_dfqsam.server.json_input import read_object
+from monailabel_dfqsam.server.security import Refusal, check_name
+
+IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha", ".dcm", ".png", ".jpg", ".jpeg")
+MASK_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
+LABEL_EXTENSIONS = (*MASK_EXTENSIONS, ".bin")
+
+# Of a series' files, which often end in nothing or in a number.
+_SLICE = re.compile(r".*\.(dcm|ima|dicom|[0-9]+)|[^.]+", re.IGNORECASE | re.DOTALL)
+_UID = re.compile(r"[0-9][0-9.]{0,63}")
+_CHECKSUM = re.compile(r"((SHA256|SHA512|MD5):)?[0-9A-Fa-f]+")
+
+
+class UploadsRemoved:
+    """Runs a request's clean-up when its handler fails; upstream only does when it succeeds."""
+
+    def __init__(self, tasks: BackgroundTasks) -> None:
+        self._tasks = tasks
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is not None:
+            for task in self._tasks.tasks:
+                task.func(*task.args, **task.kwargs)
+
+
+def repair_store() -> None:
+    """Replaces upstream's handlers; call it once."""
+    _check_uploads()
+    _check_infos()
+    _check_downloads()
+    _replace_sessions()
+    _repair_dicomweb()
+
+
+def check_extension(filename: str | None, allowed: tuple[str, ...], what: str) -> None:
+    """Refuses an upload by its file's name.
+
+    Args:
+        filename: as the client gave it.
+        allowed: endings.
+        what: the part of the form, for the message.
+
+    Raises:
+        Refusal: 400.
+    """
+    check_name(filename or "", f"the file name of {what}")
+    if not str(filename).lower().endswith(allowed):
+        raise Refusal(400, f"{what} must be a {', '.join(allowed)} file")
+
+
+def _check_uploads() -> None:
+    add_image, save_label = datastore_endpoint.add_image, datastore_endpoint.save_label
+
+    @functools.wraps(add_image)
+    def checked_image(
+        tasks: BackgroundTasks, image: str | None, params: str, file: UploadFile, user: str | None = None
+    ) -> Any:
+        check_extension(file.filename, IMAGE_EXTENSIONS, "file")
+        read_object(params, "params")
+        with UploadsRemoved(tasks):
+            return add_image(tasks, image, params, file, user)
+
+    @functools.wraps(save_label)
+    def checked_label(
+        tasks: BackgroundTasks, image: str, params: str, tag: str, label: UploadFile, user: str | None = None
+    ) -> Any:
+        check_extension(label.filename, LABEL_EXTENSIONS, "label")
+        _check_label_info(read_object(params, "params"))
+        with UploadsRemoved(tasks):
+            return save_label(tasks, image, params, tag, label, user)
+
+    datastore_endpoint.add_image, datastore_endpoint.save_label = checked_image, checked_label
+
+
+def _check_label_info(params: Mapping[str, Any]) -> None:
+    entries = params.get("label_info")
+    if entries is None:
+        return
+    named = isinstance(entries, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name", ""), str) for entry in entries
+    )
+    if not named:
+        raise Refusal(400, "label_info must be a list of objects with a name each")
+
+
+def _check_infos() -> None:
+    for name in ("update_image_info", "update_label_info"):
+        update = getattr(datastore_endpoint, name)
+
+        @functools.wraps(update)
+        def checked(*arguments: Any, update: Any = update) -> Any:
+            *_, info, _ = arguments  # and the user's name
+            read_object(info, "info")
+            return update(*arguments)
+
+        setattr(datastore_endpoint, name, checked)
+
+
+def _check_downloads() -> None:
+    download_image, remove_label = datastore_endpoint.download_image, datastore_endpoint.remove_label
+    download_dataset = datastore_endpoint.download_dataset
+
+    @functools.wraps(download_image)
+    def checked_image(image: str, check_only: bool = False, check_sum: str | None = None) -> Any:
+        if check_sum and not _CHECKSUM.fullmatch(check_sum):
+            raise Refusal(400, "check_sum must be hexadecimal, with SHA256:, SHA512: or MD5: before it")
+        return download_image(image, check_only, check_sum)
+
+    @functools.wraps(remove_label)
+    def existing_label(id: str, tag: str, user: str | None = None) -> Any:
+        if tag not in app_instance().datastore().get_labels_by_image_id(id):
+            raise Refusal(404, f"the image has no label with the tag '{tag}'")
+        return remove_label(id, tag, user)
+
+    @functools.wraps(download_dataset)
+    def removed_dataset(limit_cases: int | None = None) -> Any:
+        if not app_instance().datastore().datalist():
+            raise Refusal(404, "no image has a finished label yet")
+        reply = download_dataset(limit_cases)
+        reply.background = BackgroundTask(os.unlink, reply.path)
+        return reply
+
+    datastore_endpoint.download_image, datastore_endpoint.remove_label = checked_image, existing_label
+    datastore_endpoint.download_dataset = removed_dataset
+
+
+def _replace_sessions() -> None:
+    get_session = session_endpoint.get_session
+
+    @functools.wraps(session_endpoint.create_session)
+    def create(tasks: BackgroundTasks, uncompress: bool, expiry: int, files: list[UploadFile]) -> Any:
+        sessions = app_instance().sessions()
+        if sessions is None:
+            raise Refusal(406, "sessions are turned off on this server")
+        if uncompress:
+            raise Refusal(400, "archives are not unpacked: send the image, or the files of its series")
+        _check_session_files([file.filename or "" for file in files])
+        name = str(uuid.uuid4())
+        with tempfile.TemporaryDirectory(prefix="dfqsam-") as folder:
+            image = _receive(files, Path(folder))
+            try:
+                _, info = sessions.add_session(str(image), expiry, False, name)
+            except BaseException:
+                shutil.rmtree(os.path.join(sessions.store_path, name), ignore_errors=True)
+                raise
+        return {"session_id": name, "session_info": info.to_json()}
+
+    @functools.wraps(get_session)
+    def get(session_id: str, update_ts: bool = False, image: bool = False) -> Any:
+        info = get_session(session_id, update_ts, False)
+        if image and os.path.isdir(info["image"]):
+            raise Refusal(400, "this session's image is a series of files, which is not sent as one")
+        return get_session(session_id, False, image)
+
+    session_endpoint.create_session, session_endpoint.get_session = create, get
+
+
+def _check_session_files(names: list[str]) -> None:
+    if len(names) == 1:
+        check_extension(names[0], IMAGE_EXTENSIONS, "files")
+        return
+    for name in names:
+        check_name(name, "the file name of files")
+        if not _SLICE.fullmatch(name):
+            raise Refusal(
+                400, "several files must be the slices of one DICOM series: .dcm, or without an ending"
+            )
+    if len(set(names)) != len(names):
+        raise Refusal(400, "the files of a series must have different names")
+
+
+def _receive(files: list[UploadFile], folder: Path) -> Path:
+    """Where the one file was written, or else the folder of all."""
+    series = folder / "series"
+    series.mkdir()
+    for file in files:
+        with (series / str(file.filename)).open("wb") as target:
+            shutil.copyfileobj(file.file, target)
+    return series if len(files) > 1 else series / str(files[0].filename)
+
+
+def _repair_dicomweb() -> None:
+    get_image_uri, get_label_uri = DICOMWebDatastore.get_image_uri, DICOMWebDatastore.get_label_uri
+    downloading = threading.Lock()
+
+    @functools.wraps(get_image_uri)
+    def whole_image(self: Any, image_id: str) -> str:
+        if not _UID.fullmatch(image_id):
+            raise Refusal(400, "an image of this server is named by its SeriesInstanceUID")
+        folder = os.path.join(self._datastore.image_path(), image_id)
+        with downloading:
+            known = os.path.isdir(folder)
+            try:
+                return str(get_image_uri(self, image_id))
+            except Exception:
+                # What came would be taken for the whole series from then on.
+                if not known:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+    @functools.wraps(get_label_uri)
+    def local_label(self: Any, label_id: str, label_tag: str, image_id: str = "") -> str:
+        found = LocalDatastore.get_label_uri(self, label_id, label_tag)
+        if found and os.path.isfile(found):
+            return str(found)
+        return str(get_label_uri(self, label_id, label_tag, image_id))
+
+    DICOMWebDatastore.get_image_uri, DICOMWebDatastore.get_label_uri = whole_image, local_label
