@@ -137,6 +137,14 @@ def wait(condition: Callable[[], bool], seconds: float, every: float = 0.2) -> N
         time.sleep(every)
 
 
+def process_exists(pid: int) -> bool:
+    """Whether a process runs; one that has ended but was not collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def new_server(folder: Path, volumes: int = 1) -> Server:
     """An app folder as shipped and a study folder with phantoms, nothing started."""
     app, studies = folder / "app", folder / "studies"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from monailabel_dfqsam.server.models import ModelFolder
-from tests.server_fixtures import OBJECT, WORK_SECONDS, Running, Server, new_server, wait
+from tests.server_fixtures import OBJECT, WORK_SECONDS, Running, Server, new_server, process_exists, wait
 
 LONG: dict[str, Any] = {
     "seed": 1,
@@ -54,14 +54,6 @@ def train(server: Server) -> int:
     return int(model.read_progress()["pid"])
 
 
-def exists(pid: int) -> bool:
-    """Whether a process runs; one that has ended but was not collected does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_the_second_start_is_quantized_at_once(second: Server) -> None:
     assert second.session.infer("phantom0", [OBJECT]).params["model"] == "W4A4 (onednn)"
     assert not second.session.is_training()
@@ -78,7 +70,7 @@ def test_a_stopped_quantization_leaves_the_served_model(second: Server) -> None:
     assert (stats["state"], stats["total_epochs"]) == ("running", LONG["iterations"])
     assert second.session.infer("phantom0", [OBJECT]).params["model"] == "W4A4 (onednn)"
     assert second.session.stop_training()["status"] == "STOPPED"
-    wait(lambda: not exists(pid), ORPHAN_SECONDS)
+    wait(lambda: not process_exists(pid), ORPHAN_SECONDS)
     assert second.session.info()["train_stats"]["dfqsam"]["state"] == "stopped"
     assert second.session.infer("phantom0", [OBJECT]).params["model"] == "W4A4 (onednn)"
     assert artifacts(second) == before
@@ -90,7 +82,7 @@ def test_quantization_ends_with_its_server(second: Server) -> None:
     before = artifacts(second)
     pid = train(second)
     os.kill(second.pid, signal.SIGKILL)
-    wait(lambda: not exists(pid), ORPHAN_SECONDS)
+    wait(lambda: not process_exists(pid), ORPHAN_SECONDS)
     assert {
         name: size for name, size in artifacts(second).items() if not name.startswith("building")
     } == before

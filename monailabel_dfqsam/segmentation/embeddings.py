@@ -78,6 +78,11 @@ class BoundedCache(Generic[V]):
             with self._lock:
                 self._computing.pop(key).set()
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether a value is here now."""
+        with self._lock:
+            return key in self._values
+
     @property
     def stats(self) -> CacheStats:
         """Counts since it was made, and the bytes held now."""

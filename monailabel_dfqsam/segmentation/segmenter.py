@@ -6,7 +6,7 @@ engine; prompt encoder and mask decoder are always segment-anything's, in float3
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, channel
 # segment-anything's prompt encoder takes pixel indices and adds this to reach pixel centres. Prompts here
 # count from the pixel's edge, so it is taken off again.
 _PIXEL_CENTRE = 0.5
+# Input pixels embedded at a time: 8 images of 256², which gains most of what a batch can; one of 1024², whose
+# activations are large enough alone.
+_BATCH_PIXELS = 8 * 256 * 256
 
 # Floats of all copies of an image's embedding that are decoded at once.
 _BATCH_NUMBERS = 1 << 19
@@ -102,15 +105,22 @@ class Segmenter:
             positions = prompt_encoder.get_dense_pe()  # type: ignore[operator]
             self._decode = OneMaskDecoder(mask_decoder.eval().requires_grad_(False), positions)
 
-    @torch.inference_mode()
     def embed(self, rgb: NDArray[Any]) -> Embedding:
         """The slow half: image [H, W, 3] uint8 to its embedding.
 
         Raises:
             ValueError: when the image is of another shape or type, or empty.
         """
-        x, frame = to_input(self.variant, rgb)
-        return Embedding(channels_last(self._embed(x)), frame)
+        return self.embed_many([rgb])[0]
+
+    @torch.inference_mode()
+    def embed_many(self, images: Sequence[NDArray[Any]]) -> list[Embedding]:
+        """`embed` of several images, which may differ in size, in one call of the image encoder."""
+        inputs = [to_input(self.variant, rgb) for rgb in images]
+        embedded = self._embed(torch.cat([x for x, _ in inputs]))
+        # Copied, since a view of one would keep all of them in memory.
+        parts = [part.clone() for part in embedded.split(1)] if len(inputs) > 1 else [embedded]
+        return [Embedding(channels_last(part), frame) for part, (_, frame) in zip(parts, inputs, strict=True)]
 
     @torch.inference_mode()
     def predict(self, embedding: Embedding, prompts: Prompts, multimask: bool = True) -> Prediction:

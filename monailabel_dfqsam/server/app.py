@@ -14,7 +14,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
-from monailabel_dfqsam.server import compat, page
+from monailabel_dfqsam.server import compat, compat_disk, page
 from monailabel_dfqsam.server.infer_task import InteractiveTask, SegmentTask
 from monailabel_dfqsam.server.models import Models
 from monailabel_dfqsam.server.options import OptionError
@@ -22,6 +22,7 @@ from monailabel_dfqsam.server.request import WINDOWS
 from monailabel_dfqsam.server.security import Refusal
 from monailabel_dfqsam.server.settings import read_settings
 from monailabel_dfqsam.server.train_task import SERVER_PID, QuantizeTask
+from monailabel_dfqsam.server.volume_task import LabelsTask, VolumeTask
 from monailabel_dfqsam.server.workbench import Workbench
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         self._models = Models(self._settings)
         self._workbench = Workbench(self._models, self._settings.cache_mb)
         compat.quieten()
+        compat_disk.repair_writing()
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -51,9 +53,19 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             labels=list(self._settings.labels),
         )
 
+    def init_datastore(self) -> Any:
+        """Upstream's, which also notices files that are renamed into place."""
+        store = super().init_datastore()
+        compat_disk.notice_renamed(store)
+        return store
+
     def init_infers(self) -> dict[str, InteractiveTask]:
         """The models offered; all answer with the same weights."""
-        return {NAME: SegmentTask(self._workbench, self._settings)}
+        return {
+            NAME: SegmentTask(self._workbench, self._settings),
+            f"{NAME}_3d": VolumeTask(self._workbench, self._settings),
+            f"{NAME}_labels": LabelsTask(self._workbench, self._settings),
+        }
 
     def init_trainers(self) -> dict[str, QuantizeTask]:
         """The one trainer."""

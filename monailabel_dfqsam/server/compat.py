@@ -51,6 +51,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 
 from monailabel_dfqsam.server.bodies import MAX_UPLOAD, BodyLimit
+from monailabel_dfqsam.server.compat_disk import is_full_disk
 from monailabel_dfqsam.server.compat_login import is_known, login_failure, repair_tokens
 from monailabel_dfqsam.server.compat_store import (
     IMAGE_EXTENSIONS,
@@ -150,6 +151,8 @@ def _put_in_front(app: FastAPI, trusted_hosts: Sequence[str], max_upload: int) -
 
 
 def _translate(error: Exception) -> tuple[int, str] | None:
+    if is_full_disk(error):
+        return 507, "the server's disk is full: nothing was saved, and what was there before is kept"
     if isinstance(error, ImageNotFoundException | LabelNotFoundException):
         return 404, error.msg
     if isinstance(error, MONAILabelException):

@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,17 +80,32 @@ class Workbench:
     def embed(self, shown: Shown, k: int) -> Embedding:
         """The embedding of slice k, cached."""
 
-        def compute() -> Embedding:
-            with self._one_embedding:
-                return shown.served.segmenter.embed(slice_rgb(shown.volume, k, shown.window))
+        return self._embeddings.get_or_compute(_key(shown, k), lambda: self._compute(shown, [k])[0])
 
-        key = (file_key(shown.path), k, shown.window, shown.served.identity)
-        return self._embeddings.get_or_compute(key, compute)
+    def embed_slices(self, shown: Shown, slices: Sequence[int]) -> list[Embedding]:
+        """The embeddings of slices; those that are not cached are computed together."""
+        missing = [k for k in slices if _key(shown, k) not in self._embeddings]
+        made = dict(zip(missing, self._compute(shown, missing), strict=True)) if missing else {}
+
+        def one(k: int) -> Embedding:
+            # What was cached a moment ago may have been pushed out since.
+            return made[k] if k in made else self._compute(shown, [k])[0]
+
+        return [self._embeddings.get_or_compute(_key(shown, k), lambda k=k: one(k)) for k in slices]  # type: ignore[misc]
 
     def prepare(self, shown: Shown, slices: Sequence[int]) -> None:
         """Embeds slices when nothing else is to be done, first things first; numbers outside are left out."""
         near = [k for k in slices if 0 <= k < shown.volume.shape[2]]
         self._neighbours.next([lambda k=k: self.embed(shown, k) for k in near])  # type: ignore[misc]
+
+    def _compute(self, shown: Shown, slices: Sequence[int]) -> list[Embedding]:
+        images = [slice_rgb(shown.volume, k, shown.window) for k in slices]
+        with self._one_embedding:
+            return shown.served.segmenter.embed_many(images)
+
+
+def _key(shown: Shown, k: int) -> Hashable:
+    return file_key(shown.path), k, shown.window, shown.served.identity
 
 
 class Clock:
