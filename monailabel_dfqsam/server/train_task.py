@@ -78,7 +78,7 @@ class QuantizeTask(TrainTask):  # type: ignore[misc]
             ValueError: for options or a checkpoint that cannot be used.
         """
         config, checkpoint = read_options(request, self._settings, self._name)
-        _exit_with_parent()
+        exit_with_parent("quantization")
         self._folder.prepare()
         report = _Reporter(self._folder, _options(config, checkpoint))
         try:
@@ -203,18 +203,24 @@ def _sha256_of(settings: Settings, path: Path, sha256: str) -> str:
     return sha256 if path == settings.checkpoint else file_sha256(settings.checkpoint)
 
 
-def _exit_with_parent() -> None:
-    """Ends this process soon after the server that started it has gone, for nobody else would."""
+def exit_with_parent(work: str) -> None:
+    """Ends this process soon after the server that started it has gone, for nobody else would.
+
+    Does nothing within the server itself, or called from Python.
+
+    Args:
+        work: what this process does, for the message.
+    """
     server = os.environ.get(SERVER_PID, "")
     if not server.isdecimal() or int(server) == os.getpid():
-        return  # called within the server, or from Python
+        return
     if hasattr(os, "nice"):
         os.nice(_NICENESS)
 
     def watch() -> None:
         while os.getppid() == int(server):
             time.sleep(_PARENT_CHECK_SECONDS)
-        print("the server has gone: quantization stops", file=sys.stderr, flush=True)
+        print(f"the server has gone: {work} stops", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="dfqsam-parent", daemon=True).start()
