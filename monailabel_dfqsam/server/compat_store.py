@@ -72,15 +72,19 @@ def check_extension(filename: str | None, allowed: tuple[str, ...], what: str) -
     """Refuses an upload by its file's name.
 
     Args:
-        filename: as the client gave it.
+        filename: as the client gave it; Slicer's sends the whole path of its temporary file, whose folder,
+            which nobody here uses, is passed over.
         allowed: endings.
         what: the part of the form, for the message.
 
     Raises:
         Refusal: 400.
     """
-    check_name(filename or "", f"the file name of {what}")
-    if not str(filename).lower().endswith(allowed):
+    name = filename or ""
+    if name.startswith("/") and ".." not in name.split("/"):
+        name = name.rpartition("/")[2]
+    check_name(name, f"the file name of {what}")
+    if not name.lower().endswith(allowed):
         raise Refusal(400, f"{what} must be a {', '.join(allowed)} file")
 
 
@@ -192,11 +196,12 @@ def _replace_sessions() -> None:
 
 
 def _check_session_files(names: list[str]) -> None:
+    for name in names:
+        check_name(name, "the file name of files")
     if len(names) == 1:
         check_extension(names[0], IMAGE_EXTENSIONS, "files")
         return
     for name in names:
-        check_name(name, "the file name of files")
         if not _SLICE.fullmatch(name):
             raise Refusal(
                 400, "several files must be the slices of one DICOM series: .dcm, or without an ending"
