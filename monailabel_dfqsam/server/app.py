@@ -14,7 +14,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
-from monailabel_dfqsam.server import compat, compat_disk, page
+from monailabel_dfqsam.server import active_learning, compat, compat_disk, compat_shared, page, propose_task
 from monailabel_dfqsam.server.infer_task import InteractiveTask, SegmentTask
 from monailabel_dfqsam.server.models import Models
 from monailabel_dfqsam.server.options import OptionError
@@ -44,6 +44,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         self._workbench = Workbench(self._models, self._settings.cache_mb)
         compat.quieten()
         compat_disk.repair_writing()
+        compat_shared.share_datastore()
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -52,6 +53,8 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             description="Segment Anything by points and boxes, quantized by this server itself, without data",
             labels=list(self._settings.labels),
         )
+        # Upstream would start a process whenever an image is asked for.
+        self._auto_update_scoring = False
 
     def init_datastore(self) -> Any:
         """Upstream's, which also notices files that are renamed into place."""
@@ -65,6 +68,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             NAME: SegmentTask(self._workbench, self._settings),
             f"{NAME}_3d": VolumeTask(self._workbench, self._settings),
             f"{NAME}_labels": LabelsTask(self._workbench, self._settings),
+            propose_task.NAME: propose_task.ProposeTask(self._workbench, self._settings),
         }
 
     def init_trainers(self) -> dict[str, QuantizeTask]:
@@ -72,8 +76,16 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         return {NAME: QuantizeTask(NAME, self._settings)}
 
     def init_strategies(self) -> dict[str, Any]:
-        """Which image next: any, or the first unlabelled one by name."""
-        return {"random": Random(), "first": First()}
+        """Which image next: any, the first unlabelled one by name, or the one that the model is least sure of."""
+        return {"random": Random(), "first": First(), "least_confident": active_learning.LeastConfident()}
+
+    def init_scoring_methods(self) -> dict[str, Any]:
+        """How sure the model is of each image."""
+        return {"confidence": active_learning.ConfidenceScoring(self._infers[propose_task.NAME])}
+
+    def init_batch_infer(self) -> propose_task.ProposeBatch:
+        """The model without prompts on many images."""
+        return propose_task.ProposeBatch()
 
     def server_mode(self, mode: bool) -> None:
         """Called by the server, once, when it starts."""
@@ -104,6 +116,10 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         """Raises HTTPException 404 unless there is such a model."""
         if model not in self._infers:
             raise HTTPException(404, f"there is no model '{model}'; there is: {', '.join(self._infers)}")
+
+    def check_batch(self, model: str, params: Mapping[str, Any]) -> None:
+        """Raises Refusal for a model or options that a batch cannot be run with."""
+        self._batch_infer.check(model, params)
 
     def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Segments one slice; upstream's request and answer, errors as 4xx with a sentence.

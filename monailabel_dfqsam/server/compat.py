@@ -6,8 +6,10 @@
 - A request of any size is received, before its sender is known: `bodies.BodyLimit`.
 - `POST /infer/{model}` blocks the event loop, takes `image` from its JSON too, leaves uploads behind when it
   fails, and answers unknown models and images with 500: our own route before it, in a worker thread.
-- Options of training, scoring and strategies are only read when they run: checked before anything is started.
-- The datastore and sessions: `compat_store`; logins: `compat_login`.
+- Options of training, scoring, batches and strategies are only read when they run: checked before anything is
+  started.
+- The datastore and sessions: `compat_store`; the datastore between processes: `compat_shared`; logins:
+  `compat_login`.
 - `/proxy/dicom` drops the query.
 - Lines of the log without bound, a folder of OHIF's page, no graphics card: faults of the server.
 - Prompts, image names and paths are logged at INFO: `quieten`.
@@ -32,6 +34,7 @@ from fastapi import BackgroundTasks, Depends, FastAPI, File, Form, HTTPException
 from fastapi.middleware.cors import CORSMiddleware
 from monailabel.config import settings as upstream
 from monailabel.endpoints import activelearning as activelearning_endpoint
+from monailabel.endpoints import batch_infer as batch_endpoint
 from monailabel.endpoints import infer as infer_endpoint
 from monailabel.endpoints import logs as logs_endpoint
 from monailabel.endpoints import ohif as ohif_endpoint
@@ -67,7 +70,8 @@ from monailabel_dfqsam.server.security import Guard, Refusal, check_name, check_
 _TALKATIVE = (
     "monailabel.endpoints", "monailabel.datastore", "monailabel.utils.sessions", "monailabel.interfaces.app",
     "monailabel.tasks.activelearning", "monailabel.utils.async_tasks.task", "monailabel.transform",
-    "monailabel.utils.others.generic", "dicomweb_client",
+    "monailabel.utils.others.generic", "monailabel.interfaces.utils.app", "task_batch_infer", "task_scoring",
+    "dicomweb_client",
 )  # fmt: skip
 
 # Set by the server about the request, so not by the client within it.
@@ -103,6 +107,7 @@ def install(
     app.router.routes.insert(0, app.router.routes.pop())
     _check_training(check_training)
     _check_scoring()
+    _check_batch()
     _check_strategies()
     _repair_proxy()
     _repair_pages()
@@ -273,6 +278,20 @@ def _check_scoring() -> None:
         return run(params, False)
 
     scoring_endpoint.run_method, scoring_endpoint.run = checked_method, checked_all
+
+
+def _check_batch() -> None:
+    run = batch_endpoint.run
+
+    @functools.wraps(run)
+    def checked(
+        model: str, images: Any, params: dict[str, Any] | None = None, run_sync: bool = False
+    ) -> Any:
+        _check_options(params, run_sync)
+        app_instance().check_batch(model, params or {})
+        return run(model, images, params, False)
+
+    batch_endpoint.run = checked
 
 
 def _check_strategies() -> None:

@@ -65,7 +65,6 @@ def repair_store() -> None:
     _check_infos()
     _check_downloads()
     _replace_sessions()
-    _repair_dicomweb()
 
 
 def check_extension(filename: str | None, allowed: tuple[str, ...], what: str) -> None:
@@ -220,7 +219,8 @@ def _receive(files: list[UploadFile], folder: Path) -> Path:
     return series if len(files) > 1 else series / str(files[0].filename)
 
 
-def _repair_dicomweb() -> None:
+def repair_dicomweb() -> None:
+    """Replaces what fetches from an archive, in every process that does; call it once in each."""
     get_image_uri, get_label_uri = DICOMWebDatastore.get_image_uri, DICOMWebDatastore.get_label_uri
     downloading = threading.Lock()
 

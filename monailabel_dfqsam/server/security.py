@@ -48,7 +48,11 @@ _CLOSED = (
     ("PUT", re.compile(r"/model/"), "model files are not taken: quantize with POST /train/dfqsam"),
     ("DELETE", re.compile(r"/model/"), "model files are not deleted over the network"),
     ("POST", re.compile(r"/reload/?$"), "the app is not reloaded over the network: restart the server"),
-    ("POST", re.compile(r"/batch/"), "batch inference is not offered: the model needs a click or a box"),
+    (
+        "POST",
+        re.compile(r"/batch/(?!infer/dfqsam_propose/?$)"),
+        "batch inference needs a model without prompts: /batch/infer/dfqsam_propose",
+    ),
     ("POST", re.compile(r"/infer/wsi"), "whole-slide inference is not offered: use /infer/dfqsam"),
 )
 

@@ -1,0 +1,197 @@
+"""The model `dfqsam_propose`: objects of one slice without any prompt, and the same for many images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from monailabel.interfaces.tasks.batch_infer import BatchInferTask, run_infer_task
+from monailabel.interfaces.tasks.infer_v2 import InferType
+
+from monailabel_dfqsam.segmentation.proposals import Proposals, propose
+from monailabel_dfqsam.segmentation.volume import slice_rgb
+from monailabel_dfqsam.server.infer_task import InteractiveTask
+from monailabel_dfqsam.server.request import WINDOWS, read_format, with_defaults
+from monailabel_dfqsam.server.security import Refusal, check_tag
+from monailabel_dfqsam.server.settings import Settings
+from monailabel_dfqsam.server.train_task import exit_with_parent
+from monailabel_dfqsam.server.workbench import Clock, Shown, Workbench, write_answer
+
+NAME = "dfqsam_propose"
+
+# The last lines are what a status shows, 20 of them.
+_SKIPPED_SHOWN = 15
+
+# Sent by upstream's own page and clients; they decide nothing here.
+_IGNORED = frozenset({"device", "multi_gpu", "gpus", "logging", "client_id"})
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was proposed, and where."""
+
+    shown: Shown
+    k: int
+    proposals: Proposals
+
+
+class ProposeTask(InteractiveTask):
+    """The objects of one slice, for batches and scoring.
+
+    Its type is `InferType.OTHERS`: the panels of Slicer and OHIF offer models by type, and one that answers
+    for one slice only would be taken there for an automatic segmentation of the volume.
+    """
+
+    def __init__(self, workbench: Workbench, settings: Settings) -> None:
+        description = "Objects that Segment Anything proposes on one slice, without prompts"
+        super().__init__(workbench, settings, InferType.OTHERS, 2, description)
+        self._config = {"window": self.config()["window"]}
+
+    def answer(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """`slice` is the slice, by default the middle one; voxels are 1 … N, the largest object 1."""
+        form = read_format(request)
+        clock = Clock()
+        found = self.find(request, clock)
+        served = found.shown.served
+        file = write_answer(found.proposals.labels, found.k, found.shown.volume, form)
+        clock.lap("write")
+        count = len(found.proposals.confidences)
+        return file, {
+            "label_names": {f"object {n}": n for n in range(1, count + 1)},
+            "model": served.segmenter.name,
+            "engine": served.engine,
+            "score": round(found.proposals.confidence, 4),
+            "scores": [round(score, 4) for score in found.proposals.confidences],
+            "slice": found.k,
+            "latencies": clock.laps(),
+        }
+
+    def find(self, request: Mapping[str, Any], clock: Clock) -> Found:
+        """The proposals themselves; `request` as for a call, what is missing by default.
+
+        Raises:
+            ValueError: for an image or an option that cannot be used; HTTPException 503 without a model.
+        """
+        request = with_defaults(self._config, request)
+        shown = self.shown(request)
+        k = _slice(request.get("slice"), shown.volume.shape[2])
+        clock.lap("load")
+        embedding = self.workbench.embed(shown, k)
+        clock.lap("embed")
+        rgb = slice_rgb(shown.volume, k, shown.window)
+        proposals = propose(shown.served.segmenter, embedding, rgb)
+        clock.lap("decode")
+        return Found(shown, k, proposals)
+
+
+class ProposeBatch(BatchInferTask):  # type: ignore[misc]
+    """`dfqsam_propose` on all, labelled or unlabelled images; the label is saved under `label_tag`.
+
+    An image that fails is skipped. What is printed becomes the `details` of `GET /batch/infer`, in the
+    process of its own that MONAI Label starts for it.
+    """
+
+    def check(self, model: str, params: Mapping[str, Any]) -> None:
+        """Raises Refusal 400 for a model or options that a batch cannot be run with."""
+        if model != NAME:
+            raise Refusal(400, f"batch inference needs a model without prompts: {NAME}, not '{model}'")
+        unknown = sorted(set(params) - set(_OPTIONS) - _IGNORED)
+        if unknown:
+            known = ", ".join(_OPTIONS)
+            raise Refusal(400, f"a batch has no option {', '.join(unknown)}; there is: {known}")
+        for key, value in params.items():
+            if key in _OPTIONS:
+                _OPTIONS[key](value)
+
+    def __call__(
+        self, request: Mapping[str, Any], datastore: Any, infer: Callable[[Any, Any], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Runs the batch.
+
+        Args:
+            request: `model`, `images` ('all', 'labeled', 'unlabeled'), and options that `check` lets pass.
+            datastore: MONAI Label's.
+            infer: the app's.
+
+        Returns:
+            How many images were `saved`, and under `skipped` why the others were not, by image.
+        """
+        exit_with_parent("the batch")
+        images = sorted(self.get_images(request, datastore))
+        images = images[: request.get("max_batch_size") or None]
+        options = {key: request[key] for key in ("window", "slice") if key in request}
+        tag = request.get("label_tag") or "original"
+        skipped: dict[str, str] = {}
+        begin = time.monotonic()
+        for n, image in enumerate(images, start=1):
+            one = {**options, "model": NAME, "image": image, "save_label": True, "label_tag": tag}
+            try:
+                told = f"{len(run_infer_task(one, datastore, infer)['params']['label_names'])} objects"
+            except Exception as error:  # whatever is wrong with one image is no reason to leave the others
+                skipped[image] = reason(error)
+                told = f"skipped: {skipped[image]}"
+            print(f"{n}/{len(images)} {image}: {told}", flush=True)
+        summarize(len(images), skipped, "saved", time.monotonic() - begin)
+        return {"saved": len(images) - len(skipped), "skipped": skipped}
+
+
+def reason(error: Exception) -> str:
+    """A sentence for a person; of an unforeseen error, whose text may say anything, only its kind."""
+    if isinstance(error, ValueError):
+        return str(error)
+    detail = getattr(error, "detail", None)
+    return str(detail) if isinstance(detail, str) else f"failed ({type(error).__name__})"
+
+
+def summarize(count: int, skipped: Mapping[str, str], done: str, seconds: float) -> None:
+    """Prints the last lines of a run over `count` images: what was skipped, and how many were `done`."""
+    for image in list(skipped)[:_SKIPPED_SHOWN]:
+        print(f"skipped {image}: {skipped[image]}")
+    if len(skipped) > _SKIPPED_SHOWN:
+        print(f"skipped {len(skipped) - _SKIPPED_SHOWN} more")
+    print(f"{count - len(skipped)} {done}, {len(skipped)} skipped, {seconds:.1f} s", flush=True)
+
+
+def _slice(value: Any, count: int) -> int:
+    """The slice asked for, the middle one by default; raises ValueError when it is none of `count`."""
+    if value is None:
+        return count // 2
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+        raise ValueError(f"slice must be 0 to {count - 1}, not {value!r}")
+    return value
+
+
+def _tag(value: Any) -> None:
+    if not isinstance(value, str):
+        raise Refusal(400, "label_tag must be a word")
+    check_tag(value)
+    if value == "final":
+        raise Refusal(400, "proposals are not saved as finished labels: give another label_tag than 'final'")
+
+
+def _whole(value: Any, key: str, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise Refusal(400, f"{key} must be a whole number, {low} to {high}")
+
+
+def _saving(value: Any) -> None:
+    if value is not True:
+        raise Refusal(400, "save_label must be true: a batch has nowhere else to put its results")
+
+
+def _window(value: Any) -> None:
+    if not isinstance(value, str) or value not in WINDOWS:
+        raise Refusal(400, f"window must be one of {', '.join(WINDOWS)}")
+
+
+_OPTIONS: dict[str, Callable[[Any], None]] = {
+    "label_tag": _tag,
+    "save_label": _saving,
+    # One embedding is computed at a time: more workers would only wait for each other.
+    "max_workers": lambda value: _whole(value, "max_workers", 0, 1),
+    "max_batch_size": lambda value: _whole(value, "max_batch_size", 0, 1_000_000),
+    "slice": lambda value: _whole(value, "slice", 0, 1_000_000),
+    "window": _window,
+}
