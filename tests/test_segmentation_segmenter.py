@@ -117,7 +117,7 @@ def test_labels_tell_inside_from_outside(segmenter: Segmenter, embedding: Embedd
 
 
 def test_many_images_are_embedded_as_each_alone(segmenter: Segmenter, rgb: np.ndarray) -> None:
-    images = [rgb, rgb[:, :70], rgb[::-1]]
+    images = [rgb, rgb[:, :70], rgb[::-1]] * 3  # more than go at a time
     for image, found in zip(images, segmenter.embed_many(images), strict=True):
         alone = segmenter.embed(image)
         assert found.frame == alone.frame
@@ -181,17 +181,3 @@ def test_a_decoder_that_does_not_fit_is_named(sam: Sam) -> None:
         load_segmenter(artifact, EngineKind.REFERENCE)
     with pytest.raises(ArtifactError):
         load_segmenter(Artifact({**artifact.header, "variant": "unheard-of"}, artifact.tensors))
-
-
-def test_a_batch_is_embedded_as_one_by_one(segmenter: Segmenter, rgb: np.ndarray) -> None:
-    """Nine images, more than go at a time, of two sizes; each holds its own memory only."""
-    images = [np.roll(rgb, 7 * n, axis=1)[: HEIGHT - n % 2] for n in range(9)]
-    together = segmenter.embed_batch(images)
-    for found, expected in zip(together, map(segmenter.embed, images), strict=True):
-        assert found.frame == expected.frame
-        assert found.tensor.stride() == expected.tensor.stride()
-        torch.testing.assert_close(found.tensor, expected.tensor, atol=1e-4, rtol=1e-4)
-        assert found.tensor.untyped_storage().nbytes() == found.nbytes
-    assert segmenter.embed_batch([]) == []
-    with pytest.raises(ValueError, match="uint8"):
-        segmenter.embed_batch([rgb, rgb.astype(float)])

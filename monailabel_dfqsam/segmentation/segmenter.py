@@ -26,10 +26,8 @@ from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, channel
 # segment-anything's prompt encoder takes pixel indices and adds this to reach pixel centres. Prompts here
 # count from the pixel's edge, so it is taken off again.
 _PIXEL_CENTRE = 0.5
-# Input pixels embedded at a time: 8 images of 256², which gains most of what a batch can; one of 1024², whose
-# activations are large enough alone.
-_BATCH_PIXELS = 8 * 256 * 256
-
+# Of model input at a time: 8 images of 256², or one of 1024², whose attention takes a gigabyte as it is.
+_PIXELS_AT_ONCE = 8 * 256 * 256
 # Floats of all copies of an image's embedding that are decoded at once.
 _BATCH_NUMBERS = 1 << 19
 
@@ -115,11 +113,14 @@ class Segmenter:
 
     @torch.inference_mode()
     def embed_many(self, images: Sequence[NDArray[Any]]) -> list[Embedding]:
-        """`embed` of several images, which may differ in size, in one call of the image encoder."""
+        """`embed` of several images, which may differ in size; several at a time where they are small."""
         inputs = [to_input(self.variant, rgb) for rgb in images]
-        embedded = self._embed(torch.cat([x for x, _ in inputs]))
-        # Copied, since a view of one would keep all of them in memory.
-        parts = [part.clone() for part in embedded.split(1)] if len(inputs) > 1 else [embedded]
+        at_once = max(1, _PIXELS_AT_ONCE // self.variant.input_size**2)
+        parts: list[Tensor] = []
+        for first in range(0, len(inputs), at_once):
+            embedded = self._embed(torch.cat([x for x, _ in inputs[first : first + at_once]]))
+            # Copied, since a view of one would keep all of them in memory.
+            parts += [part.clone() for part in embedded.split(1)] if len(embedded) > 1 else [embedded]
         return [Embedding(channels_last(part), frame) for part, (_, frame) in zip(parts, inputs, strict=True)]
 
     @torch.inference_mode()
