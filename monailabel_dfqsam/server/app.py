@@ -76,7 +76,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         return {NAME: QuantizeTask(NAME, self._settings)}
 
     def init_strategies(self) -> dict[str, Any]:
-        """Which image next: any, the first unlabelled one by name, or the one that the model is least sure of."""
+        """Which image next: any, the first unlabelled one by name, or the one the model is least sure of."""
         return {"random": Random(), "first": First(), "least_confident": active_learning.LeastConfident()}
 
     def init_scoring_methods(self) -> dict[str, Any]:
