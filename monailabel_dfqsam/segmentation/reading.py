@@ -21,6 +21,8 @@ import numpy as np
 import psutil
 import SimpleITK as sitk
 
+from monailabel_dfqsam.segmentation.slices import GeometryError, Grid, read_grid
+
 Modality = str | None
 
 _READERS = {
@@ -29,7 +31,6 @@ _READERS = {
 }  # fmt: skip
 _NIFTI = (".nii", ".nii.gz")
 _NIFTI_HEADER = 352
-_MODALITY_TAG = "0008|0060"
 _HEADER_BYTES = 1 << 16
 # Fields by which a header names another file as the place of its voxels; such a file could be any on disk.
 _NRRD_ELSEWHERE = re.compile(rb"data ?file\s*:", re.IGNORECASE)
@@ -68,6 +69,8 @@ def _read_file(path: Path) -> tuple[sitk.Image, Modality]:
     suffix = ".dcm" if head[128:132] == b"DICM" else _suffix(path.name)
     if _names_another_file(head, suffix):
         raise ImageError(f"'{path.name}' keeps its voxels in another file, or its header is unusual")
+    if suffix == ".dcm":
+        return _read_dicom([str(path)], path.name)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_READERS[suffix])
     reader.SetFileName(str(path))
@@ -83,7 +86,7 @@ def _read_file(path: Path) -> tuple[sitk.Image, Modality]:
         if suffix in _NIFTI and "orthonormal" in str(error):
             return _read_sheared(path), None
         raise ImageError(f"'{path.name}' cannot be read: it is damaged, or of a rare kind") from None
-    return image, image.GetMetaData(_MODALITY_TAG).strip() if image.HasMetaDataKey(_MODALITY_TAG) else None
+    return image, None
 
 
 def _suffix(name: str) -> str:
@@ -160,21 +163,39 @@ def check_size(shape: Sequence[int], value_bytes: int, name: str) -> None:
 
 
 def _read_series(folder: Path) -> tuple[sitk.Image, Modality]:
-    """The one DICOM series in a folder, slices by position."""
+    """The one DICOM series in a folder."""
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
         raise ImageError(f"the folder '{folder.name}' must hold one DICOM series, not {len(series)}")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    return _read_dicom(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0]), folder.name)
+
+
+def _read_dicom(files: Sequence[str], name: str) -> tuple[sitk.Image, Modality]:
+    """One DICOM file, or the files of a series, slices by position."""
     try:
-        first = sitk.ImageFileReader()
-        first.SetImageIO("GDCMImageIO")
-        first.SetFileName(files[0])
-        first.ReadImageInformation()
-        _check_reader(first, folder.name, len(files))
-        image = sitk.ReadImage(files, imageIO="GDCMImageIO")
+        grid, modality = read_grid(files)
+        # Without places, ITK's order stands, which is that of the instance numbers.
+        files = [files[n] for n in grid.order] if grid and len(files) > 1 else files
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO(_READERS[".dcm"])
+        reader.SetFileName(files[0])
+        reader.ReadImageInformation()
+        _check_reader(reader, name, len(files))
+        image = sitk.ReadImage(files, imageIO=_READERS[".dcm"]) if len(files) > 1 else reader.Execute()
+    except GeometryError as error:
+        raise ImageError(f"'{name}' {error}") from None
     except RuntimeError:
-        raise ImageError(f"the DICOM series in '{folder.name}' cannot be read") from None
-    return image, first.GetMetaData(_MODALITY_TAG).strip() if first.HasMetaDataKey(_MODALITY_TAG) else None
+        raise ImageError(f"'{name}' cannot be read: it is damaged, or of a rare kind") from None
+    return _placed(image, grid), modality
+
+
+def _placed(image: sitk.Image, grid: Grid | None) -> sitk.Image:
+    """The image where its headers say; ITK's guess differs for a single slice."""
+    if grid is not None and image.GetDimension() == 3:
+        image.SetOrigin(grid.origin)
+        image.SetSpacing(grid.spacing)
+        image.SetDirection(grid.direction)
+    return image
 
 
 def _restore_nan(image: sitk.Image, path: Path) -> sitk.Image:
