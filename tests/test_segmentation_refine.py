@@ -48,8 +48,8 @@ def flooded(mask: NDArray[np.bool_], start: tuple[int, ...]) -> set[tuple[int, .
         if mask[place]:
             found.add(place)
             for axis in range(mask.ndim):
-                for step in (-1, 1):
-                    todo.append((*place[:axis], place[axis] + step, *place[axis + 1 :]))
+                before, after = place[:axis], place[axis + 1 :]
+                todo += [(*before, place[axis] + step, *after) for step in (-1, 1)]
     return found
 
 

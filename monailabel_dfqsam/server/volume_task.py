@@ -55,7 +55,7 @@ class LabelsTask(InteractiveTask):
 
     def answer(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Prompts: {label: [[i, j, k], …]}, and `background`."""
-        given = {name: request[name] for name in self.settings.labels if request.get(name)}
+        given = {name: _points(request[name], name) for name in self.settings.labels if request.get(name)}
         if not given:
             raise PromptError(
                 f"there is nothing to segment: give points under a label, {', '.join(self.settings.labels)}"
@@ -63,7 +63,7 @@ class LabelsTask(InteractiveTask):
         run = _Run(self.workbench, request, self.shown)
         prompts = {}
         for name, points in given.items():
-            outside = [point for other in given if other != name for point in _points(given[other], other)]
+            outside = [point for other in given if other != name for point in given[other]]
             outside += _points(request.get("background") or [], "background")
             objects = {"foreground": points, "background": outside}
             prompts[name] = read_volume_prompts(objects, run.shown.volume.shape)
