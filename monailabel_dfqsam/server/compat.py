@@ -60,7 +60,7 @@ from monailabel_dfqsam.server.compat_store import (
     IMAGE_EXTENSIONS,
     MASK_EXTENSIONS,
     UploadsRemoved,
-    check_extension,
+    check_upload,
     repair_store,
 )
 from monailabel_dfqsam.server.json_input import check_value, read_object
@@ -194,7 +194,7 @@ def _infer(
         if sessions is None or sessions.get_session(session_id) is None:
             raise Refusal(404, "there is no such session; it may have expired: PUT /session/ starts one")
     elif file:
-        check_extension(file.filename, IMAGE_EXTENSIONS, "file")
+        check_upload(file, IMAGE_EXTENSIONS, "file")
     elif not image:
         raise Refusal(400, "there is no image: name one with image, or a session with session_id")
     else:
@@ -212,7 +212,7 @@ def _infer(
 
 def _with_mask(params: str, mask: UploadFile, tasks: BackgroundTasks) -> str:
     """The params with the place of an uploaded mask; upstream would let `label`, a name, replace it."""
-    check_extension(mask.filename, MASK_EXTENSIONS, "label")
+    check_upload(mask, MASK_EXTENSIONS, "label")
     suffix = next(end for end in MASK_EXTENSIONS if str(mask.filename).lower().endswith(end))
     with tempfile.NamedTemporaryFile(prefix="dfqsam-", suffix=suffix, delete=False) as file:
         tasks.add_task(os.unlink, file.name)
@@ -284,9 +284,7 @@ def _check_batch() -> None:
     run = batch_endpoint.run
 
     @functools.wraps(run)
-    def checked(
-        model: str, images: Any, params: dict[str, Any] | None = None, run_sync: bool = False
-    ) -> Any:
+    def checked(model: str, images: Any, params: dict[str, Any] | None = None, run_sync: bool = False) -> Any:
         _check_options(params, run_sync)
         app_instance().check_batch(model, params or {})
         return run(model, images, params, False)

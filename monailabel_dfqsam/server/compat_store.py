@@ -41,6 +41,8 @@ LABEL_EXTENSIONS = (*MASK_EXTENSIONS, ".bin")
 # Of a series' files, which often end in nothing or in a number.
 _SLICE = re.compile(r".*\.(dcm|ima|dicom|[0-9]+)|[^.]+", re.IGNORECASE | re.DOTALL)
 _UID = re.compile(r"[0-9][0-9.]{0,63}")
+_SEPARATORS = re.compile(r"[/\\]")
+_ABSOLUTE = re.compile(r"([A-Za-z]:)?[/\\]")
 _CHECKSUM = re.compile(r"((SHA256|SHA512|MD5):)?[0-9A-Fa-f]+")
 
 
@@ -67,24 +69,25 @@ def repair_store() -> None:
     _replace_sessions()
 
 
-def check_extension(filename: str | None, allowed: tuple[str, ...], what: str) -> None:
-    """Refuses an upload by its file's name.
+def check_upload(upload: UploadFile, allowed: tuple[str, ...], what: str) -> None:
+    """Refuses an upload by its file's name, which is left without the folder that it had there.
 
     Args:
-        filename: as the client gave it; Slicer's sends the whole path of its temporary file, whose folder,
-            which nobody here uses, is passed over.
+        upload: Slicer sends the whole path of its temporary file, on Windows with both kinds of separators.
         allowed: endings.
         what: the part of the form, for the message.
 
     Raises:
         Refusal: 400.
     """
-    name = filename or ""
-    if name.startswith("/") and ".." not in name.split("/"):
-        name = name.rpartition("/")[2]
+    name = upload.filename or ""
+    parts = _SEPARATORS.split(name)
+    if _ABSOLUTE.match(name) and ".." not in parts:
+        name = parts[-1]
     check_name(name, f"the file name of {what}")
     if not name.lower().endswith(allowed):
         raise Refusal(400, f"{what} must be a {', '.join(allowed)} file")
+    upload.filename = name
 
 
 def _check_uploads() -> None:
@@ -94,7 +97,7 @@ def _check_uploads() -> None:
     def checked_image(
         tasks: BackgroundTasks, image: str | None, params: str, file: UploadFile, user: str | None = None
     ) -> Any:
-        check_extension(file.filename, IMAGE_EXTENSIONS, "file")
+        check_upload(file, IMAGE_EXTENSIONS, "file")
         read_object(params, "params")
         with UploadsRemoved(tasks):
             return add_image(tasks, image, params, file, user)
@@ -103,7 +106,7 @@ def _check_uploads() -> None:
     def checked_label(
         tasks: BackgroundTasks, image: str, params: str, tag: str, label: UploadFile, user: str | None = None
     ) -> Any:
-        check_extension(label.filename, LABEL_EXTENSIONS, "label")
+        check_upload(label, LABEL_EXTENSIONS, "label")
         _check_label_info(read_object(params, "params"))
         with UploadsRemoved(tasks):
             return save_label(tasks, image, params, tag, label, user)
@@ -173,7 +176,7 @@ def _replace_sessions() -> None:
             raise Refusal(406, "sessions are turned off on this server")
         if uncompress:
             raise Refusal(400, "archives are not unpacked: send the image, or the files of its series")
-        _check_session_files([file.filename or "" for file in files])
+        _check_session_files(files)
         name = str(uuid.uuid4())
         with tempfile.TemporaryDirectory(prefix="dfqsam-") as folder:
             image = _receive(files, Path(folder))
@@ -194,13 +197,13 @@ def _replace_sessions() -> None:
     session_endpoint.create_session, session_endpoint.get_session = create, get
 
 
-def _check_session_files(names: list[str]) -> None:
+def _check_session_files(files: list[UploadFile]) -> None:
+    if len(files) == 1:
+        check_upload(files[0], IMAGE_EXTENSIONS, "files")
+        return
+    names = [file.filename or "" for file in files]
     for name in names:
         check_name(name, "the file name of files")
-    if len(names) == 1:
-        check_extension(names[0], IMAGE_EXTENSIONS, "files")
-        return
-    for name in names:
         if not _SLICE.fullmatch(name):
             raise Refusal(
                 400, "several files must be the slices of one DICOM series: .dcm, or without an ending"

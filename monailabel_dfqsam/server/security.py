@@ -148,6 +148,9 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
+        if problem := _misframed(scope):
+            await _reply(tracked, 400, problem, (b"connection", b"close"))
+            return
         try:
             self.check(scope)
             await self._app(scope, receive, tracked)
@@ -163,7 +166,6 @@ class Guard:
         if _is_tricky(path) or ".." in path.split("/") or "//" in path:
             raise Refusal(400, "the address must not contain '..', '//', backslashes or control characters")
         self._check_host(scope, header(scope, "host"))
-        _check_framing(scope)
         if method in _CHANGING:
             self._check_origin(header(scope, "origin") or None, header(scope, "host"))
         for closed_method, pattern, detail in _CLOSED:
@@ -200,11 +202,13 @@ class Guard:
         return 500, f"the server failed on this request ({type(error).__name__}); its log says where"
 
 
-def _check_framing(scope: Scope) -> None:
+def _misframed(scope: Scope) -> str:
+    """Why nobody can say where this request ends and the next one begins; '' for any usual one."""
     if header(scope, "transfer-encoding") and header(scope, "content-length"):
-        raise Refusal(400, "a request has either Content-Length or Transfer-Encoding, not both")
+        return "a request has either Content-Length or Transfer-Encoding, not both"
     if header(scope, "upgrade").lower() == "websocket":
-        raise Refusal(400, "there are no web sockets here")
+        return "there are no web sockets here"
+    return ""
 
 
 def _check_parameters(scope: Scope, path: str) -> None:
@@ -239,8 +243,8 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-async def _reply(send: Send, status: int, detail: str) -> None:
+async def _reply(send: Send, status: int, detail: str, *more: tuple[bytes, bytes]) -> None:
     body = json.dumps({"detail": detail}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
