@@ -24,6 +24,7 @@ Vector = NDArray[np.float64]
 _JITTER = 0.1
 # The same for directions and, relatively, for pixel sizes: several digits worse than any scanner writes.
 _SAME = 1e-3
+_NOTHING = 1e-6  # millimetres
 # What pydicom raises, and numpy, for values that DICOM does not allow.
 _DAMAGED = (InvalidDicomError, OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 _TAGS = [
@@ -186,7 +187,7 @@ def _step(heights: Vector) -> float:
     step = float(heights[-1] - heights[0]) / len(gaps)
     upwards = gaps * np.sign(step)
     smallest, largest = int(upwards.argmin()), int(upwards.argmax())
-    if upwards[smallest] < _JITTER * upwards[largest]:
+    if upwards[smallest] <= max(_JITTER * upwards[largest], _NOTHING):
         pair = f"slices {smallest + 1} and {smallest + 2} of {len(heights)}"
         raise GeometryError(
             f"is no single stack of slices: {pair} are at the same place or out of order, as when a "
