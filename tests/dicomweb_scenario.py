@@ -81,6 +81,12 @@ def start_orthanc(folder: Path, port: int) -> subprocess.Popen[bytes]:
     return process
 
 
+def store(archive: str, folder: Path) -> None:
+    """Every DICOM file of a folder into the Orthanc at `archive`."""
+    for path in folder.iterdir():
+        requests.post(f"{archive}/instances", data=path.read_bytes(), timeout=30).raise_for_status()
+
+
 def refused(call: Any, *arguments: Any, **options: Any) -> list[Any]:
     """[status, sentence] of a call that must fail; [200, ''] when it does not."""
     try:
@@ -122,10 +128,7 @@ def play(folder: Path) -> dict[str, Any]:
         "MONAI_LABEL_DICOMWEB_CACHE_EXPIRY": "1",
     }
     try:
-        for path in (folder / "dicom").iterdir():
-            requests.post(
-                f"http://127.0.0.1:{port}/instances", data=path.read_bytes(), timeout=30
-            ).raise_for_status()
+        store(f"http://127.0.0.1:{port}", folder / "dicom")
         server.start({"quantize": "false", "checkpoint": checkpoint(folder)}, environment)
         seen = click_and_save(server, series, folder)
 
