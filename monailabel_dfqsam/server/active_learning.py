@@ -37,13 +37,13 @@ class ConfidenceScoring(ScoringMethod):  # type: ignore[misc]
         super().__init__("Mean confidence of the objects that the model proposes on the middle slice")
         self._task = task
 
-    def __call__(self, request: Mapping[str, Any], datastore: Any) -> dict[str, Any]:
+    def __call__(self, request: Mapping[str, Any], datastore: Any) -> dict[str, int]:
         """Scores the images that the model served has not judged yet; one that fails is skipped.
 
         Of an archive, at most 100 images are fetched in one run; the next run takes the following ones.
 
         Returns:
-            How many images were `scored` and were judged `before`, and under `skipped` why others were not.
+            How many images were `scored`, had been judged `before`, and were `skipped`.
         """
         exit_with_parent("scoring")
         identity = self._task.workbench.served().identity
@@ -70,7 +70,7 @@ class ConfidenceScoring(ScoringMethod):  # type: ignore[misc]
             print(f"{len(later)} more images of the archive wait for the next run")
         summarize(len(due), skipped, "scored", time.monotonic() - begin)
         before = len(unlabelled) - len(due) - len(later)
-        return {"scored": len(due) - len(skipped), "before": before, "skipped": skipped}
+        return {"scored": len(due) - len(skipped), "before": before, "skipped": len(skipped)}
 
     def _score(self, image: str, datastore: Any) -> dict[str, Any]:
         found = self._task.find({"image": image_path(datastore, image)}, Clock())

@@ -107,7 +107,7 @@ class ProposeBatch(BatchInferTask):  # type: ignore[misc]
 
     def __call__(
         self, request: Mapping[str, Any], datastore: Any, infer: Callable[[Any, Any], Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    ) -> dict[str, int]:
         """Runs the batch.
 
         Args:
@@ -116,7 +116,7 @@ class ProposeBatch(BatchInferTask):  # type: ignore[misc]
             infer: the app's.
 
         Returns:
-            How many images were `saved`, and under `skipped` why the others were not, by image.
+            How many images were `saved`, and how many `skipped`.
         """
         exit_with_parent("the batch")
         images = sorted(self.get_images(request, datastore))
@@ -134,7 +134,7 @@ class ProposeBatch(BatchInferTask):  # type: ignore[misc]
                 told = f"skipped: {skipped[image]}"
             print(f"{n}/{len(images)} {image}: {told}", flush=True)
         summarize(len(images), skipped, "saved", time.monotonic() - begin)
-        return {"saved": len(images) - len(skipped), "skipped": skipped}
+        return {"saved": len(images) - len(skipped), "skipped": len(skipped)}
 
 
 def reason(error: Exception) -> str:
