@@ -18,10 +18,11 @@ slicer = pytest.importorskip("slicer", reason="slicer-core, 3D Slicer's scene, i
 if not hasattr(slicer, "vtkSlicerSegmentationsModuleLogic"):
     pytest.skip("the module slicer has no segmentation logic", allow_module_level=True)
 
-import vtk  # noqa: E402
-from vtk.util.numpy_support import vtk_to_numpy  # noqa: E402
+import vtk  # type: ignore[import-untyped]  # noqa: E402
+from vtk.util.numpy_support import vtk_to_numpy  # type: ignore[import-untyped]  # noqa: E402
 
 Node = Any  # VTK's classes carry no types
+Place = Sequence[float] | NDArray[np.float64]  # R, A, S
 
 
 class Scene:
@@ -47,21 +48,21 @@ class Scene:
         assert storage.WriteData(volume) == 1
         return path
 
-    def points(self, *places: Sequence[float]) -> Node:
+    def points(self, *places: Place) -> Node:
         """A markups list with points at these places."""
         node = self._new("vtkMRMLMarkupsFiducialNode")
         for place in places:
             node.AddControlPoint([float(x) for x in place])
         return node
 
-    def roi(self, centre: Sequence[float], size: Sequence[float]) -> Node:
+    def roi(self, centre: Place, size: Place) -> Node:
         """A ROI along the patient's axes; `size` in millimetres."""
         node = self._new("vtkMRMLMarkupsROINode")
         node.SetCenter([float(x) for x in centre])
         node.SetSize([float(x) for x in size])
         return node
 
-    def red_offset(self, place: Sequence[float]) -> float:
+    def red_offset(self, place: Place) -> float:
         """Where the red, axial view stands when it shows a place, in millimetres."""
         node = self._new("vtkMRMLSliceNode")
         slicer.vtkMRMLSliceNode.AddDefaultSliceOrientationPresets(self._scene)
@@ -147,6 +148,6 @@ def roi_indices(roi: Node, volume: Node) -> list[int]:
     return [index for pair in zip(low, high, strict=True) for index in pair]
 
 
-def _voxel(to_ijk: NDArray[np.float64], place: Sequence[float] | NDArray[np.float64]) -> tuple[int, int, int]:
+def _voxel(to_ijk: NDArray[np.float64], place: Place) -> tuple[int, int, int]:
     i, j, k = (round(float(x)) for x in (to_ijk @ [*place, 1])[:3])
     return i, j, k

@@ -165,6 +165,23 @@ def test_options_of_the_table_are_obeyed(server: Server, panel: Panel) -> None:
 
 
 @needs_weights
+def test_an_existing_mask_goes_with_a_request(server: Server, panel: Panel, tmp_path: Path) -> None:
+    """As the client sends the label map of scribbles; without a point, the mask says slice and box."""
+    image = sitk.ReadImage(str(image_file(server)))
+    drawn = np.zeros(SHAPE[::-1], dtype=np.uint8)
+    drawn[OBJECT[2]] = disc().T
+    mask = sitk.GetImageFromArray(drawn)
+    mask.CopyInformation(image)
+    file = tmp_path / f"tmp_label{DEFAULT_EXTENSION}"
+    sitk.WriteImage(mask, str(file))
+    params = {"label": "organ", "result_extension": ".nrrd", "result_dtype": "uint8"}
+    reply_file, reply = panel.client.infer(MODEL, "phantom0", params, label_in=str(file))
+    assert reply["slice"] == OBJECT[2]
+    found = judged(sitk.ReadImage(reply_file), image_file(server), OBJECT[2])
+    assert (found & disc()).sum() / (found | disc()).sum() > MOSTLY
+
+
+@needs_weights
 def test_an_own_volume_by_session(panel: Panel, own: Path) -> None:
     with panel.session(own) as session:
         assert panel.client.get_session(session)["name"]
@@ -216,6 +233,16 @@ def test_a_label_is_submitted_and_read_again(server: Server, panel: Panel, tmp_p
     assert np.array_equal(voxels(again), voxels(mask))
     judged(again, image_file(server), OBJECT[2])
     assert panel.client.next_sample("first", {})["id"] == "phantom1"
+
+
+def test_a_label_comes_from_windows_too(server: Server) -> None:
+    """The client sends its temporary file's whole path."""
+    name = "C:\\Users\\a b\\AppData\\Local\\Temp\\tmp_1.nii.gz"
+    content = image_file(server).read_bytes()
+    url = f"{server.url}/datastore/label?image=phantom0"
+    answer = requests.put(url, files={"label": (name, content)}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert (Path(server.studies) / "labels" / "final" / "phantom0.nii.gz").read_bytes() == content
 
 
 def progress(panel: Panel) -> tuple[int, int]:
