@@ -19,7 +19,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(group.split())
     for group in (
         "config numbers ops",
-        "console",
+        "console memory",
         "sam",
         "synthesis",
         "pretraining",
@@ -32,6 +32,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "server",
         "evaluation report slicer_session",
         "evaluation_models",
+        "evaluation_volumes",
         "demo",
         "benchmark",
         "cli",

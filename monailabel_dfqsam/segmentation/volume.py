@@ -59,7 +59,8 @@ class Volume:
     """An image and the grid it lies on.
 
     Attributes:
-        array: [I, J, K] of a number type, finite; or [I, J, K, 3] uint8 for colour.
+        array: [I, J, K] of a number type, finite; or [I, J, K, 3] uint8 for colour. In memory i mostly runs
+            fastest, so that a slice's voxels lie together; not to be written to.
         origin, spacing, direction: ITK's, millimetres, LPS; of 3 axes, or of 2 for a 2-D file.
         modality: DICOM's name ('CT', 'MR', 'US' …); guessed 'CT' by the values, else None.
         window: what `slice_rgb` shows unless told otherwise; None for images shown as they are.
@@ -114,7 +115,7 @@ def load_volume(path: str | Path) -> Volume:
     array = stored.transpose(order)
     if spatial == 2:
         array = np.expand_dims(array, 2)
-    array = _finite(np.ascontiguousarray(array), path.name)
+    array = _finite(_held(array, image), path.name)
     modality = modality or _guess(array)
     return Volume(
         array, image.GetOrigin(), image.GetSpacing(), image.GetDirection(), modality, _window(array, modality)
@@ -209,18 +210,33 @@ def _at_right_angles(volume: Volume) -> bool:
     return bool(np.abs(axes.T @ axes - np.eye(n)).max() < _ORTHOGONAL)
 
 
+class _Held:
+    """An array within an image's memory, which stays as long as the array does: a copy would cost as much."""
+
+    def __init__(self, array: NDArray[np.generic], image: sitk.Image) -> None:
+        self.__array_interface__ = array.__array_interface__
+        self._image = image
+
+
+def _held(array: NDArray[np.generic], image: sitk.Image) -> NDArray[np.generic]:
+    return np.asarray(_Held(array, image))
+
+
 def _finite(array: NDArray[np.generic], name: str) -> NDArray[np.generic]:
     if not np.issubdtype(array.dtype, np.floating):
         return array
     if array.dtype == np.float64:
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
-    good = np.isfinite(array)
-    if good.all():
+    # Both are NaN where any value is.
+    if np.isfinite(array.min()) and np.isfinite(array.max()):
         return array
+    good = np.isfinite(array)
     if not good.any():
         raise ImageError(f"'{name}' holds no finite value")
-    return np.where(good, array, array[good].min())
+    finite = array.copy(order="K")
+    finite[~good] = np.min(array, where=good, initial=np.inf)
+    return finite
 
 
 def _guess(array: NDArray[np.generic]) -> Modality:
@@ -237,7 +253,7 @@ def _window(array: NDArray[np.generic], modality: Modality) -> Window | None:
         return None
     if modality == "CT":
         return SOFT_TISSUE
-    values = array.reshape(-1)
+    values = array.ravel(order="K")
     values = values[:: max(1, len(values) // _SAMPLE)].astype(np.float32)
     # Outside the body most scanners write one value, the least; it says nothing of contrast.
     inside = values[values > values.min()]
