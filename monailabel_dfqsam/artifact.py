@@ -173,7 +173,9 @@ def _read(path: Path, header_only: bool) -> Artifact:
                 )
             if header_only:
                 return Artifact(header, {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # Copied: the file's own pages would be read when they are needed, and a process whose file was cut
+            # short meanwhile is killed for that.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ArtifactError(f"'{name}' is damaged or cut short ({error}): quantize again") from None
     if tensors_sha256(tensors) != header.get("tensors_sha256"):

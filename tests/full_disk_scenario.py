@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -31,12 +32,8 @@ def mount(folder: Path, megabytes: int) -> None:
 def fill(folder: Path) -> Path:
     """Takes all that is left of a disk; the file to remove."""
     path = folder / ".filler"
-    with path.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(1 << 12))
-                file.flush()
-        except OSError:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 12)):
             pass
     return path
 
