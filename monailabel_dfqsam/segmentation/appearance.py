@@ -15,7 +15,8 @@ from scipy import ndimage, signal
 Mask = NDArray[np.bool_]
 
 _BINS = 24
-_BIN_WIDTH = 256 / _BINS
+# Of the grey values in and around the object: the ranges are those that tell these two apart.
+_COVERED = (1, 99)
 # Pixels: noise of single pixels would fill the histograms' gap.
 _SMOOTHING = 1.0
 # How far around it the surroundings reach, of the root of the object's area; and at least, in pixels.
@@ -30,9 +31,17 @@ _MOVING_COSTS = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Appearance:
-    """log p(grey | object) − log p(grey | surroundings), [24] float in −2 … 2 for equal ranges of 0 … 255."""
+    """How much likelier a grey value is in the object than around it.
+
+    Attributes:
+        ratios: [24] float, log p(grey | object) − log p(grey | surroundings), −2 … 2.
+        low, high: the grey values, 0 … 255, that the ratios' 24 equal ranges cover; what lies beyond belongs
+            to the outermost.
+    """
 
     ratios: NDArray[np.float64]
+    low: float
+    high: float
 
     @classmethod
     def of(cls, rgb: NDArray[np.uint8], mask: Mask) -> Appearance:
@@ -43,14 +52,16 @@ class Appearance:
         reach = max(_MIN_SURROUNDINGS, int(_SURROUNDINGS * np.sqrt(mask.sum())))
         around = (ndimage.distance_transform_edt(~mask) <= reach) & ~mask
         if not around.any():
-            return cls(np.zeros(_BINS))
-        bins = _bins(rgb)
-        inside, outside = (_density(bins[part]) for part in (mask, around))
-        return cls(np.log(inside / outside).clip(-_MOST, _MOST))
+            return cls(np.zeros(_BINS), 0.0, 255.0)
+        grey = _grey(rgb)
+        low, high = (float(x) for x in np.percentile(grey[mask | around], _COVERED))
+        high = max(high, low + 1)
+        inside, outside = (_density(_bins(grey[part], low, high)) for part in (mask, around))
+        return cls(np.log(inside / outside).clip(-_MOST, _MOST), low, high)
 
     def of_slice(self, rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
         """[H, W] float: how much more each pixel looks like the object than like its surroundings."""
-        found: NDArray[np.float64] = self.ratios[_bins(rgb)]
+        found: NDArray[np.float64] = self.ratios[_bins(_grey(rgb), self.low, self.high)]
         return found
 
 
@@ -78,9 +89,13 @@ def shift(likeness: NDArray[np.float64], mask: Mask) -> tuple[int, int]:
     return int(dy[best]), int(dx[best])
 
 
-def _bins(rgb: NDArray[np.uint8]) -> NDArray[np.intp]:
-    grey = ndimage.gaussian_filter(rgb.mean(axis=2, dtype=np.float64), _SMOOTHING)
-    bins: NDArray[np.intp] = (grey / _BIN_WIDTH).astype(np.intp).clip(0, _BINS - 1)
+def _grey(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+    smooth: NDArray[np.float64] = ndimage.gaussian_filter(rgb.mean(axis=2, dtype=np.float64), _SMOOTHING)
+    return smooth
+
+
+def _bins(grey: NDArray[np.float64], low: float, high: float) -> NDArray[np.intp]:
+    bins: NDArray[np.intp] = ((grey - low) * (_BINS / (high - low))).clip(0, _BINS - 1).astype(np.intp)
     return bins
 
 
