@@ -173,8 +173,8 @@ def _read(path: Path, header_only: bool) -> Artifact:
                 )
             if header_only:
                 return Artifact(header, {})
-            # Copied: the file's own pages would be read when they are needed, and a process whose file was cut
-            # short meanwhile is killed for that.
+            # Copied: the file's own pages would be read when they are needed, and a process whose file is cut
+            # short meanwhile is killed for it.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ArtifactError(f"'{name}' is damaged or cut short ({error}): quantize again") from None
