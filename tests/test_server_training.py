@@ -344,3 +344,4 @@ def test_speed_is_counted_by_model(two: tuple[Settings, str]) -> None:
         "click": {"seconds": 0.02, "count": 3},
     }
     assert models.choose(two[1]).speed.summary() == {"embed": None, "click": None}
+    assert models.choose(key_of(two[0])).speed.summary() == served.speed.summary()

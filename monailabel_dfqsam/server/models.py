@@ -73,14 +73,14 @@ class Served:
         identity: tells its embeddings from another's: the artifact's key, or `FULL_PRECISION`.
         engine: what runs its image encoder.
         fidelity: mean mask IoU with full precision, None for full precision itself.
-        speed: of its answers since it is served.
+        speed: of its answers since the server began.
     """
 
     segmenter: Segmenter
     identity: str
     engine: str
     fidelity: float | None = None
-    speed: Speed = field(default_factory=Speed, compare=False)
+    speed: Speed = field(default_factory=Speed)
 
 
 class Models:
@@ -93,6 +93,7 @@ class Models:
         self._changing = threading.Lock()  # taken before `_lock`
         self._served: Served | None = None
         self._own_key: str | None = None
+        self._speeds: dict[str, Speed] = {}  # by key, so that a model chosen back goes on with its own
         self._stamp: tuple[int, int] | None = None
         self._loading = False
 
@@ -218,7 +219,8 @@ class Models:
         if not fidelity >= least:
             raise _FidelityError(f"the fidelity of {path.name}, {fidelity:.3f}, is below {least:.3f}")
         segmenter = load_segmenter(read_artifact(path))
-        return Served(segmenter, key, segmenter.name.partition("(")[2].rstrip(")"), fidelity)
+        engine = segmenter.name.partition("(")[2].rstrip(")")
+        return Served(segmenter, key, engine, fidelity, self._speeds.setdefault(key, Speed()))
 
     def _try_artifact(self, key: str) -> Served | None:
         """The artifact's model; None, with one line in the log, when it cannot or must not be served."""

@@ -112,11 +112,13 @@ class Overview:
             return None
         process = next(iter(processes("train").values()), None)
         record = self._models.folder.read_progress()
-        # Until the process has said something, the progress is that of an earlier one.
-        begun = process is not None and record.get("pid") == process.pid
-        if not begun:
+        # Until the process has said something, the progress is that of an earlier one. A task that runs and
+        # has no process has had one, and ends just now.
+        own = process.pid if process is not None else record.get("pid")
+        if task["status"] != "RUNNING" or record.get("pid") != own:
             record = {"state": "running", "stage": "starting"}
         return {
+            "started": record.get("started"),
             "stage": record.get("stage", "") if record.get("state") == "running" else "ending",
             "step": record.get("epoch", 0),
             "steps": record.get("total_epochs", 1),

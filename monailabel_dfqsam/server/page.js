@@ -17,7 +17,7 @@ const OPTION_WORDS = {
   checkpoint: ["Checkpoint", "in the server's model folder"],
 };
 const LEAST = { seed: 0 };  // other numbers begin at 1
-const STAGES = { synthesis: "Synthesis", calibration: "Calibration", fidelity: "Fidelity", writing: "Writing" };
+const STAGES = { synthesis: "Synthesis", calibration: "Calibration", quantization: "Quantization", fidelity: "Fidelity", writing: "Writing" };
 const OUTCOMES = {
   published: "The new model answers", rejected: "The model was made, but does not answer",
   failed: "It failed", stopped: "It was stopped",
@@ -129,10 +129,10 @@ function render(status) {
     say("outcome", "It ended before it began; the server's log says why.", true);
   } else if (ended) {
     const reason = latest.reason && latest.state !== "stopped" ? `: ${latest.reason}` : "";
-    say("outcome", `${OUTCOMES[latest.state]}, after ${seconds(latest.seconds)}${reason}.`, latest.state !== "published");
+    say("outcome", `${OUTCOMES[latest.state]}, after ${seconds(latest.seconds)}${reason}.`, ["rejected", "failed"].includes(latest.state));
   }
   // Which quantization was the latest before the next one said anything.
-  if (!running || status.task.stage === "starting") before = latest ? latest.started : "";
+  if (!running || status.task.started === null) before = latest ? latest.started : "";
 }
 
 function showModel({ model, artifact, checkpoint, threshold }) {
@@ -157,7 +157,7 @@ function showModel({ model, artifact, checkpoint, threshold }) {
 function showSpeed(id, measured, when) {
   at(id).textContent = measured ? seconds(measured.seconds) : "–";
   at(`${id}-words`).textContent = measured ?
-    `${when}; median of the last ${measured.count === 1 ? "one" : measured.count}` : "not measured: nobody has done it with this model yet";
+    `${when}; ${measured.count === 1 ? "measured once" : `median of the last ${measured.count}`}` : "not measured: nobody has done it with this model yet";
 }
 
 function bar(id, value, limit = null) {
@@ -287,7 +287,7 @@ function described(options, own = null) {
   if (calibration === "synthetic") words.push(`${iterations} iterations`, images === 1 ? "1 image" : `${images} images`);
   words.push(`seed ${seed}`);
   if (checkpoint && checkpoint !== own) words.push(checkpoint);
-  return words.join(" · ");
+  return words.map((word) => word.replace(" ", "\u00a0")).join("\u00a0· ");
 }
 
 function when(iso) {
