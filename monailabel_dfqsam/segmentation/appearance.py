@@ -26,7 +26,7 @@ _MOST = 2.0
 # Of the root of the box's area: farther than this an object does not move between slices.
 _REACH = 0.25
 # Mean log ratio that moving by the whole reach has to win.
-_MOVING_COSTS = 0.05
+_MOVING_COSTS = 0.15
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ _SCORE_COUNTS = 3.0
 # Factors between neighbouring slices; and pixels that a small mask may gain or lose beyond them.
 _GROWS, _SHRINKS, _SLACK = 2.0, 0.35, 12
 # Of the source's own figure.
-_LEAST_SCORE, _LEAST_LIKENESS = 0.6, 0.2
+_LEAST_SCORE, _LEAST_LIKENESS = 0.6, 0.4
 
 
 class Stop(str, Enum):
