@@ -252,6 +252,7 @@ def progress(panel: Panel) -> tuple[int, int]:
     return stats.get("epoch", 1), stats.get("total_epochs", 1)
 
 
+@pytest.mark.slow
 def test_training_is_started_watched_and_stopped(server: Server, panel: Panel) -> None:
     client, options = panel.client, panel.config("trainers", MODEL)
     client.train_start(MODEL, options)

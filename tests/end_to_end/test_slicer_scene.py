@@ -53,10 +53,11 @@ def grid(*axes: tuple[float, float, float], origin: tuple[float, float, float]) 
 
 @dataclass(frozen=True)
 class Phantom:
-    """A ball at `OBJECT` on a grid of its own, and the ending of its files."""
+    """A ball at `OBJECT` on a grid of its own, the ending of its files, and how Slicer loads it."""
 
     affine: NDArray[np.float64]
     extension: str = DEFAULT_EXTENSION
+    right_handed: bool = True
 
     @property
     def place(self) -> NDArray[np.float64]:
@@ -83,16 +84,18 @@ class Phantom:
         """[N] whether places, [N, 3] RAS, lie in the disc that the ball is on its middle slice."""
         homogeneous = np.c_[places, np.ones(len(places))]
         i, j, k = (np.linalg.inv(self.affine) @ homogeneous.T)[:3]
-        inside: NDArray[np.bool_] = np.hypot(i - OBJECT[0], j - OBJECT[1]) < RADIUS
-        return inside & (np.abs(k - OBJECT[2]) < 0.5)
+        inside = np.hypot(i - OBJECT[0], j - OBJECT[1]) < RADIUS
+        return np.asarray(inside & (np.abs(k - OBJECT[2]) < 0.5))
 
 
+LEFT_HANDED = grid((-0.9, 0, 0), (0, 0.9, 0), (0, 0, 4), origin=(31, -26, -11))
 PHANTOMS = {
     "axial": Phantom(grid((-0.9, 0, 0), (0, -0.9, 0), (0, 0, 4), origin=(31, 26, -11))),
     "oblique": Phantom(oblique()),
     "oblique nrrd": Phantom(oblique(), ".nrrd"),
     "reversed": Phantom(grid((0.9, 0, 0), (0, -0.9, 0), (0, 0, -4), origin=(-31, 26, 40)), ".nrrd"),
-    "left-handed": Phantom(grid((-0.9, 0, 0), (0, 0.9, 0), (0, 0, 4), origin=(31, -26, -11))),
+    "left-handed": Phantom(LEFT_HANDED),
+    "left-handed before 5.8": Phantom(LEFT_HANDED, right_handed=False),
     "sagittal": Phantom(grid((0, -0.8, 0), (0, 0, -1.1), (6, 0, 0), origin=(-15, 40, 55))),
 }
 
@@ -139,7 +142,8 @@ def exported(scene: Scene, mask: sitk.Image, volume: Node, folder: Path) -> Node
 @pytest.mark.parametrize("name", PHANTOMS)
 def test_a_clicks_mask_lies_on_the_object(panel: Panel, scene: Scene, tmp_path: Path, name: str) -> None:
     phantom = PHANTOMS[name]
-    volume = scene.load(phantom.write(tmp_path / f"volume{phantom.extension}"))
+    file = phantom.write(tmp_path / f"volume{phantom.extension}")
+    volume = scene.load(file, right_handed=phantom.right_handed)
     (click,) = point_indices(scene.points(phantom.place), volume)
     with panel.session(scene.save(volume, tmp_path / f"upload{phantom.extension}")) as session:
         mask, reply = panel.click("volume", [click], session_id=session)
@@ -151,9 +155,10 @@ def test_a_clicks_mask_lies_on_the_object(panel: Panel, scene: Scene, tmp_path: 
 
 @pytest.mark.parametrize("name", PHANTOMS)
 def test_a_rois_mask_is_the_object(panel: Panel, scene: Scene, tmp_path: Path, name: str) -> None:
-    """A ROI of the patient's axes, which the plugin turns into two voxels; its views' place into a slice."""
+    """A ROI along the patient's axes: the plugin sends the voxels of two corners, and the red view's place."""
     phantom = PHANTOMS[name]
-    volume = scene.load(phantom.write(tmp_path / f"volume{phantom.extension}"))
+    file = phantom.write(tmp_path / f"volume{phantom.extension}")
+    volume = scene.load(file, right_handed=phantom.right_handed)
     size = 2 * RADIUS * np.linalg.norm(phantom.affine[:3, :2], axis=1)
     roi = roi_indices(scene.roi(phantom.place, size), volume)
     with panel.session(scene.save(volume, tmp_path / f"upload{phantom.extension}")) as session:
@@ -203,22 +208,21 @@ def test_slices_add_up_to_one_segment_which_is_saved(
 
 
 NEWER = pytest.param(
-    True,
-    id="Slicer from 5.8",
+    "left-handed",
     marks=pytest.mark.xfail(
-        reason="it says k of its own grid, the server takes it for the file's", strict=True
+        reason="Slicer says k of its own grid, the server takes it for the file's", strict=True
     ),
 )
 
 
-@pytest.mark.parametrize("right_handed", [pytest.param(False, id="Slicer to 5.6"), NEWER])
+@pytest.mark.parametrize("name", ["left-handed before 5.8", NEWER])
 def test_a_left_handed_image_of_the_server(
-    running: Running, panel: Panel, scene: Scene, tmp_path: Path, right_handed: bool
+    running: Running, panel: Panel, scene: Scene, tmp_path: Path, name: str
 ) -> None:
-    """Newer Slicers reverse its slices when they load it."""
-    phantom = PHANTOMS["left-handed"]
+    """From 5.8 on Slicer reverses its slices when it loads it."""
+    phantom = PHANTOMS[name]
     with stored(running, panel, phantom.write(tmp_path / f"own{DEFAULT_EXTENSION}")) as image:
-        volume = scene.load(image, right_handed=right_handed)
+        volume = scene.load(image, right_handed=phantom.right_handed)
         (click,) = point_indices(scene.points(phantom.place), volume)
         mask, _ = panel.click(IMAGE, [click])
         check_on_object(exported(scene, mask, volume, tmp_path), phantom)
