@@ -18,9 +18,9 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import psutil
 import SimpleITK as sitk
 
+from monailabel_dfqsam.memory import require, shortage_told
 from monailabel_dfqsam.segmentation.slices import GeometryError, Grid, read_grid
 
 Modality = str | None
@@ -38,8 +38,8 @@ _MHA_HERE = re.compile(rb"ElementDataFile *= *LOCAL *\r?", re.IGNORECASE)
 
 MAX_VOXELS = 1 << 31
 """1024×1024×2048, more than any scanner in hospitals makes."""
-# ITK's own, the one in our order of axes, and one while values are converted.
-_COPIES = 3
+# ITK's own, and one while values are converted: measured 1.0 for whole numbers and 2.0 for a floating NIfTI.
+_COPIES = 2
 
 
 class ImageError(ValueError):
@@ -50,7 +50,7 @@ def read_itk(path: Path) -> tuple[sitk.Image, Modality]:
     """An image of 2 or 3 dimensions, of one real number or of three uint8 a pixel; and DICOM's modality.
 
     Raises:
-        ImageError: as `volume.load_volume` says.
+        ImageError, MemoryShortage: as `volume.load_volume` says.
     """
     if path.is_dir():
         image, modality = _read_series(path)
@@ -76,10 +76,12 @@ def _read_file(path: Path) -> tuple[sitk.Image, Modality]:
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        size = _check_reader(reader, path.name)
-        image = reader.Execute()
+        _check_reader(reader, path.name)
+        with shortage_told(f"'{path.name}'"):
+            image = reader.Execute()
         if suffix in _NIFTI:
-            _check_length(path, size)
+            # As stored: ITK's type is that of the values after slope and intercept.
+            _check_length(path, math.prod(reader.GetSize()) * int(reader.GetMetaData("bitpix")) // 8)
             if "float" in image.GetPixelIDTypeAsString():
                 image = _restore_nan(image, path)
     except RuntimeError as error:
@@ -109,15 +111,13 @@ def _names_another_file(head: bytes, suffix: str) -> bool:
     return False
 
 
-def _check_reader(reader: sitk.ImageFileReader, name: str, files: int = 1) -> int:
-    """Bytes of an image's voxels by its header, unless that refuses it; `files` are as large each."""
+def _check_reader(reader: sitk.ImageFileReader, name: str, files: int = 1) -> None:
+    """Refuses an image by its header; `files` are as large each."""
     pixel = sitk.Image([1, 1], reader.GetPixelID())
     value_bytes = int(pixel.GetSizeOfPixelComponent())
     if "vector" in pixel.GetPixelIDTypeAsString():
         value_bytes *= reader.GetNumberOfComponents()
     check_size([*reader.GetSize(), files], value_bytes, name)
-    size: int = math.prod(reader.GetSize()) * value_bytes
-    return size
 
 
 def _check_length(path: Path, size: int) -> None:
@@ -152,14 +152,13 @@ def check_size(shape: Sequence[int], value_bytes: int, name: str) -> None:
         value_bytes: bytes of one voxel.
 
     Raises:
-        ImageError: saying what it needs and what there is.
+        ImageError: for more than `MAX_VOXELS`.
+        MemoryShortage: saying what it needs and what there is.
     """
     voxels = math.prod(shape)
     if voxels > MAX_VOXELS:
         raise ImageError(f"'{name}' has {voxels} voxels; at most {MAX_VOXELS} are read")
-    needed, free = voxels * value_bytes * _COPIES, psutil.virtual_memory().available
-    if needed > free:
-        raise ImageError(f"'{name}' needs {needed >> 20} MB of memory to be read; {free >> 20} MB are free")
+    require(voxels * value_bytes * _COPIES, f"reading '{name}'")
 
 
 def _read_series(folder: Path) -> tuple[sitk.Image, Modality]:
@@ -181,7 +180,8 @@ def _read_dicom(files: Sequence[str], name: str) -> tuple[sitk.Image, Modality]:
         reader.SetFileName(files[0])
         reader.ReadImageInformation()
         _check_reader(reader, name, len(files))
-        image = sitk.ReadImage(files, imageIO=_READERS[".dcm"]) if len(files) > 1 else reader.Execute()
+        with shortage_told(f"'{name}'"):
+            image = sitk.ReadImage(files, imageIO=_READERS[".dcm"]) if len(files) > 1 else reader.Execute()
     except GeometryError as error:
         raise ImageError(f"'{name}' {error}") from None
     except RuntimeError:
@@ -200,9 +200,14 @@ def _placed(image: sitk.Image, grid: Grid | None) -> sitk.Image:
 
 def _restore_nan(image: sitk.Image, path: Path) -> sitk.Image:
     """A floating NIfTI with its NaN and infinities, which ITK reads as 0: soft tissue, in a CT."""
-    array = np.asanyarray(nibabel.load(path).dataobj)
-    if array.ndim != image.GetDimension() or np.isfinite(array).all():
+    source = nibabel.load(path)
+    if source.get_data_dtype().kind != "f" or source.ndim != image.GetDimension():
+        return image  # whole numbers, made floating by slope and intercept
+    raw = source.dataobj.get_unscaled()
+    if np.isfinite(raw.min()) and np.isfinite(raw.max()):
         return image
+    del raw
+    array = np.asanyarray(source.dataobj)
     restored = sitk.GetImageFromArray(np.ascontiguousarray(array.T), isVector=False)
     restored.CopyInformation(image)
     return restored
@@ -248,5 +253,7 @@ def _to_grey_or_rgb(image: sitk.Image, name: str) -> sitk.Image:
             f"'{name}' holds {channels} values a pixel ({image.GetPixelIDTypeAsString()}); expected one, or "
             "colour of 8 bit"
         )
+    if channels == 3:
+        return image
     # Opacity is left out.
     return sitk.Compose([sitk.VectorIndexSelectionCast(image, channel) for channel in range(3)])
