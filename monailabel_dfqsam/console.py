@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from monailabel_dfqsam.config import Progress as ProgressCallback
+from monailabel_dfqsam.memory import MemoryShortage
 
 errors = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
@@ -63,7 +64,8 @@ def plain_errors() -> Iterator[None]:
     """Turns what is wrong with the input into one sentence on stderr and exit code 1, without a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:  # CheckpointError and ArtifactError are ValueErrors
+    # CheckpointError and ArtifactError are ValueErrors.
+    except (ValueError, OSError, MemoryShortage) as error:
         errors.print(f"Error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 

@@ -22,6 +22,7 @@ _OWN_GROUPS = Path("/proc/self/cgroup")
 # By version: the limit, what is used, and in memory.stat the part of it that is cache and given up at need.
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _V2 = ("memory.max", "memory.current", "inactive_file")
+_NO_LIMIT = 1 << 60  # version 1 writes the greatest number of whole pages
 # What torch, C++ and ITK say, each as a RuntimeError, where Python says MemoryError.
 _SAID = (
     "out of memory",
@@ -112,9 +113,11 @@ def shortage_told(what: str) -> Iterator[None]:
 def _left_in(group: Path, limit_name: str, used_name: str, cache_name: str) -> list[int]:
     """[limit − used + cache] of one cgroup; nothing where it has no limit."""
     try:
-        limit, used = (group / limit_name).read_text().strip(), int((group / used_name).read_text())
+        limit = (group / limit_name).read_text().strip()
+        if limit == "max" or int(limit) > _NO_LIMIT:
+            return []
+        used = int((group / used_name).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return [int(limit) - used + int(stat.get(cache_name, 0))]
     except (OSError, ValueError):
         return []
-    # Version 1 writes 'no limit' as a number beyond any memory, which does no harm.
-    return [] if limit == "max" else [int(limit) - used + int(stat.get(cache_name, 0))]

@@ -19,7 +19,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(group.split())
     for group in (
         "config numbers ops",
-        "console memory",
+        "memory",
+        "console",
         "sam",
         "synthesis",
         "pretraining",

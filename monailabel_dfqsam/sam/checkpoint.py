@@ -19,9 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from monailabel_dfqsam.memory import MemoryShortage, require
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant, detect
 
 EMBEDDED = Path(__file__).parent / "weights" / "dfqsam-tiny.safetensors"
+
+# Its tensors, and the model's: measured 2.0 until the model is built, of files of float32.
+_COPIES = 2
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 
@@ -57,12 +61,17 @@ def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> 
             told apart by 'medsam' in the file name otherwise).
 
     Raises:
-        CheckpointError: when the file is missing, damaged, of another model, or holds pickled code.
+        CheckpointError: when the file is missing, damaged, of another model, holds pickled code, or when it
+            would not fit in memory.
     """
     path = Path(path)
     _check_kind(path)
     if variant is not None and variant not in VARIANTS:
         raise CheckpointError(f"unknown model '{variant}'; known are: {', '.join(VARIANTS)}")
+    try:
+        require(path.stat().st_size * _COPIES, f"the checkpoint '{path.name}'")
+    except MemoryShortage as error:
+        raise CheckpointError(str(error)) from None
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors = _unwrap(raw, path.name)
     try:

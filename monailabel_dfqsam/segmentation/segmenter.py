@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from monailabel_dfqsam.artifact import Artifact, float_tensors
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines import load_encoder
+from monailabel_dfqsam.memory import require, shortage_told
 from monailabel_dfqsam.sam.model import Sam, build_decoder
 from monailabel_dfqsam.sam.preprocess import Frame, to_image, to_input
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
 from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, channels_last
+from monailabel_dfqsam.segmentation.memory import embed_bytes
 
 # segment-anything's prompt encoder takes pixel indices and adds this to reach pixel centres. Prompts here
 # count from the pixel's edge, so it is taken off again.
@@ -92,11 +94,18 @@ class Segmenter:
         embed: Callable[[Tensor], Tensor],
         prompt_encoder: nn.Module,
         mask_decoder: nn.Module,
+        memory: Callable[[int], int] = lambda images: 0,
     ) -> None:
-        """`embed` takes normalised images [B, 3, S, S] float32 to embeddings [B, C, S/16, S/16] float32."""
+        """Makes a segmenter of its parts.
+
+        Args:
+            embed: normalised images [B, 3, S, S] float32 to embeddings [B, C, S/16, S/16] float32.
+            memory: bytes that `embed` takes for so many images at once.
+        """
         self.name = name
         self.variant = variant
         self._embed = embed
+        self._memory = memory
         self._prompt_encoder = prompt_encoder.eval().requires_grad_(False)
         self._device = next(prompt_encoder.parameters()).device
         with torch.inference_mode():
@@ -108,6 +117,7 @@ class Segmenter:
 
         Raises:
             ValueError: when the image is of another shape or type, or empty.
+            MemoryShortage: when it would not fit in memory, or did not.
         """
         return self.embed_many([rgb])[0]
 
@@ -118,7 +128,10 @@ class Segmenter:
         at_once = max(1, _PIXELS_AT_ONCE // self.variant.input_size**2)
         parts: list[Tensor] = []
         for first in range(0, len(inputs), at_once):
-            embedded = self._embed(torch.cat([x for x, _ in inputs[first : first + at_once]]))
+            x = torch.cat([x for x, _ in inputs[first : first + at_once]])
+            require(self._memory(len(x)), f"an embedding by '{self.variant.name}'")
+            with shortage_told("an embedding"):
+                embedded = self._embed(x)
             # Copied, since a view of one would keep all of them in memory.
             parts += [part.clone() for part in embedded.split(1)] if len(embedded) > 1 else [embedded]
         return [Embedding(channels_last(part), frame) for part, (_, frame) in zip(parts, inputs, strict=True)]
@@ -205,6 +218,7 @@ def full_precision_segmenter(sam: Sam) -> Segmenter:
         lambda images: sam.image_encoder(images.to(device)),  # type: ignore[no-any-return]
         sam.prompt_encoder,
         sam.mask_decoder,
+        (lambda images: embed_bytes(sam.variant, None, images)) if device.type == "cpu" else lambda images: 0,
     )
 
 
@@ -232,7 +246,14 @@ def load_segmenter(artifact: Artifact, engine: EngineKind | None = None) -> Segm
                 f"the artifact's {prefix[:-1]} is not that of '{variant.name}': {lines}"
             ) from None
     name = f"{artifact.label} ({encoder.kind.value})"
-    return Segmenter(name, variant, encoder.embed, prompt_encoder, mask_decoder)
+    return Segmenter(
+        name,
+        variant,
+        encoder.embed,
+        prompt_encoder,
+        mask_decoder,
+        lambda images: embed_bytes(variant, encoder.kind, images),
+    )
 
 
 def _check(prompts: Prompts, frame: Frame) -> None:

@@ -14,10 +14,14 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from monailabel_dfqsam.memory import MemoryShortage, shortage_told
 from monailabel_dfqsam.segmentation.embeddings import BoundedCache
 from monailabel_dfqsam.segmentation.reading import ImageError, Modality, read_itk
 
-__all__ = ["ImageError", "Volume", "VolumeLoader", "Window", "load_volume", "slice_rgb", "write_mask"]
+__all__ = [
+    "ImageError", "Volume", "VolumeLoader", "VolumeTooLarge", "Window", "load_volume", "slice_rgb",
+    "write_mask",
+]  # fmt: skip
 
 # Hounsfield units: below every tissue but lung and fat, so that only CT has such values.
 _CT_BELOW = -200
@@ -27,6 +31,10 @@ _PERCENTILES = (0.5, 99.5)
 _ORTHOGONAL = 1e-4
 # Enough for a percentile, and few enough to sort in a tenth of a second.
 _SAMPLE = 1_000_000
+
+
+class VolumeTooLarge(MemoryShortage):
+    """A volume that does not fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,17 @@ def load_volume(path: str | Path) -> Volume:
 
     Raises:
         ImageError: when it is missing, unreadable, empty, of more than three dimensions or of another kind.
+        VolumeTooLarge: when it does not fit in memory, by its header before its voxels are read.
     """
     path = Path(path)
+    try:
+        with shortage_told(f"'{path.name}'"):
+            return _load(path)
+    except MemoryShortage as error:
+        raise VolumeTooLarge(str(error)) from None
+
+
+def _load(path: Path) -> Volume:
     image, modality = read_itk(path)
     stored = sitk.GetArrayViewFromImage(image)
     spatial = image.GetDimension()

@@ -12,10 +12,12 @@ from fastapi import HTTPException
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from numpy.typing import NDArray
 
+from monailabel_dfqsam.memory import shortage_told
 from monailabel_dfqsam.sam.preprocess import to_low_res
 from monailabel_dfqsam.segmentation.prompts import of_mask, read_prompts
 from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Prompts
+from monailabel_dfqsam.segmentation.volume import VolumeTooLarge
 from monailabel_dfqsam.server.request import (
     WINDOWS,
     read_flag,
@@ -72,13 +74,19 @@ class InteractiveTask(InferTask):  # type: ignore[misc]
             beside it.
 
         Raises:
-            HTTPException: 400 for a request that cannot be answered, 503 when no model can be loaded.
+            HTTPException: 400 for a request that cannot be answered, 413 for an image that does not fit in
+                memory, 503 when no model can be loaded or its work does not fit.
         """
         with self.workbench.busy():
             try:
-                return self.answer(with_defaults(self._config, request))
+                with shortage_told("this request"):
+                    return self.answer(with_defaults(self._config, request))
             except ValueError as error:  # images, prompts and options all raise this, with a sentence
                 raise HTTPException(400, str(error)) from None
+            except VolumeTooLarge as error:
+                raise HTTPException(413, str(error)) from None
+            except MemoryError as error:
+                raise HTTPException(503, str(error)) from None
 
     def answer(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """`__call__` with every config entry there, and errors as ValueError."""

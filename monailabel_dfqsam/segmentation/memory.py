@@ -1,0 +1,53 @@
+"""How much memory an image encoder needs beside its weights, out of the model's sizes alone.
+
+Per image, in float32, with T tokens, width C and h heads: what a block keeps of its tokens at a time, and in
+encoders that hold attention as a matrix, so many matrices of h·T² (or of h·t² for each window of t tokens).
+To that comes once what threads, kernels and reordered weights take at the first call. Peaks beyond the
+weights measured at the first image on two cores, and this estimate, in MB:
+
+    tiny            torch        23    202
+    sam_b_256       torch        77    227
+    sam_med2d_b     torch       187    227
+    sam_b_1024      torch      1863   2011
+    sam_b_256       reference   125    275
+
+A GPU's own memory is not estimated: where it runs out, torch says so.
+"""
+
+from __future__ import annotations
+
+from monailabel_dfqsam.config import EngineKind
+from monailabel_dfqsam.sam.variants import Variant
+
+_FLOAT = 4
+_ONCE = 200_000_000
+_TOKENS_KEPT = 16  # in multiples of C: input, normed, qkv, hidden (4 C) before and after its activation …
+# int64 accumulators and float copies of integers come to it.
+_TOKENS_KEPT_BY_REFERENCE = 40
+# The relative position and its sum with nothing else; policy `paper` also quantizes logits and probabilities.
+_MATRICES, _MATRICES_OF_REFERENCE = 2, 6
+
+
+def embed_bytes(variant: Variant, engine: EngineKind | None, images: int = 1) -> int:
+    """Bytes of main memory that one call of an image encoder takes at most, beside its weights.
+
+    Args:
+        engine: what runs it; None is torch in full precision.
+        images: in one call.
+    """
+    if engine is EngineKind.CUTLASS:
+        return 0
+    reference = engine is EngineKind.REFERENCE
+    kept = _TOKENS_KEPT_BY_REFERENCE if reference else _TOKENS_KEPT
+    floats = kept * variant.grid**2 * variant.embed_dim
+    if engine is None and variant.relative_position:
+        floats += _MATRICES * _largest_attention(variant)
+    if reference:
+        floats += _MATRICES_OF_REFERENCE * _largest_attention(variant)
+    return _ONCE + images * floats * _FLOAT
+
+
+def _largest_attention(variant: Variant) -> int:
+    """Numbers in the attention matrices of the block that has most."""
+    sides = {variant.window_of(block) or variant.grid for block in range(variant.depth)}
+    return variant.num_heads * max((-(-variant.grid // side)) ** 2 * side**4 for side in sides)
