@@ -93,7 +93,7 @@ def shortage_told(what: str) -> Iterator[None]:
     """Turns the ways in which libraries say that memory ran out into one.
 
     Args:
-        what: for the message, which begins 'memory ran out for …'.
+        what: for the message, 'memory ran out for …'.
 
     Raises:
         MemoryShortage: for a MemoryError, and for RuntimeErrors of torch (CPU and CUDA), C++ and ITK that
@@ -106,8 +106,8 @@ def shortage_told(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in _SAID):
             raise
-        device = " of the GPU" if "CUDA" in str(error) else f", of which {in_bytes(available())} are free"
-        raise MemoryShortage(f"memory{device} ran out for {what}") from None
+        owner = "the GPU's memory" if "CUDA" in str(error) else "memory"
+        raise MemoryShortage(f"{owner} ran out for {what}") from None
 
 
 def _left_in(group: Path, limit_name: str, used_name: str, cache_name: str) -> list[int]:

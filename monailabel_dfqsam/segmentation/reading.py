@@ -77,7 +77,7 @@ def _read_file(path: Path) -> tuple[sitk.Image, Modality]:
     try:
         reader.ReadImageInformation()
         _check_reader(reader, path.name)
-        with shortage_told(f"'{path.name}'"):
+        with shortage_told(f"reading '{path.name}'"):
             image = reader.Execute()
         if suffix in _NIFTI:
             # As stored: ITK's type is that of the values after slope and intercept.
@@ -180,7 +180,7 @@ def _read_dicom(files: Sequence[str], name: str) -> tuple[sitk.Image, Modality]:
         reader.SetFileName(files[0])
         reader.ReadImageInformation()
         _check_reader(reader, name, len(files))
-        with shortage_told(f"'{name}'"):
+        with shortage_told(f"reading '{name}'"):
             image = sitk.ReadImage(files, imageIO=_READERS[".dcm"]) if len(files) > 1 else reader.Execute()
     except GeometryError as error:
         raise ImageError(f"'{name}' {error}") from None

@@ -117,7 +117,7 @@ def load_volume(path: str | Path) -> Volume:
     """
     path = Path(path)
     try:
-        with shortage_told(f"'{path.name}'"):
+        with shortage_told(f"reading '{path.name}'"):
             return _load(path)
     except MemoryShortage as error:
         raise VolumeTooLarge(str(error)) from None
