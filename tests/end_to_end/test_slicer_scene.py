@@ -155,7 +155,7 @@ def test_a_clicks_mask_lies_on_the_object(panel: Panel, scene: Scene, tmp_path: 
 
 @pytest.mark.parametrize("name", PHANTOMS)
 def test_a_rois_mask_is_the_object(panel: Panel, scene: Scene, tmp_path: Path, name: str) -> None:
-    """A ROI along the patient's axes: the plugin sends the voxels of two corners, and the red view's place."""
+    """The plugin sends the voxels of two of its corners, and the millimetres where the red view stands."""
     phantom = PHANTOMS[name]
     file = phantom.write(tmp_path / f"volume{phantom.extension}")
     volume = scene.load(file, right_handed=phantom.right_handed)
