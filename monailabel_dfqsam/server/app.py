@@ -13,6 +13,7 @@ from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
+from monailabel.utils.async_tasks.task import AsyncTask
 
 from monailabel_dfqsam.server import active_learning, compat, compat_disk, compat_shared, page, propose_task
 from monailabel_dfqsam.server.infer_task import InteractiveTask, SegmentTask
@@ -117,6 +118,13 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         if model not in self._infers:
             raise HTTPException(404, f"there is no model '{model}'; there is: {', '.join(self._infers)}")
 
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Upstream's; asked for the least confident, it also has images scored that the model has not judged."""
+        found: dict[str, Any] = super().next_sample(request)
+        if request.get("strategy") == "least_confident" and self._anything_to_score():
+            AsyncTask.run("scoring", request={"method": "confidence"})  # unless it runs already
+        return found
+
     def check_batch(self, model: str, params: Mapping[str, Any]) -> None:
         """Raises Refusal for a model or options that a batch cannot be run with."""
         self._batch_infer.check(model, params)
@@ -146,6 +154,13 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
     def infer_wsi(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Not offered."""
         raise HTTPException(400, "whole-slide inference is not offered")
+
+    def _anything_to_score(self) -> bool:
+        served, store = self._models.served(), self.datastore()
+        return served is not None and any(
+            active_learning.is_due(store.get_image_info(image), served.identity)
+            for image in store.get_unlabeled_images()
+        )
 
     def _check_training(self, name: str, params: Mapping[str, Any]) -> None:
         trainer = self._trainers.get(name)

@@ -24,6 +24,7 @@ from monailabel.datastore.local import LocalDatastore, LocalDatastoreModel
 from monailabel_dfqsam.server.compat_store import repair_dicomweb
 
 _CHANGES = ("add_image", "save_label", "update_image_info", "update_label_info", "_reconcile_datastore")
+_POLL_SECONDS = 0.005  # a change takes about as long
 
 
 def share_datastore() -> None:
@@ -48,7 +49,7 @@ def _lock(store: Any, what: str) -> FileLock:
 def _alone(change: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(change)
     def alone(self: Any, *arguments: Any, **options: Any) -> Any:
-        with _lock(self, "change"):
+        with _lock(self, "change").acquire(poll_interval=_POLL_SECONDS):
             self._init_from_datastore_file()
             return change(self, *arguments, **options)
 
@@ -58,7 +59,7 @@ def _alone(change: Callable[..., Any]) -> Callable[..., Any]:
 def _read_record(self: Any, throw_exception: bool = False) -> None:
     """Upstream's, but the record takes its place only when it is whole, and not amid a change of the old."""
     path = Path(self._datastore_config_path)
-    with _lock(self, "change"):
+    with _lock(self, "change").acquire(poll_interval=_POLL_SECONDS):
         if not path.exists():
             return
         written = path.stat().st_mtime

@@ -1,0 +1,119 @@
+"""One folder's datastore, changed by two processes and read by threads at once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+import time
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.datastore.local import LocalDatastore
+
+from monailabel_dfqsam.server.compat_disk import repair_writing
+from monailabel_dfqsam.server.compat_shared import share_datastore
+
+CHANGES = 30
+
+
+def change(folder: Path, label: Path, ready: Event | threading.Event, names: tuple[str, str]) -> None:
+    """Infos of 'a', and labels of one image of its own, over and over, as scoring and a batch write them."""
+    who, image = names
+    store = LocalDatastore(str(folder))
+    ready.set()
+    for n in range(CHANGES):
+        store.update_image_info("a", {f"{who}{n}": n})
+        store.save_label(image, str(label), f"tag{n}", {"n": n})
+        store.refresh()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    repair_writing()
+    share_datastore()
+    share_datastore()  # once is enough
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    for name in ("a", "b", "c"):
+        (studies / f"{name}.nii.gz").write_bytes(b"image")
+    (tmp_path / "label.nii.gz").write_bytes(b"label")
+    return studies
+
+
+def test_nothing_that_two_processes_write_is_lost(folder: Path) -> None:
+    label = folder.parent / "label.nii.gz"
+    store = LocalDatastore(str(folder))
+    seen, end = set(), threading.Event()
+
+    def read() -> None:
+        while not end.is_set():
+            seen.add(len(store.list_images()))
+            seen.add(store.get_image_uri("c") == str(folder / "c.nii.gz"))
+            store.refresh()
+
+    # Forked, since another interpreter would first load all of the server for many seconds.
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    other = fork.Process(target=change, args=(folder, label, ready, ("theirs", "b")))
+    other.start()
+    assert ready.wait(60)
+    reader = threading.Thread(target=read)
+    reader.start()
+    change(folder, label, threading.Event(), ("ours", "c"))
+    other.join(120)
+    assert other.exitcode == 0
+    end.set()
+    reader.join()
+    assert seen == {3, True}
+    objects = json.loads((folder / "datastore_v2.json").read_text())["objects"]
+    infos = objects["a"]["image"]["info"]
+    assert {key for key in infos if key.startswith(("ours", "theirs"))} == {
+        f"{who}{n}" for who in ("ours", "theirs") for n in range(CHANGES)
+    }
+    for image in ("b", "c"):
+        assert {tag: found["info"]["n"] for tag, found in objects[image]["labels"].items()} == {
+            f"tag{n}": n for n in range(CHANGES)
+        }
+
+
+def test_what_has_no_file_any_more_goes(folder: Path) -> None:
+    store = LocalDatastore(str(folder))
+    for image in ("a", "b"):
+        store.save_label(image, str(folder.parent / "label.nii.gz"), "final", {})
+    (folder / "labels" / "final" / "a.nii.gz").unlink()
+    (folder / "c.nii.gz").unlink()
+    store.refresh()
+    assert sorted(store.list_images()) == ["a", "b"]
+    assert store.get_labeled_images() == ["b"]
+    assert LocalDatastore(str(folder)).get_labeled_images() == ["b"]
+
+
+def test_a_damaged_record_is_told_at_the_start_and_ignored_later(folder: Path) -> None:
+    store = LocalDatastore(str(folder))
+    (folder / "datastore_v2.json").write_text('{"name": ')
+    store.refresh()
+    assert len(store.list_images()) == 3
+    (folder / "datastore_v2.json").write_text('{"name": ')
+    with pytest.raises(ValueError, match="JSON"):
+        LocalDatastore(str(folder))
+
+
+class Archive(DICOMWebDatastore):  # type: ignore[misc]
+    """A store on a folder, whose archive is never asked."""
+
+    def __init__(self, folder: Path) -> None:
+        LocalDatastore.__init__(self, str(folder))
+        self._convert_to_nifti = True
+
+
+def test_a_series_that_is_here_waits_for_no_other(folder: Path) -> None:
+    (folder / "1.2.3.nii.gz").write_bytes(b"image")
+    store = Archive(folder)
+    with FileLock(f"{store._lock_file}-fetch"):
+        begin = time.monotonic()
+        assert store.get_image_uri("1.2.3") == str(folder / "1.2.3.nii.gz")
+        assert time.monotonic() - begin < 5
