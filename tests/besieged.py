@@ -156,7 +156,7 @@ def _listen(calls: list[str]) -> HTTPServer:
     return listener
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def besieged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Besieged]:
     """One server in full precision, with temporary files and sessions of its own."""
     folder = tmp_path_factory.mktemp("besieged")
@@ -173,7 +173,7 @@ def besieged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Besieged]:
     listener = _listen(calls)
     environment = {
         "TMPDIR": str(folder / "tmp"), "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
-        "HOME": str(folder / "home"),
+        "HOME": str(folder / "home"), "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",
     }  # fmt: skip
     try:
         server.start(

@@ -10,6 +10,7 @@
   started.
 - The datastore and sessions: `compat_store`; the datastore between processes: `compat_shared`; logins:
   `compat_login`.
+- The random strategy fails on images that were all proposed within a second.
 - `/proxy/dicom` drops the query.
 - Lines of the log without bound, a folder of OHIF's page, no graphics card: faults of the server.
 - Prompts, image names and paths are logged at INFO: `quieten`.
@@ -23,10 +24,12 @@ import functools
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import requests
@@ -49,6 +52,7 @@ from monailabel.interfaces.exception import (
     MONAILabelException,
 )
 from monailabel.interfaces.utils.app import app_instance
+from monailabel.tasks.activelearning import random as random_strategy
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse
@@ -308,6 +312,10 @@ def _check_strategies() -> None:
         return sample(strategy, params, user)
 
     activelearning_endpoint.sample = checked
+    # Upstream weighs an image by the seconds since it was proposed, and chooses among none when all are 0.
+    random_strategy.random = SimpleNamespace(
+        choices=lambda images, weights: random.choices(images, [max(weight, 1) for weight in weights])
+    )
 
 
 def _check_options(params: Mapping[str, Any] | None, run_sync: bool | None) -> None:
