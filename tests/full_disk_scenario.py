@@ -68,7 +68,7 @@ def labels(server: Server, folder: Path) -> dict[str, Any]:
     seen["full"] = save(server, second, _SECOND)
     seen["kept"] = saved.read_bytes() == first.read_bytes()
     record = json.loads((studies / "datastore_v2.json").read_text())
-    seen["record"] = record["objects"]["phantom0"]["labels"]["final"]["info"]["params"]["label_info"]
+    seen["record"] = record["objects"]["phantom0"]["labels"]["final"]["info"]["label_info"]
     seen["click"] = len(server.session.infer("phantom0", [OBJECT]).image)
     filler.unlink()
     seen["room"] = save(server, second, _SECOND)

@@ -52,7 +52,7 @@ def test_info_tells_viewers_what_they_need(running: Running) -> None:
     assert isinstance(info["labels"], list)
     model = info["models"]["dfqsam"]
     assert (model["type"], model["dimension"], model["labels"]) == ("deepgrow", 2, [])
-    assert set(model["config"]) == {"multimask", "window", "largest_cc", "fill_holes"}
+    assert set(model["config"]) == {"multimask", "window", "largest_cc", "fill_holes", "slices"}
     assert 0 <= model["serving"]["fidelity"] <= 1
     assert info["train_stats"]["dfqsam"]["state"] == "published"
     assert info["strategies"].keys() == {"random", "first"}
@@ -215,6 +215,12 @@ def test_an_existing_mask_is_a_prompt(running: Running, tmp_path: Path) -> None:
     assert set(UPLOADS.glob("dfqsam-*")) <= before
 
 
+def test_what_the_object_is_not_makes_no_mask(running: Running, tmp_path: Path) -> None:
+    reply = running.server.session.infer("phantom0", background=[OBJECT])
+    assert (reply.params["slice"], reply.params["score"]) == (OBJECT[2], 0)
+    assert not voxels(image_of(reply, tmp_path)).any()
+
+
 def test_one_part_without_holes(running: Running, tmp_path: Path) -> None:
     reply = running.server.session.infer(
         "phantom0", [OBJECT], window="full range", largest_cc=True, fill_holes="true"
@@ -241,6 +247,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "half a window": ({"foreground": [OBJECT], "window_center": 40}, "window_width"),
     "no width": ({"foreground": [OBJECT], "window_center": 40, "window_width": 0}, "window"),
     "window of words": ({"foreground": [OBJECT], "window_center": "x", "window_width": 1}, "window_center"),
+    "order": ({"foreground": [OBJECT], "slices": "upside down"}, "slices"),
+    "stored inside": ({"foreground": [OBJECT], "stored": True}, "stored"),
     "holes": ({"foreground": [OBJECT], "fill_holes": "perhaps"}, "fill_holes"),
     "flag": ({"foreground": [OBJECT], "multimask": 7}, "multimask"),
     "label": ({"foreground": [OBJECT], "label": 7}, "label"),

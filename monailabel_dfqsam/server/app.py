@@ -19,7 +19,7 @@ from monailabel_dfqsam.server import active_learning, compat, compat_disk, compa
 from monailabel_dfqsam.server.infer_task import InteractiveTask, SegmentTask
 from monailabel_dfqsam.server.models import Models
 from monailabel_dfqsam.server.options import OptionError
-from monailabel_dfqsam.server.request import WINDOWS
+from monailabel_dfqsam.server.request import STORED, WINDOWS
 from monailabel_dfqsam.server.security import Refusal
 from monailabel_dfqsam.server.settings import read_settings
 from monailabel_dfqsam.server.train_task import SERVER_PID, QuantizeTask
@@ -119,7 +119,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             raise HTTPException(404, f"there is no model '{model}'; there is: {', '.join(self._infers)}")
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Upstream's; asked for the least confident, it also has images scored that the model has not judged."""
+        """Upstream's; the least confident one is asked for: images not judged yet are then scored too."""
         found: dict[str, Any] = super().next_sample(request)
         if request.get("strategy") == "least_confident" and self._anything_to_score():
             AsyncTask.run("scoring", request={"method": "confidence"})  # unless it runs already
@@ -144,6 +144,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         stored = isinstance(image, str) and not os.path.isabs(image)
         if stored:
             request["image"] = compat.image_path(store, str(image))
+            request[STORED] = True
         file, params = self._infers[model](request)
         label: Any = file
         tag = request.get("label_tag") or "original"

@@ -68,7 +68,7 @@ from monailabel_dfqsam.server.compat_store import (
     repair_store,
 )
 from monailabel_dfqsam.server.json_input import check_value, read_object
-from monailabel_dfqsam.server.request import MASK
+from monailabel_dfqsam.server.request import MASK, STORED
 from monailabel_dfqsam.server.security import Guard, Refusal, check_name, check_session, check_tag
 
 _TALKATIVE = (
@@ -78,7 +78,7 @@ _TALKATIVE = (
 )  # fmt: skip
 
 # Set by the server about the request, so not by the client within it.
-_RESERVED = frozenset({"image", "model", "session", "description", "file", MASK})
+_RESERVED = frozenset({"image", "model", "session", "description", "file", MASK, STORED})
 
 # Each chunk costs a change of threads; OHIF asks for whole volumes, 26 MB of which were 400 of them.
 _CHUNK = 1 << 20

@@ -19,7 +19,10 @@ from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Prompts
 from monailabel_dfqsam.segmentation.volume import VolumeTooLarge
 from monailabel_dfqsam.server.request import (
+    FILE_ORDER,
+    SLICER_ORDER,
     WINDOWS,
+    in_file_order,
     read_flag,
     read_format,
     read_label,
@@ -46,7 +49,10 @@ class InteractiveTask(InferTask):  # type: ignore[misc]
         windows = [*WINDOWS]
         if settings.window is not None:
             windows.sort(key=lambda name: name != settings.window)
-        config = {"multimask": True, "window": windows, "largest_cc": False, "fill_holes": False}
+        config = {
+            "multimask": True, "window": windows, "largest_cc": False, "fill_holes": False,
+            "slices": [SLICER_ORDER, FILE_ORDER],
+        }  # fmt: skip
         super().__init__(kind, list(labels), dimension, description, config)
         self.workbench = workbench
         self.settings = settings
@@ -80,7 +86,7 @@ class InteractiveTask(InferTask):  # type: ignore[misc]
         with self.workbench.busy():
             try:
                 with shortage_told("this request"):
-                    return self.answer(with_defaults(self._config, request))
+                    return self.answer(with_defaults(self._config, {"slices": FILE_ORDER, **request}))
             except ValueError as error:  # images, prompts and options all raise this, with a sentence
                 raise HTTPException(400, str(error)) from None
             except VolumeTooLarge as error:
@@ -115,6 +121,7 @@ class SegmentTask(InteractiveTask):
         label = read_label(request, self.settings.labels[0])
         form = read_format(request)
         shown = self.shown(request)
+        request, viewers_number = in_file_order(request, shown.volume)
         mask = read_mask(request, shown.volume)
         k, prompts = _prompts(request, shown.volume.shape, mask)
         clock.lap("load")
@@ -124,9 +131,12 @@ class SegmentTask(InteractiveTask):
         clock.lap("embed")
         if mask is not None and mask[:, :, k].any():
             prompts = replace(prompts, mask_logits=to_low_res(mask[:, :, k], embedding.frame))
-        prediction = shown.served.segmenter.predict(embedding, prompts, multimask)
+        if _names_an_object(prompts):
+            prediction = shown.served.segmenter.predict(embedding, prompts, multimask)
+            plane, score = prediction.mask, prediction.score
+        else:
+            plane, score = np.zeros(shown.volume.shape[:2], dtype=bool), 0.0
         clock.lap("decode")
-        plane = prediction.mask
         if largest:
             plane = largest_component(plane, _inside(prompts, plane.shape))
         if fill:
@@ -141,8 +151,8 @@ class SegmentTask(InteractiveTask):
             "model": shown.served.segmenter.name,
             "engine": shown.served.engine,
             "artifact": shown.served.identity,
-            "score": round(prediction.score, 4),
-            "slice": k,
+            "score": round(score, 4),
+            "slice": viewers_number(k),
             "cached": cached,
             "latencies": clock.laps(),
         }
@@ -155,6 +165,11 @@ def _prompts(
     if mask is not None and not any(request.get(key) for key in ("foreground", "background", "roi")):
         return of_mask(mask, request.get("slice"))
     return read_prompts(request, shape)
+
+
+def _names_an_object(prompts: Prompts) -> bool:
+    """Whether more is known than what the object is not; a model asked for that answers with the ground."""
+    return prompts.box is not None or prompts.mask_logits is not None or bool(np.any(prompts.labels == 1))
 
 
 def _inside(prompts: Prompts, shape: tuple[int, ...]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,11 @@ from monailabel_dfqsam.segmentation.volume import Volume, Window, load_volume
 
 MASK = "mask"
 """Entry by which the server passes on where it put an uploaded mask; a client cannot set it."""
+
+STORED = "stored"
+"""Entry by which the server tells that the image is one of its datastore; a client cannot set it."""
+
+SLICER_ORDER, FILE_ORDER = "as 3D Slicer shows them", "as in the file"
 
 FULL_RANGE = "full range"
 WINDOWS: dict[str, Window | None] = {
@@ -116,6 +121,49 @@ def read_mask(request: Mapping[str, Any], volume: Volume) -> NDArray[np.bool_] |
         )
     found: NDArray[np.bool_] = mask != 0
     return found
+
+
+def in_file_order(
+    request: Mapping[str, Any], volume: Volume, labels: Sequence[str] = ()
+) -> tuple[dict[str, Any], Callable[[int], int]]:
+    """The request with slices counted as in the image's file, and the viewer's number of a slice there.
+
+    From version 5.8 on 3D Slicer reverses the slices of a left-handed image that it loads from a file, and
+    counts them in that order in what it sends. Its requests carry every entry of a model's config, `slices`
+    among them, unlike a script's, which counts as in the file. An image that Slicer uploads is written as
+    Slicer has it.
+
+    Args:
+        request: `slices`, and the prompts.
+        labels: names under which points may stand, beside 'foreground' and 'background'.
+
+    Raises:
+        ValueError: for an unknown order.
+    """
+    order = request["slices"]
+    if order not in (SLICER_ORDER, FILE_ORDER):
+        raise ValueError(f"slices must be '{SLICER_ORDER}' or '{FILE_ORDER}', not {order!r}")
+    axes = np.array(volume.direction).reshape(len(volume.spacing), -1)
+    if order == FILE_ORDER or not request.get(STORED) or len(axes) < 3 or np.linalg.det(axes) > 0:
+        return dict(request), lambda k: k
+    last = volume.shape[2] - 1
+
+    def turned(k: Any) -> Any:
+        return last - k if isinstance(k, int | float) and not isinstance(k, bool) else k
+
+    found = dict(request)
+    for name in ("foreground", "background", *labels):
+        if isinstance(points := found.get(name), list):
+            found[name] = [
+                [*p[:2], turned(p[2])] if isinstance(p, list) and len(p) == 3 else p for p in points
+            ]
+    if isinstance(roi := found.get("roi"), list) and len(roi) == 6:
+        found["roi"] = [*roi[:4], turned(roi[4]), turned(roi[5])]
+    k = found.get("slice")
+    # Millimetres, which Slicer sends beside a ROI, stay what they are.
+    if isinstance(k, int | float) and 0 <= k <= last:
+        found["slice"] = turned(k)
+    return found, lambda k: last - k
 
 
 def read_format(request: Mapping[str, Any]) -> ResultFormat:

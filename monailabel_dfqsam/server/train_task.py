@@ -36,6 +36,8 @@ SERVER_PID = "DFQSAM_SERVER_PID"
 PRINTED = re.compile(r"[a-z]+ (\d+/\d+, \d+ s|after [\d.]+ s, .*)")
 """What the task prints itself; the other lines of its process are MONAI Label's and name folders."""
 
+# Slicer takes 1 of 1 for what is missing, and shows work as done before it has begun.
+_NOTHING_DONE = {"epoch": 0, "total_epochs": 1}
 _PARENT_CHECK_SECONDS = 1.0
 _REPORT_SECONDS = 2.0
 _NICENESS = 10  # clicks come first
@@ -60,7 +62,7 @@ class QuantizeTask(TrainTask):  # type: ignore[misc]
         A record as `model_folder` describes it, without its process, and with `total_time` (seconds) at the
         end. `epoch` of `total_epochs` counts the steps of `stage`, `best_metric` is the fidelity.
         """
-        found = self._folder.read_progress()
+        found = {**_NOTHING_DONE, **self._folder.read_progress()}
         found.pop("pid", None)
         return found
 
@@ -145,7 +147,7 @@ class _Reporter:
         self._last = (now, stage)
         self._record.update(stage=stage, epoch=done, total_epochs=max(1, total), seconds=self._seconds())
         self._write()
-        print(f"{stage} {done}/{total}, {now - self._begin:.0f} s", flush=True)
+        _say(f"{stage} {done}/{total}, {now - self._begin:.0f} s")
 
     def name(self, key: str) -> None:
         """Says which artifact is being made."""
@@ -158,7 +160,7 @@ class _Reporter:
         if error:
             self._record["error"] = error
         self._write(history=True)
-        print(f"{state} after {seconds} s, {error or f'fidelity {fidelity:.3f}'}", flush=True)
+        _say(f"{state} after {seconds} s, {error or f'fidelity {fidelity:.3f}'}")
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self._begin, 1)
@@ -183,6 +185,13 @@ def _options(config: QuantizationConfig, checkpoint: Path) -> dict[str, Any]:
         "seed": config.seed,
         "checkpoint": checkpoint.name,
     }
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os._exit(1)  # the server, which reads this, has gone
 
 
 def _ready(path: Path) -> dict[str, Any] | None:

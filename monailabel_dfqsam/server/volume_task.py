@@ -16,7 +16,7 @@ from monailabel_dfqsam.segmentation.propagation import Propagation, propagate
 from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prediction, Prompts
 from monailabel_dfqsam.server.infer_task import InteractiveTask
-from monailabel_dfqsam.server.request import read_flag, read_format, read_label, read_mask
+from monailabel_dfqsam.server.request import in_file_order, read_flag, read_format, read_label, read_mask
 from monailabel_dfqsam.server.settings import Settings
 from monailabel_dfqsam.server.workbench import Clock, Shown, Workbench, write_answer
 
@@ -36,7 +36,7 @@ class VolumeTask(InteractiveTask):
         """Prompts as `read_volume_prompts` takes them; of a mask alone, its largest slice."""
         label = read_label(request, self.settings.labels[0])
         run = _Run(self.workbench, request, self.shown)
-        prompts = _prompts(request, run.shown)
+        prompts = _prompts(run.request, run.shown)
         run.clock.lap("load")
         found = run.propagate(label, prompts)
         mask = run.refined(found, prompts)
@@ -60,11 +60,12 @@ class LabelsTask(InteractiveTask):
             raise PromptError(
                 f"there is nothing to segment: give points under a label, {', '.join(self.settings.labels)}"
             )
-        run = _Run(self.workbench, request, self.shown)
+        run = _Run(self.workbench, request, self.shown, self.settings.labels)
+        given = {name: run.request[name] for name in given}
         prompts = {}
         for name, points in given.items():
             outside = [point for other in given if other != name for point in given[other]]
-            outside += _points(request.get("background") or [], "background")
+            outside += _points(run.request.get("background") or [], "background")
             objects = {"foreground": points, "background": outside}
             prompts[name] = read_volume_prompts(objects, run.shown.volume.shape)
         run.clock.lap("load")
@@ -100,7 +101,11 @@ class _Run:
     """One request on its way from prompts to the reply."""
 
     def __init__(
-        self, workbench: Workbench, request: Mapping[str, Any], show: Callable[[Mapping[str, Any]], Shown]
+        self,
+        workbench: Workbench,
+        request: Mapping[str, Any],
+        show: Callable[[Mapping[str, Any]], Shown],
+        labels: Sequence[str] = (),
     ) -> None:
         self.clock = Clock()
         self._workbench = workbench
@@ -108,6 +113,7 @@ class _Run:
         self._largest, self._fill = read_flag(request, "largest_cc"), read_flag(request, "fill_holes")
         self._form = read_format(request)
         self.shown = show(request)
+        self.request, self._viewers_number = in_file_order(request, self.shown.volume, labels)
 
     def propagate(self, label: str, prompts: VolumePrompts) -> Propagation:
         """One object through the volume, with its progress in the log."""
@@ -140,7 +146,7 @@ class _Run:
         file = write_answer(mask, None, self.shown.volume, self._form)
         self.clock.lap("write")
         served = self.shown.served
-        slices = np.flatnonzero(mask.any(axis=(0, 1)))
+        slices = sorted(self._viewers_number(int(k)) for k in np.flatnonzero(mask.any(axis=(0, 1))))
         scores = np.concatenate([one.scores[~np.isnan(one.scores)] for one in found])
         return file, {
             "label_names": dict(names),
@@ -148,9 +154,13 @@ class _Run:
             "engine": served.engine,
             "artifact": served.identity,
             "score": round(float(scores.mean()), 4),
-            "slices": [int(slices[0]), int(slices[-1])] if len(slices) else [],
+            "slices": [slices[0], slices[-1]] if slices else [],
             "stops": [
-                {"from": front.source, "to": front.last, "because": front.stop.value}
+                {
+                    "from": self._viewers_number(front.source),
+                    "to": self._viewers_number(front.last),
+                    "because": front.stop.value,
+                }
                 for one in found
                 for front in one.fronts
             ],

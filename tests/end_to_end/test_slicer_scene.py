@@ -20,6 +20,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.server.request import FILE_ORDER, SLICER_ORDER
 from tests.end_to_end.slicer_mrml import (
     Node,
     Scene,
@@ -207,22 +208,16 @@ def test_slices_add_up_to_one_segment_which_is_saved(
         assert saved["label_info"] == [{"name": "organ", "idx": 1}]
 
 
-NEWER = pytest.param(
-    "left-handed",
-    marks=pytest.mark.xfail(
-        reason="Slicer says k of its own grid, the server takes it for the file's", strict=True
-    ),
-)
-
-
-@pytest.mark.parametrize("name", ["left-handed before 5.8", NEWER])
+@pytest.mark.parametrize("name", ["left-handed before 5.8", "left-handed"])
 def test_a_left_handed_image_of_the_server(
     running: Running, panel: Panel, scene: Scene, tmp_path: Path, name: str
 ) -> None:
-    """From 5.8 on Slicer reverses its slices when it loads it."""
+    """From 5.8 on Slicer reverses its slices when it loads it; before, its user chooses the other order."""
     phantom = PHANTOMS[name]
     with stored(running, panel, phantom.write(tmp_path / f"own{DEFAULT_EXTENSION}")) as image:
         volume = scene.load(image, right_handed=phantom.right_handed)
         (click,) = point_indices(scene.points(phantom.place), volume)
-        mask, _ = panel.click(IMAGE, [click])
+        order = SLICER_ORDER if phantom.right_handed else FILE_ORDER
+        mask, reply = panel.click(IMAGE, [click], slices=order)
+        assert reply["slice"] == click[2]
         check_on_object(exported(scene, mask, volume, tmp_path), phantom)
