@@ -15,8 +15,10 @@ from scipy import ndimage, signal
 Mask = NDArray[np.bool_]
 
 _BINS = 24
-# Of the grey values in and around the object: the ranges are those that tell these two apart.
+# Percentiles of the grey values in and around the object: between them the ranges tell these two apart.
 _COVERED = (1, 99)
+# Of the width between them: farther out lies what was seen neither in the object nor around it.
+_UNSEEN = 0.1
 # Pixels: noise of single pixels would fill the histograms' gap.
 _SMOOTHING = 1.0
 # How far around it the surroundings reach, of the root of the object's area; and at least, in pixels.
@@ -35,8 +37,8 @@ class Appearance:
 
     Attributes:
         ratios: [24] float, log p(grey | object) − log p(grey | surroundings), −2 … 2.
-        low, high: the grey values, 0 … 255, that the ratios' 24 equal ranges cover; what lies beyond belongs
-            to the outermost.
+        low, high: the grey values that the ratios' 24 equal ranges cover. A little beyond, the outermost
+            ratio holds; farther out, where neither was seen, the least there can be.
     """
 
     ratios: NDArray[np.float64]
@@ -61,8 +63,9 @@ class Appearance:
 
     def of_slice(self, rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
         """[H, W] float: how much more each pixel looks like the object than like its surroundings."""
-        found: NDArray[np.float64] = self.ratios[_bins(_grey(rgb), self.low, self.high)]
-        return found
+        grey, beyond = _grey(rgb), _UNSEEN * (self.high - self.low)
+        unseen = (grey < self.low - beyond) | (grey > self.high + beyond)
+        return np.where(unseen, -_MOST, self.ratios[_bins(grey, self.low, self.high)])
 
 
 def shift(likeness: NDArray[np.float64], mask: Mask) -> tuple[int, int]:

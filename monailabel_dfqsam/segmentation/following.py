@@ -23,7 +23,7 @@ Predict = Callable[[Embedding, Prompts], Prediction]
 
 # All of these were decided on the phantoms of docs/accuracy/volumes_phantoms.py.
 # Of the box's sides, but at least a pixel: a model follows its box, so it has to be offered others.
-_LARGER = 0.08
+_LARGER = 0.05
 # What the model's own estimate of IoU counts beside the mean log ratio of the looks.
 _SCORE_COUNTS = 3.0
 # Factors between neighbouring slices; and pixels that a small mask may gain or lose beyond them.
