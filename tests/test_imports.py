@@ -18,7 +18,7 @@ PACKAGE = Path(monailabel_dfqsam.__file__).parent
 ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(group.split())
     for group in (
-        "config numbers ops",
+        "config machine numbers ops",
         "memory",
         "console",
         "sam",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from monailabel_dfqsam.benchmark.machine import usable_cores
+from monailabel_dfqsam.machine import usable_cores
 
 VARIANTS = ("tiny", "sam_b_256", "sam_med2d_b", "sam_b_1024")
 FLOOR = "gemm-floor"

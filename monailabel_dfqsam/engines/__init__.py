@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines import cutlass, onednn
+from monailabel_dfqsam.engines import onednn
 from monailabel_dfqsam.engines.cutlass import CutlassEncoder
 from monailabel_dfqsam.engines.encoder import Encoder
 from monailabel_dfqsam.engines.onednn import OnednnEncoder
 from monailabel_dfqsam.engines.reference import ReferenceEncoder, layer_by_layer
+from monailabel_dfqsam.ops import cuda_library
 
-__all__ = ["Encoder", "layer_by_layer", "load_encoder", "select"]
+__all__ = ["Encoder", "layer_by_layer", "load_encoder", "select", "why_not", "working"]
+
+# The fastest first, as measured where each was made for.
+_ORDER = (EngineKind.CUTLASS, EngineKind.ONEDNN, EngineKind.REFERENCE)
+
+
+def why_not(kind: EngineKind, artifact: Artifact | None = None) -> str | None:
+    """Why an engine cannot run here, or not this artifact; None when it can.
+
+    Raises:
+        RuntimeError: when its library is there but broken.
+    """
+    if kind is EngineKind.REFERENCE:
+        return None
+    if artifact is not None and artifact.header["attention_bits"]:
+        return "policy 'paper' quantizes attention, which only the reference engine runs"
+    return cuda_library.why_unavailable() if kind is EngineKind.CUTLASS else onednn.why_unavailable()
+
+
+def working(artifact: Artifact) -> list[EngineKind]:
+    """The engines that can run an artifact here, the one expected to be fastest first."""
+    return [kind for kind in _ORDER if why_not(kind, artifact) is None]
 
 
 def select(artifact: Artifact) -> EngineKind:
-    """The fastest engine that works here for an artifact."""
-    if artifact.header["attention_bits"]:
-        return EngineKind.REFERENCE
-    if cutlass.available():
-        return EngineKind.CUTLASS
-    return EngineKind.ONEDNN if onednn.available() else EngineKind.REFERENCE
+    """The engine expected to be fastest of those that work here for an artifact."""
+    return working(artifact)[0]
 
 
 def load_encoder(artifact: Artifact, kind: EngineKind | None = None) -> Encoder:

@@ -21,6 +21,11 @@ def available() -> bool:
     return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
+def why_unavailable() -> str | None:
+    """Why the engine cannot run here, or None when it can."""
+    return None if available() else "this torch has no oneDNN product of integers for this processor"
+
+
 class OnednnEncoder:
     """Runs artifacts of policy `deploy` on the CPU."""
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble, attend_quantize
-from monailabel_dfqsam.ops import QuantizedLayer, int_linear, plain
+from monailabel_dfqsam.ops import QuantizedLayer, plain
+from monailabel_dfqsam.ops.integer import multiplied
 from monailabel_dfqsam.quantization.quantizer import Affine, fake_log_sqrt2
 from monailabel_dfqsam.sam.vit import ImageEncoderViT
 
@@ -45,10 +46,10 @@ class ReferenceEncoder:
 
 
 def reference_kernel(layer: QuantizedLayer) -> Kernel:
-    """`dfqsam::int_linear` for one layer."""
+    """`ops.integer.multiplied` for one layer."""
 
     def kernel(rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        result: Tensor = int_linear(
+        result = multiplied(
             rows, layer.weight, layer.input_scale, layer.input_zero_point, layer.weight_scale, layer.bias
         )
         return result if residual is None else residual.add_(result)

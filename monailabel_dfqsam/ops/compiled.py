@@ -37,11 +37,9 @@ def library() -> ctypes.CDLL | None:
     Raises:
         OSError: when it was built but cannot be loaded.
     """
-    names = (torch.backends.cpu.get_cpu_capability().lower(), "default")
-    paths = [Path(__file__).with_name(f"libdfqsam_cpu_{name}.so") for name in names]
-    path = next((path for path in paths if path.is_file()), None)
+    path = library_path()
     if path is None:
-        logger.info("no compiled CPU operations (%s): plain torch runs in their place", paths[0].name)
+        logger.info("no compiled CPU operations: plain torch runs in their place")
         return None
     _share_openmp()
     loaded = ctypes.CDLL(str(path))
@@ -49,6 +47,13 @@ def library() -> ctypes.CDLL | None:
         getattr(loaded, name).argtypes = arguments
     loaded.dfqsam_keep_memory()
     return loaded
+
+
+def library_path() -> Path | None:
+    """The file built for this processor, or None."""
+    names = (torch.backends.cpu.get_cpu_capability().lower(), "default")
+    paths = (Path(__file__).with_name(f"libdfqsam_cpu_{name}.so") for name in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _share_openmp() -> None:

@@ -2,6 +2,9 @@
 
 `dfqsam::quantize`   float to unsigned integers, DFQ-SAM Eq. 1
 `dfqsam::int_linear` unsigned activations times signed weights, accumulated exactly, dequantized
+
+The functions of plain torch that define them are there to be called too: torch loads its compiler, for
+seconds, when a custom op is called for the first time.
 """
 
 from __future__ import annotations
@@ -13,8 +16,7 @@ from torch import Tensor
 _FLOAT32_EXACT = 1 << 24
 
 
-@torch.library.custom_op("dfqsam::quantize", mutates_args=())
-def quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+def quantized(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
     """q = clip(round(x / scale) + zero_point, 0, 2^bits − 1), ties to even.
 
     Args:
@@ -30,13 +32,18 @@ def quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
     return q.to(torch.uint8)
 
 
+@torch.library.custom_op("dfqsam::quantize", mutates_args=())
+def quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    """`quantized`."""
+    return quantized(x, scale, zero_point, bits)
+
+
 @quantize.register_fake
 def _(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8)
 
 
-@torch.library.custom_op("dfqsam::int_linear", mutates_args=())
-def int_linear(
+def multiplied(
     x: Tensor, weight: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor
 ) -> Tensor:
     """y[m, n] = (Σ_k (x[m, k] − zero_point)·weight[n, k] · scale)·weight_scale[n] + bias[n].
@@ -56,6 +63,14 @@ def int_linear(
     """
     accumulator = int_accumulate(x, weight) - zero_point * weight.sum(1, dtype=torch.int64)
     return accumulator.to(torch.float32).mul_(scale).mul_(weight_scale).add_(bias)
+
+
+@torch.library.custom_op("dfqsam::int_linear", mutates_args=())
+def int_linear(
+    x: Tensor, weight: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor
+) -> Tensor:
+    """`multiplied`."""
+    return multiplied(x, weight, scale, zero_point, weight_scale, bias)
 
 
 @int_linear.register_fake

@@ -8,14 +8,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from monailabel_dfqsam.ops.integer import quantize
+from monailabel_dfqsam.ops.integer import quantized
 from monailabel_dfqsam.ops.layer import QuantizedLayer
 
 
 def quantize_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
     """x as the integers that a layer multiplies: any shape float32 to the same shape uint8."""
-    result: Tensor = quantize(x, layer.input_scale, layer.input_zero_point, layer.activation_bits)
-    return result
+    return quantized(x, layer.input_scale, layer.input_zero_point, layer.activation_bits)
 
 
 def layer_norm_quantize(

@@ -1,0 +1,243 @@
+"""Which engine runs an artifact on this machine: a short race in speed and in masks, remembered beside it.
+
+Every engine that works here embeds one computed image and answers a few prompts on it. The reference engine
+is the oracle of masks: who draws others is out, however fast. It is timed itself where it may win. Models of
+1024 pixels are too slow on it: masks are not compared then, and the artifact's fidelity, measured on an
+engine of the machine that quantized, stands for them.
+
+The record, `{key}.engines.json`, holds the race and the conditions it holds under; under any others (another
+machine, version, library or artifact) it is run again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from monailabel_dfqsam import __version__
+from monailabel_dfqsam.artifact import Artifact
+from monailabel_dfqsam.config import EngineKind
+from monailabel_dfqsam.engines import working
+from monailabel_dfqsam.machine import cpu
+from monailabel_dfqsam.ops import compiled, cuda_library
+from monailabel_dfqsam.sam.variants import VARIANTS, Variant
+from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, load_segmenter
+
+logger = logging.getLogger(__name__)
+
+LEAST_AGREEMENT = 0.95
+"""Of an engine's masks with the reference engine's, as intersection over union of all together."""
+
+_SIDE = 256
+# (x, y, radius) of bright discs on dark, in pixels: large and small, apart and near the edge.
+_DISCS = ((70, 80, 38), (180, 60, 22), (190, 185, 50), (60, 200, 14))
+_LEAST_RUNS, _MOST_RUNS, _SECONDS = 3, 15, 0.5
+_NO_RIVAL = 3.0  # an engine whose first image takes so many times the best one's median is not timed further
+# Multiplications of an encoder up to which the reference engine answers within a few seconds: 22 G at 256 px.
+_ORACLE_PRODUCTS = 50_000_000_000
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One engine's race.
+
+    Attributes:
+        seconds: median of an image's embedding; None when it failed.
+        agreement: of its masks with the reference engine's, 0 … 1; None where these were not asked for.
+        problem: why it is out, in a few words.
+    """
+
+    engine: EngineKind
+    seconds: float | None
+    agreement: float | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Race:
+    """The engine chosen, and all that took part; nobody raced where there was no choice."""
+
+    winner: EngineKind
+    entrants: tuple[Entrant, ...] = ()
+
+    @property
+    def seconds(self) -> float | None:
+        """Median of an image's embedding by the winner."""
+        return next((e.seconds for e in self.entrants if e.engine is self.winner), None)
+
+    def sentence(self) -> str:
+        """For the log: who won, by how much, and who is out."""
+        if not self.entrants:
+            return f"{self.winner.value}: the only engine that works here for this model"
+        texts = []
+        for e in sorted(self.entrants, key=lambda e: e.seconds or np.inf):
+            parts = [] if e.seconds is None else [f"{e.seconds * 1000:.1f} ms"]
+            if e.agreement is not None and not e.problem and e.engine is not EngineKind.REFERENCE:
+                parts.append(f"agreement {e.agreement:.3f}")
+            texts.append(f"{e.engine.value} {', '.join([*parts, *filter(None, [e.problem])])}")
+        return f"{self.winner.value} of {len(texts)}: {'; '.join(texts)}"
+
+
+class _Run(NamedTuple):
+    segmenter: Segmenter
+    first: float
+    masks: NDArray[np.bool_]
+
+
+def load_fastest(artifact: Artifact, record: Path) -> tuple[Segmenter, Race]:
+    """An artifact on the engine that wins here, and the race, which is run only if `record` has none.
+
+    Args:
+        record: file for the race's result; a folder that cannot be written to does no harm.
+
+    Raises:
+        ValueError: as `load_segmenter`, for an artifact that no engine runs.
+        RuntimeError: when an engine's library is there but broken.
+    """
+    kinds = working(artifact)
+    if len(kinds) == 1:
+        return load_segmenter(artifact, kinds[0]), Race(kinds[0])
+    conditions = _conditions(artifact, kinds)
+    race = _remembered(record, conditions)
+    if race is not None:
+        return load_segmenter(artifact, race.winner), race
+    segmenter, race = _race(artifact, kinds)
+    logger.info("Engine chosen for %s: %s", artifact.label, race.sentence())
+    _remember(record, conditions, race)
+    return segmenter, race
+
+
+def _race(artifact: Artifact, kinds: Sequence[EngineKind]) -> tuple[Segmenter, Race]:
+    image = _image()
+    runs: dict[EngineKind, _Run] = {}
+    entrants: list[Entrant] = []
+    for kind in kinds:
+        too_slow = _products(VARIANTS[artifact.header["variant"]]) > _ORACLE_PRODUCTS
+        if kind is EngineKind.REFERENCE and runs and too_slow:
+            continue
+        try:
+            runs[kind] = _first(artifact, kind, image)
+        except (RuntimeError, MemoryError) as error:  # of a kernel that does not run on this device, say
+            entrants.append(Entrant(kind, None, problem=f"it failed: {str(error)[:200]}"))
+    oracle = runs.get(EngineKind.REFERENCE)
+    best = np.inf
+    for kind, run in runs.items():  # the reference engine is the last
+        agreement = None if oracle is None else _agreement(run.masks, oracle.masks)
+        slow = run is oracle and run.first > _NO_RIVAL * best
+        seconds = run.first if slow else _median(run.segmenter, image)
+        problem = None
+        if agreement is not None and agreement < LEAST_AGREEMENT:
+            problem = f"its masks agree with the reference engine's by {agreement:.3f} alone"
+        else:
+            best = min(best, seconds)
+        entrants.append(Entrant(kind, seconds, agreement, problem))
+    if not runs:
+        raise ValueError("; ".join(f"{e.engine.value}: {e.problem}" for e in entrants))
+    for entrant in entrants:
+        if entrant.problem:
+            logger.warning("The engine %s is not used: %s", entrant.engine.value, entrant.problem)
+    winner = min((e for e in entrants if not e.problem), key=lambda e: e.seconds or np.inf).engine
+    return runs[winner].segmenter, Race(winner, tuple(entrants))
+
+
+def _first(artifact: Artifact, kind: EngineKind, image: NDArray[np.uint8]) -> _Run:
+    segmenter = load_segmenter(artifact, kind)
+    begin = time.perf_counter()
+    embedding = segmenter.embed(image)
+    first = time.perf_counter() - begin
+    points = [
+        Prompts(points=np.array([[x, y]], dtype=np.float64), labels=np.ones(1, dtype=np.int64))
+        for x, y, _ in _DISCS
+    ]
+    boxes = [Prompts(box=np.array([x - r, y - r, x + r, y + r], dtype=np.float64)) for x, y, r in _DISCS]
+    masks = np.stack([segmenter.predict(embedding, prompts).mask for prompts in (*points, *boxes)])
+    return _Run(segmenter, first, masks)
+
+
+def _median(segmenter: Segmenter, image: NDArray[np.uint8]) -> float:
+    """Of a few embeddings, more where they are short."""
+    laps: list[float] = []
+    while len(laps) < _LEAST_RUNS or (sum(laps) < _SECONDS and len(laps) < _MOST_RUNS):
+        begin = time.perf_counter()
+        segmenter.embed(image)
+        laps.append(time.perf_counter() - begin)
+    return statistics.median(laps)
+
+
+def _image() -> NDArray[np.uint8]:
+    """[H, W, 3] uint8: discs with soft edges, and noise."""
+    y, x = np.mgrid[:_SIDE, :_SIDE]
+    values = np.full((_SIDE, _SIDE), 60.0)
+    for cx, cy, radius in _DISCS:
+        inside = 1 / (1 + np.exp(np.hypot(x - cx, y - cy) - radius))
+        values += (190 - 60) * inside
+    values += np.random.default_rng(0).normal(0, 6, values.shape)
+    return np.repeat(values.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def _agreement(masks: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
+    """Intersection over union of all masks together: a mask of a few pixels alone decides nothing."""
+    union = int((masks | expected).sum())
+    return int((masks & expected).sum()) / union if union else 1.0
+
+
+def _products(variant: Variant) -> int:
+    """Multiplications in the blocks' linear layers: 12 C² a token and block."""
+    return 12 * variant.embed_dim**2 * variant.grid**2 * variant.depth
+
+
+def _conditions(artifact: Artifact, kinds: Sequence[EngineKind]) -> dict[str, Any]:
+    """All that may change who wins."""
+    libraries = (compiled.library_path(), cuda_library.LIBRARY)
+    return {
+        "artifact": artifact.header.get("tensors_sha256"),
+        "version": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "libraries": [_sha256(path) for path in libraries if path is not None and path.is_file()],
+        "engines": [kind.value for kind in kinds],
+    }
+
+
+@functools.cache
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _remembered(record: Path, conditions: dict[str, Any]) -> Race | None:
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found["conditions"] != conditions:
+            return None
+        entrants = tuple(Entrant(**{**e, "engine": EngineKind(e["engine"])}) for e in found["entrants"])
+        return Race(EngineKind(found["winner"]), entrants)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(record: Path, conditions: dict[str, Any], race: Race) -> None:
+    text = json.dumps({"conditions": conditions, **asdict(race)}, indent=1) + "\n"
+    partial = record.with_name(f".{record.name}.{os.getpid()}.partial")
+    try:
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, record)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        logger.info("The race of engines is run again at the next start: %s", error.strerror)
