@@ -19,7 +19,8 @@ import torch
 from monailabel_dfqsam.artifact import ArtifactError, read_artifact, read_header
 from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import file_sha256
-from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter, load_segmenter
+from monailabel_dfqsam.segmentation.engine_race import load_fastest
+from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter
 from monailabel_dfqsam.server.model_folder import ModelFolder, is_key
 from monailabel_dfqsam.server.settings import Settings
 
@@ -218,9 +219,8 @@ class Models:
         least = self._settings.min_fidelity
         if not fidelity >= least:
             raise _FidelityError(f"the fidelity of {path.name}, {fidelity:.3f}, is below {least:.3f}")
-        segmenter = load_segmenter(read_artifact(path))
-        engine = segmenter.name.partition("(")[2].rstrip(")")
-        return Served(segmenter, key, engine, fidelity, self._speeds.setdefault(key, Speed()))
+        segmenter, race = load_fastest(read_artifact(path), path.with_suffix(".engines.json"))
+        return Served(segmenter, key, race.winner.value, fidelity, self._speeds.setdefault(key, Speed()))
 
     def _try_artifact(self, key: str) -> Served | None:
         """The artifact's model; None, with one line in the log, when it cannot or must not be served."""
