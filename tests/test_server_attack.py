@@ -371,7 +371,6 @@ OTHERS: dict[str, tuple[str, str, dict[str, str], int]] = {
     "all the log": ("GET", "/logs/?lines=-1", {}, 400),
     "no line of the log": ("GET", "/logs/?lines=0", {}, 400),
     "a log without end": ("GET", "/logs/?lines=99999999999999999999", {}, 400),
-    "a graphics card": ("GET", "/logs/gpu", {}, 404),
     "a checksum of a kind": ("HEAD", "/datastore/image?image=phantom0&check_sum=CRC:1", {}, 400),
     "a dataset of nothing": ("GET", "/datastore/dataset", {}, 404),
     "another host": ("GET", "/info/", {"Host": "evil.example"}, 403),

@@ -1,4 +1,4 @@
-"""The real server with logins: tokens of a realm, their roles, and what upstream got wrong about both."""
+"""The real server with logins: tokens of a realm, what each role may do, and what upstream got wrong."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import base64
 import hashlib
 import hmac
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import jwt
 import pytest
@@ -26,15 +33,31 @@ KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 PUBLIC = KEY.public_key().public_bytes(
     serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
 )
-USER, ADMIN = "monailabel-user", "monailabel-admin"
+USER, ANNOTATOR, REVIEWER, ADMIN = ROLES = tuple(
+    f"monailabel-{name}" for name in ("user", "annotator", "reviewer", "admin")
+)
+PASSWORD = "correct horse"
 
 
 class Realm(BaseHTTPRequestHandler):
     """What Keycloak answers about a realm, as far as the server asks."""
 
     def do_GET(self) -> None:
-        body = json.dumps({"public_key": base64.b64encode(PUBLIC).decode()}).encode()
-        self.send_response(200)
+        realm = f"http://{self.headers['Host']}"
+        self.answer(
+            200, {"public_key": base64.b64encode(PUBLIC).decode(), "token_endpoint": f"{realm}/token"}
+        )
+
+    def do_POST(self) -> None:
+        given = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        if given.get("password") == [PASSWORD]:
+            self.answer(200, {"access_token": token(USER), "token_type": "bearer"})
+        else:
+            self.answer(401, {"error": "invalid_grant"})
+
+    def answer(self, status: int, value: dict[str, str]) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -43,22 +66,72 @@ class Realm(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    realm = HTTPServer(("127.0.0.1", 0), Realm)
-    threading.Thread(target=realm.serve_forever, daemon=True).start()
-    folder: Path = tmp_path_factory.mktemp("login")
-    server = new_server(folder)
-    environment = {
+def environment(realm: HTTPServer) -> dict[str, str]:
+    return {
         "MONAI_LABEL_AUTH_ENABLE": "true",
         "MONAI_LABEL_AUTH_REALM_URI": f"http://127.0.0.1:{realm.server_port}",
     }
+
+
+@pytest.fixture(scope="module")
+def realm() -> Iterator[HTTPServer]:
+    realm = HTTPServer(("127.0.0.1", 0), Realm)
+    threading.Thread(target=realm.serve_forever, daemon=True).start()
+    yield realm
+    realm.shutdown()
+
+
+LIST_ROUTES = """
+import json, sys
+from monailabel.config import settings
+settings.MONAI_LABEL_APP_DIR, settings.MONAI_LABEL_STUDIES = sys.argv[1:]
+from monailabel.app import app
+from monailabel.interfaces.utils.app import app_instance
+app_instance().server_mode(True)
+
+def walk(routes):
+    for route in routes:
+        inner = getattr(route, "original_router", None)  # FastAPI keeps included routers whole, or did not
+        if inner is not None:
+            yield from walk(inner.routes)
+        else:
+            yield from ((method, route.path) for method in sorted(getattr(route, "methods", None) or {"GET"}))
+
+print(json.dumps(list(walk(app.routes))))
+"""
+
+
+@pytest.fixture(scope="module")
+def route_list(
+    tmp_path_factory: pytest.TempPathFactory, realm: HTTPServer
+) -> Iterator[subprocess.Popen[str]]:
+    """Lists the routes of an application, while the server starts."""
+    server = new_server(tmp_path_factory.mktemp("routes"), volumes=0)
+    line = [sys.executable, "-c", LIST_ROUTES, str(server.app), server.studies]
+    process = subprocess.Popen(
+        line,
+        env={**os.environ, **environment(realm)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, realm: HTTPServer, route_list: object
+) -> Iterator[Server]:
+    folder: Path = tmp_path_factory.mktemp("login")
+    server = new_server(folder)
+    conf = {"quantize": "false", "checkpoint": checkpoint(folder)}
     try:
-        server.start({"quantize": "false", "checkpoint": checkpoint(folder)}, environment, path="/auth/")
+        server.start(conf, environment(realm), path="/auth/")
         yield server
     finally:
         server.stop()
-        realm.shutdown()
 
 
 def claims(role: str, seconds: float = 600) -> dict[str, Any]:
@@ -83,18 +156,6 @@ def test_a_user_logs_in_and_clicks(server: Server) -> None:
     assert session.infer("phantom0", [OBJECT]).image
 
 
-@pytest.mark.parametrize("path", ["/info/", "/train/", "/datastore/", "/logs/", "/proxy/dicom/x"])
-def test_without_a_token_there_is_nothing(server: Server, path: str) -> None:
-    assert status(server, "GET", path, None) == 401
-
-
-def test_a_click_needs_a_token(server: Server) -> None:
-    answer = requests.post(
-        f"{server.url}/infer/dfqsam?image=phantom0", files={"params": (None, "{}")}, timeout=60
-    )
-    assert answer.status_code == 401
-
-
 def test_forged_and_expired_tokens_are_refused(server: Server) -> None:
     def part(value: dict[str, Any]) -> str:
         return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
@@ -116,13 +177,142 @@ def test_forged_and_expired_tokens_are_refused(server: Server) -> None:
         assert status(server, "GET", "/info/", forged) == 401
 
 
-def test_an_administrator_may_do_what_users_may_and_not_the_other_way_round(server: Server) -> None:
-    assert status(server, "GET", "/info/", token(ADMIN)) == 200
-    assert status(server, "POST", "/train/dfqsam", token(ADMIN)) == 400  # allowed, but 5 bits are not
-    assert status(server, "POST", "/train/dfqsam", token(USER)) == 403
+def test_a_name_and_a_password_get_a_token(server: Server) -> None:
+    def login(password: str) -> requests.Response:
+        form = {"username": "u", "password": password, "grant_type": "password"}
+        return requests.post(f"{server.url}/auth/token", data=form, timeout=60)
+
+    assert status(server, "GET", "/info/", login(PASSWORD).json()["access_token"]) == 200
+    wrong = login("battery staple")
+    assert (wrong.status_code, "name and password" in wrong.json()["detail"]) == (401, True)
+
+
+@pytest.mark.parametrize("missing", ["realm_access", "preferred_username"])
+def test_a_token_that_does_not_say_who_lets_nobody_in(server: Server, missing: str) -> None:
+    known = {name: value for name, value in claims(ADMIN).items() if name != missing}
+    assert status(server, "GET", "/info/", jwt.encode(known, KEY, algorithm="RS256")) == 401
     assert status(server, "GET", "/info/", token("somebody")) == 403
 
 
-def test_nobody_reloads_the_app(server: Server) -> None:
-    assert status(server, "POST", "/reload", None) == 403
-    assert status(server, "POST", "/reload", token(ADMIN)) == 403
+def test_an_upload_without_a_token_is_refused_before_it_is_sent(server: Server) -> None:
+    lines = "PUT /session/ HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(f"{lines}Content-Length: 900000000\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 401 ")
+
+
+ANYONE, NOBODY = "anyone", "nobody"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Who may use a route: `least`, a role, and every greater one; what those get for the request below."""
+
+    least: str
+    target: str
+    status: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def form(**parts: str) -> dict[str, Any]:
+    return {"files": {name: (None, text) for name, text in parts.items()}}
+
+
+def upload(name: str) -> dict[str, Any]:
+    return {"files": {name: ("x.txt", b"x")}}
+
+
+LABEL = "?label=nobody&tag=final"
+# Upstream's own declarations, in its order, but for model files, which are closed; then our routes. A route
+# that would do something is asked for what cannot be done.
+ROWS: dict[tuple[str, str], Row] = {
+    ("GET", "/openapi.json"): Row(ANYONE, "/openapi.json", 200),
+    ("GET", "/docs"): Row(ANYONE, "/docs", 200),
+    ("GET", "/static"): Row(ANYONE, "/static/favicon.ico", 200),
+    ("GET", "/"): Row(ANYONE, "/", 200),
+    ("GET", "/favicon.ico"): Row(ANYONE, "/favicon.ico", 200),
+    ("GET", "/auth/"): Row(ANYONE, "/auth/", 200),
+    ("POST", "/auth/token"): Row(ANYONE, "/auth/token", 422),
+    ("GET", "/auth/token/valid"): Row(USER, "/auth/token/valid", 200),
+    ("GET", "/info/"): Row(USER, "/info/", 200),
+    ("GET", "/model/{model}"): Row(ADMIN, "/model/dfqsam", 404),
+    ("GET", "/model/info/{model}"): Row(ADMIN, "/model/info/dfqsam", 404),
+    ("PUT", "/model/{model}"): Row(NOBODY, "/model/dfqsam", 403, upload("file")),
+    ("DELETE", "/model/{model}"): Row(NOBODY, "/model/dfqsam", 403),
+    ("POST", "/infer/{model}"): Row(USER, "/infer/dfqsam?image=nobody", 400, form(params="{}")),
+    ("POST", "/infer/wsi/{model}"): Row(NOBODY, "/infer/wsi/dfqsam", 403),
+    ("POST", "/infer/wsi_v2/{model}"): Row(NOBODY, "/infer/wsi_v2/dfqsam", 403),
+    ("GET", "/batch/infer"): Row(USER, "/batch/infer", 404),
+    ("POST", "/batch/infer/{model}"): Row(ADMIN, "/batch/infer/dfqsam_propose?run_sync=true", 400),
+    ("DELETE", "/batch/infer"): Row(ADMIN, "/batch/infer", 200),
+    ("GET", "/train/"): Row(USER, "/train/", 404),
+    ("POST", "/train/"): Row(ADMIN, "/train/", 400, {"json": {"bits": 5}}),
+    ("POST", "/train/{model}"): Row(ADMIN, "/train/dfqsam", 400, {"json": {"bits": 5}}),
+    ("DELETE", "/train/"): Row(ADMIN, "/train/", 200),
+    ("POST", "/activelearning/{strategy}"): Row(USER, "/activelearning/nobody", 404),
+    ("GET", "/scoring/"): Row(USER, "/scoring/", 404),
+    ("POST", "/scoring/"): Row(ANNOTATOR, "/scoring/?run_sync=true", 400),
+    ("POST", "/scoring/{method}"): Row(ANNOTATOR, "/scoring/nobody", 404),
+    ("DELETE", "/scoring/"): Row(ANNOTATOR, "/scoring/", 200),
+    ("GET", "/datastore/"): Row(USER, "/datastore/", 200),
+    ("PUT", "/datastore/"): Row(ANNOTATOR, "/datastore/?image=x", 400, upload("file")),
+    ("PUT", "/datastore/image"): Row(ANNOTATOR, "/datastore/image?image=x", 400, upload("file")),
+    ("DELETE", "/datastore/"): Row(ADMIN, "/datastore/?id=nobody", 404),
+    ("DELETE", "/datastore/image"): Row(ADMIN, "/datastore/image?id=nobody", 404),
+    ("HEAD", "/datastore/image"): Row(USER, "/datastore/image?image=phantom0", 200),
+    ("GET", "/datastore/image"): Row(USER, "/datastore/image?image=phantom0", 200),
+    ("GET", "/datastore/image/info"): Row(USER, "/datastore/image/info?image=phantom0", 200),
+    ("PUT", "/datastore/image/info"): Row(
+        ANNOTATOR, "/datastore/image/info?image=nobody", 404, form(info="{}")
+    ),
+    ("PUT", "/datastore/label"): Row(ANNOTATOR, "/datastore/label?image=nobody", 400, upload("label")),
+    ("DELETE", "/datastore/label"): Row(ADMIN, "/datastore/label?id=nobody&tag=final", 404),
+    ("HEAD", "/datastore/label"): Row(USER, "/datastore/label?image=nobody&tag=final", 404),
+    ("GET", "/datastore/label"): Row(USER, f"/datastore/label{LABEL}", 404),
+    ("GET", "/datastore/label/info"): Row(USER, f"/datastore/label/info{LABEL}", 200),
+    ("PUT", "/datastore/label/info"): Row(ANNOTATOR, f"/datastore/label/info{LABEL}", 404, form(info="{}")),
+    ("PUT", "/datastore/updatelabelinfo"): Row(
+        ANNOTATOR, f"/datastore/updatelabelinfo{LABEL}", 404, form(params="{}")
+    ),
+    ("GET", "/datastore/dataset"): Row(ANNOTATOR, "/datastore/dataset", 404),
+    ("GET", "/logs/"): Row(ADMIN, "/logs/", 200),
+    ("GET", "/logs/gpu"): Row(ADMIN, "/logs/gpu", 200 if shutil.which("nvidia-smi") else 404),
+    ("GET", "/ohif/{path:path}"): Row(USER, "/ohif/", 200),
+    **{
+        (method, f"/proxy/dicom/{part}{{path:path}}"): Row(USER, f"/proxy/dicom/{part}x", 404)
+        for method in ("GET", "POST")
+        for part in ("wado/", "qido/", "stow/", "")
+    },
+    ("GET", "/session/{session_id}"): Row(USER, "/session/nobody", 404),
+    ("PUT", "/session/"): Row(USER, "/session/", 400, upload("files")),
+    ("DELETE", "/session/{session_id}"): Row(USER, "/session/nobody", 404),
+    ("POST", "/reload"): Row(NOBODY, "/reload", 403),
+    ("GET", "/dfqsam/"): Row(ANYONE, "/dfqsam/", 200),
+    ("GET", "/dfqsam/page.css"): Row(ANYONE, "/dfqsam/page.css", 200),
+    ("GET", "/dfqsam/page.js"): Row(ANYONE, "/dfqsam/page.js", 200),
+    ("GET", "/dfqsam/status"): Row(USER, "/dfqsam/status", 200),
+    ("GET", "/dfqsam/pictures/{key}"): Row(USER, "/dfqsam/pictures/0123456789abcdef", 404),
+    ("GET", "/dfqsam/report/{key}"): Row(USER, "/dfqsam/report/0123456789abcdef", 404),
+    ("POST", "/dfqsam/choose/{key}"): Row(ADMIN, "/dfqsam/choose/0123456789abcdef", 404),
+}
+
+
+@pytest.mark.parametrize(("method", "path"), ROWS)
+def test_each_role_may_do_what_is_its_own(server: Server, method: str, path: str) -> None:
+    row = ROWS[method, path]
+    for role in (None, *ROLES):
+        may = row.least == ANYONE or (role is not None and row.least in ROLES[: ROLES.index(role) + 1])
+        expected = row.status if may or row.least == NOBODY else 401 if role is None else 403
+        headers = {"Authorization": f"Bearer {token(role)}"} if role else {}
+        answer = requests.request(method, server.url + row.target, headers=headers, timeout=60, **row.options)
+        assert answer.status_code == expected, (role, answer.text[:300])
+
+
+def test_the_table_has_a_row_for_every_route(route_list: subprocess.Popen[str]) -> None:
+    """The routes of an application made as the server makes it, those outside of its description too."""
+    found, errors = route_list.communicate(timeout=300)
+    assert route_list.returncode == 0, errors[-3000:]
+    routes = {(method, path) for method, path in json.loads(found.splitlines()[-1])}
+    # Starlette answers HEAD wherever it answers GET, by the same rules.
+    routes -= {(method, path) for method, path in routes - ROWS.keys() if method == "HEAD"}
+    assert routes == ROWS.keys()
