@@ -55,7 +55,7 @@ def test_info_tells_viewers_what_they_need(running: Running) -> None:
     assert set(model["config"]) == {"multimask", "window", "largest_cc", "fill_holes", "slices"}
     assert 0 <= model["serving"]["fidelity"] <= 1
     assert info["train_stats"]["dfqsam"]["state"] == "published"
-    assert info["strategies"].keys() == {"random", "first"}
+    assert info["strategies"].keys() == {"random", "first", "least_confident"}
 
 
 def test_the_reply_says_what_happened(running: Running) -> None:
