@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from monailabel_dfqsam.server.workbench import Workbench
 logger = logging.getLogger(__name__)
 
 NAME = "dfqsam"
+
+_SCORING_PAUSE_SECONDS = 600.0
 
 
 class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
@@ -56,6 +60,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         )
         # Upstream would start a process whenever an image is asked for.
         self._auto_update_scoring = False
+        self._scoring_begun = -math.inf
 
     def init_datastore(self) -> Any:
         """Upstream's, which also notices files that are renamed into place."""
@@ -121,7 +126,8 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """Upstream's; the least confident one is asked for: images not judged yet are then scored too."""
         found: dict[str, Any] = super().next_sample(request)
-        if request.get("strategy") == "least_confident" and self._anything_to_score():
+        if request.get("strategy") == "least_confident" and self._is_scoring_due():
+            self._scoring_begun = time.monotonic()
             AsyncTask.run("scoring", request={"method": "confidence"})  # unless it runs already
         return found
 
@@ -156,7 +162,10 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         """Not offered."""
         raise HTTPException(400, "whole-slide inference is not offered")
 
-    def _anything_to_score(self) -> bool:
+    def _is_scoring_due(self) -> bool:
+        """Now and then only: of an archive, series that cannot be read stay unscored."""
+        if time.monotonic() - self._scoring_begun < _SCORING_PAUSE_SECONDS:
+            return False
         served, store = self._models.served(), self.datastore()
         return served is not None and any(
             active_learning.is_due(store.get_image_info(image), served.identity)

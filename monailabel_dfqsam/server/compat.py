@@ -74,7 +74,8 @@ from monailabel_dfqsam.server.security import Guard, Refusal, check_name, check_
 _TALKATIVE = (
     "monailabel.endpoints", "monailabel.datastore", "monailabel.utils.sessions", "monailabel.interfaces.app",
     "monailabel.tasks.activelearning", "monailabel.utils.async_tasks.task", "monailabel.transform",
-    "monailabel.utils.others.generic", "dicomweb_client", "task_batch_infer", "task_scoring",
+    "monailabel.utils.others.generic", "dicomweb_client", "monailabel.interfaces.tasks", "task_batch_infer",
+    "task_scoring",
 )  # fmt: skip
 
 # Set by the server about the request, so not by the client within it.
