@@ -2,16 +2,24 @@
 
 No patient is in them. Unlike the phantoms of the pretraining they have a third axis: ellipsoids that grow and
 end, bent tubes, tubes that fork, all of random contrast among neighbours of random contrast.
+
+`python docs/accuracy/volumes_phantoms.py ARTIFACT FIRST LAST` prints mean volumetric Dice over these seeds.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from monailabel_dfqsam.artifact import read_artifact
+from monailabel_dfqsam.evaluation import dice
+from monailabel_dfqsam.evaluation_volumes import PLACES, segment
+from monailabel_dfqsam.segmentation.segmenter import load_segmenter
 from monailabel_dfqsam.segmentation.volume import Volume, Window
 
 # An object must be seen and must have slices to propagate through.
@@ -122,3 +130,19 @@ def _visible(mask: Mask, image: Array) -> Mask | None:
     ring = ndimage.binary_dilation(mask, np.ones((9, 9, 1))) & ~mask
     faint = not ring.any() or abs(image[mask].mean() - image[ring].mean()) < _MIN_CONTRAST
     return None if faint or (areas > 0).sum() < _MIN_SLICES or areas.max() < _MIN_AREA else mask
+
+
+def main(artifact: Path, first: int, last: int) -> None:
+    """Scores propagation on the phantoms of some seeds, the last one included."""
+    segmenter = load_segmenter(read_artifact(artifact))
+    scores: dict[str, list[float]] = {kind: [] for kind in PLACES}
+    for one in map(phantom, range(first, last + 1)):
+        for truth in one.masks:
+            for kind, kept in scores.items():
+                kept.append(dice(segment(segmenter, one.volume, truth, kind)[0].mask, truth))
+    for kind, kept in scores.items():
+        print(f"{kind:8} {np.mean(kept):.3f}  ({len(kept)} objects)")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
