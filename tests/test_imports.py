@@ -35,7 +35,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "evaluation_models",
         "evaluation_volumes",
         "demo",
-        "benchmark",
+        "benchmark doctor",
         "cli",
         "__main__",
     )
