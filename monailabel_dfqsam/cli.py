@@ -89,6 +89,35 @@ def serve(
 
 
 @app.command()
+def doctor(
+    studies: Annotated[
+        str | None,
+        typer.Option(help="A folder of images, or the URL of a DICOMweb archive.", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights to serve; the embedded model without it.", show_default=False)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Says whether a server would serve here, how fast, and what to do about what is wrong.
+
+    Exit status 1 when something prevents serving. Only the archive that is named is asked anything.
+    """
+    with plain_errors():
+        from monailabel_dfqsam.doctor import diagnose
+        from monailabel_dfqsam.doctor.telling import as_json as for_machines
+        from monailabel_dfqsam.doctor.telling import print_diagnosis
+
+        diagnosis = diagnose(studies, checkpoint)
+    if as_json:
+        typer.echo(json.dumps(for_machines(diagnosis), indent=2))
+    else:
+        print_diagnosis(diagnosis)
+    if not diagnosis.serves:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     studies: Annotated[
         Path | None,

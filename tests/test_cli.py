@@ -28,6 +28,7 @@ HELP_SECONDS = 3.0  # a blink, on a busy machine
 PROMISED = {
     "serve": {"studies", "host", "port", "checkpoint"},
     "demo": {"studies", "out"},
+    "doctor": {"studies", "checkpoint", "json"},
     "quantize": {
         "checkpoint", "out", "bits", "policy", "calibration", "images", "iterations", "seed", "preset",
         "json",
