@@ -227,7 +227,6 @@ LABEL = "?label=nobody&tag=final"
 # that would do something is asked for what cannot be done.
 ROWS: dict[tuple[str, str], Row] = {
     ("GET", "/openapi.json"): Row(ANYONE, "/openapi.json", 200),
-    ("GET", "/docs"): Row(ANYONE, "/docs", 200),
     ("GET", "/static"): Row(ANYONE, "/static/favicon.ico", 200),
     ("GET", "/"): Row(ANYONE, "/", 200),
     ("GET", "/favicon.ico"): Row(ANYONE, "/favicon.ico", 200),

@@ -383,6 +383,16 @@ def test_upstreams_open_doors_are_closed(running: Running) -> None:
     )
 
 
+@pytest.mark.parametrize("path", ["/", "/ohif/", "/dfqsam/", "/logs/", "/info/"])
+def test_no_page_asks_another_host(running: Running, path: str) -> None:
+    """A browser loads nothing that this forbids; OHIF's own page names a host of fonts."""
+    answer = requests.get(running.server.url + path, timeout=60)
+    assert answer.status_code == 200
+    rules = dict(rule.split(None, 1) for rule in answer.headers["content-security-policy"].split("; "))
+    assert rules["default-src"].split()[0] in ("'self'", "'none'")
+    assert "http" not in answer.headers["content-security-policy"]
+
+
 def test_the_log_names_no_image_and_no_prompt(running: Running) -> None:
     running.server.session.infer("phantom1", [OBJECT], label="rarename")
     log = running.server.text()

@@ -12,6 +12,8 @@
   `compat_login`.
 - The random strategy fails on images that were all proposed within a second.
 - `/proxy/dicom` drops the query.
+- The front page, the API's and the log's show nothing but what other hosts send: the quantization page is in
+  front, the log is text.
 - Lines of the log without bound, a folder of OHIF's page, no graphics card: faults of the server.
 - Prompts, image names and paths are logged at INFO: `quieten`.
 
@@ -31,6 +33,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import requests
 from fastapi import BackgroundTasks, Depends, FastAPI, File, Form, HTTPException, UploadFile
@@ -55,7 +58,7 @@ from monailabel.interfaces.utils.app import app_instance
 from monailabel.tasks.activelearning import random as random_strategy
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, RedirectResponse
 
 from monailabel_dfqsam.server.bodies import MAX_UPLOAD, BodyLimit
 from monailabel_dfqsam.server.compat_disk import is_full_disk
@@ -114,7 +117,7 @@ def install(
     _check_batch()
     _check_strategies()
     _repair_proxy()
-    _repair_pages()
+    _repair_pages(app)
     repair_store()
     repair_tokens()
 
@@ -152,11 +155,25 @@ def _put_in_front(app: FastAPI, trusted_hosts: Sequence[str], max_upload: int) -
         allow_methods=["*"],
         allow_headers=["*"],
     )
-    guard = Middleware(Guard, origins=origins, trusted_hosts=trusted_hosts, translate=_translate)
+    guard = Middleware(
+        Guard,
+        origins=origins,
+        trusted_hosts=trusted_hosts,
+        logins=_login_origins(),
+        translate=_translate,
+    )
     limit = Middleware(BodyLimit, max_upload=max_upload, is_known=is_known)
     others = [m for m in app.user_middleware if m.cls is not CORSMiddleware]  # type: ignore[comparison-overlap]
     app.user_middleware = [*([cors] if origins else []), guard, limit, *others]
     app.middleware_stack = None  # built again by the first request; start-up itself still runs in the old one
+
+
+def _login_origins() -> list[str]:
+    """Where OHIF logs people in, when they have to."""
+    if not upstream.MONAI_LABEL_AUTH_ENABLE:
+        return []
+    realm = urlsplit(str(upstream.MONAI_LABEL_AUTH_REALM_URI))
+    return [f"{realm.scheme}://{realm.netloc}"]
 
 
 def _translate(error: Exception) -> tuple[int, str] | None:
@@ -350,14 +367,20 @@ def _repair_proxy() -> None:
     proxy_endpoint.proxy_dicom = with_query
 
 
-def _repair_pages() -> None:
+def _repair_pages(app: FastAPI) -> None:
+    # Both show what they load from other hosts, and nothing without it.
+    app.router.routes[:] = [
+        route for route in app.router.routes if getattr(route, "path", "") not in ("/", "/docs")
+    ]
+    front = f"{upstream.MONAI_LABEL_API_STR}/dfqsam/"
+    app.add_api_route("/", lambda: RedirectResponse(front), include_in_schema=False)
     get_logs, get_ohif = logs_endpoint.get_logs, ohif_endpoint.get_ohif
 
     @functools.wraps(get_logs)
     def bounded_logs(file: str, lines: int | None, html: bool, text: bool, refresh: int | None) -> Any:
         if not 0 < (lines or 0) <= _MAX_LOG_LINES:
             raise Refusal(400, f"lines must be 1 to {_MAX_LOG_LINES}")
-        return get_logs(file, lines, html, text, refresh)
+        return get_logs(file, lines, False, True, 0)
 
     @functools.wraps(get_ohif)
     def file_of_page(path: str) -> Any:

@@ -7,9 +7,9 @@
 - Endpoints that replace code or model files, or that make no sense for a model that needs a click.
 - Requests that a proxy in front and this server could read differently: two lengths, or a change of protocol.
 
-`Guard` also has browsers take every answer for what it says it is, and show none within other sites' pages.
-It turns an exception that a handler let through into an answer with a sentence, and logs where it happened
-but not its text, which may name a patient's file.
+`Guard` also has browsers take every answer for what it says it is, show none within other sites' pages, and
+ask no other host on behalf of the server's own. It turns an exception that a handler let through into an
+answer with a sentence, and logs where it happened but not its text, which may name a patient's file.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class Guard:
         app: Application,
         origins: Iterable[str] = (),
         trusted_hosts: Iterable[str] = (),
+        logins: Iterable[str] = (),
         translate: Translate = lambda error: None,
     ) -> None:
         """Wraps `app`.
@@ -117,14 +118,17 @@ class Guard:
         Args:
             origins: other origins whose pages may use the server, as browsers write them.
             trusted_hosts: names, beside loopback's own, that a server on loopback is addressed by.
+            logins: origins that the server's own pages may ask, beside the server itself, to log people in.
             translate: status and sentence for a known exception, None for any other.
         """
         self._app = app
         self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
+        # Upstream's pages ask other hosts for fonts and scripts, which tells these who uses the server.
+        pages = " ".join(["default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'", *sorted(logins)])
         frames = " ".join(["frame-ancestors 'self'", *sorted(self._origins)])
         self._answered_with = {
             b"x-content-type-options": b"nosniff",
-            b"content-security-policy": frames.encode(),
+            b"content-security-policy": f"{pages}; {frames}".encode(),
         }
         self._hosts = _LOOPBACK_NAMES | {host.lower() for host in trusted_hosts}
         self._translate = translate
