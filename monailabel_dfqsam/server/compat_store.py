@@ -28,9 +28,11 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from monailabel.endpoints import datastore as datastore_endpoint
 from monailabel.endpoints import session as session_endpoint
+from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.utils.app import app_instance
 from starlette.background import BackgroundTask
 
+from monailabel_dfqsam.server.compat_dicom import archived_label, repair_dicom
 from monailabel_dfqsam.server.json_input import read_object
 from monailabel_dfqsam.server.security import Refusal, check_name
 
@@ -224,6 +226,7 @@ def _receive(files: list[UploadFile], folder: Path) -> Path:
 
 def repair_dicomweb() -> None:
     """Replaces what fetches from an archive, in every process that does; call it once in each."""
+    repair_dicom()
     get_image_uri, get_label_uri = DICOMWebDatastore.get_image_uri, DICOMWebDatastore.get_label_uri
     downloading = threading.Lock()
 
@@ -235,18 +238,25 @@ def repair_dicomweb() -> None:
         with downloading:
             known = os.path.isdir(folder)
             try:
-                return str(get_image_uri(self, image_id))
+                fetched = str(get_image_uri(self, image_id))
             except Exception:
                 # What came would be taken for the whole series from then on.
                 if not known:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
+            kept = os.path.realpath(f"{folder}.nii.gz")
+            if os.path.isfile(kept) and fetched != kept:  # the temporary file of which that is a copy
+                os.unlink(fetched)
+                return kept
+            return fetched
 
     @functools.wraps(get_label_uri)
     def local_label(self: Any, label_id: str, label_tag: str, image_id: str = "") -> str:
         found = LocalDatastore.get_label_uri(self, label_id, label_tag)
         if found and os.path.isfile(found):
             return str(found)
+        if label_tag == DefaultLabelTag.FINAL and not image_id and _UID.fullmatch(label_id):
+            return archived_label(self, label_id, label_tag)
         return str(get_label_uri(self, label_id, label_tag, image_id))
 
     DICOMWebDatastore.get_image_uri, DICOMWebDatastore.get_label_uri = whole_image, local_label
