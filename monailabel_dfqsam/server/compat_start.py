@@ -1,0 +1,32 @@
+"""Starts MONAI Label's server where its own command fails.
+
+- With `MONAI_LABEL_CORS_ORIGINS` set, that command ends at once: it writes its settings out as JSON, and the
+  addresses among them are objects since pydantic 2.10. Here they are written as text.
+- When it is told to end, it waits for clients to close their connections, half a minute for one that is gone
+  without TLS' farewell, and for ever for one that is not. Here it waits a few seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from types import SimpleNamespace
+
+import uvicorn
+from monailabel import main
+
+# Less than the ten after which a container is killed.
+_FAREWELL_SECONDS = 5
+
+
+def start() -> None:
+    """What `monailabel` does with the command line."""
+    main.json = SimpleNamespace(dumps=functools.partial(json.dumps, default=str))
+    main.uvicorn = SimpleNamespace(
+        run=functools.partial(uvicorn.run, timeout_graceful_shutdown=_FAREWELL_SECONDS)
+    )
+    main.Main().run()
+
+
+if __name__ == "__main__":
+    start()
