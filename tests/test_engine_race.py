@@ -1,0 +1,179 @@
+"""The race of engines: who wins, who is out, and when it is run again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from monailabel_dfqsam.artifact import Artifact, read_artifact, stored, write_artifact
+from monailabel_dfqsam.config import EngineKind, Policy
+from monailabel_dfqsam.engines import onednn, why_not, working
+from monailabel_dfqsam.engines.onednn import OnednnEncoder
+from monailabel_dfqsam.segmentation import engine_race
+from monailabel_dfqsam.segmentation.engine_race import LEAST_AGREEMENT, Entrant, Race, load_fastest
+from monailabel_dfqsam.segmentation.segmenter import load_segmenter
+from tests.models import seeded_sam
+from tests.test_engines import make_artifact
+
+pytestmark = pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN quantized linear")
+
+
+def whole(artifact: Artifact, variant: str) -> Artifact:
+    """With the tensors of prompt encoder and mask decoder."""
+    state = seeded_sam(variant).state_dict()
+    rest = {k: stored(v) for k, v in state.items() if k.startswith(("prompt_encoder.", "mask_decoder."))}
+    return replace(artifact, tensors={**artifact.tensors, **rest})
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    path = tmp_path_factory.mktemp("race") / "a.safetensors"
+    write_artifact(whole(make_artifact("tiny"), "tiny"), path)
+    return read_artifact(path)
+
+
+def races(caplog: pytest.LogCaptureFixture) -> int:
+    return sum("Engine chosen" in record.getMessage() for record in caplog.records)
+
+
+def test_engines_say_why_not(artifact: Artifact) -> None:
+    assert working(artifact)[-1] is EngineKind.REFERENCE
+    assert EngineKind.ONEDNN in working(artifact)
+    paper = make_artifact("tiny", policy=Policy.PAPER)
+    assert working(paper) == [EngineKind.REFERENCE]
+    assert "which only the reference engine runs" in str(why_not(EngineKind.ONEDNN, paper))
+    if not torch.cuda.is_available():
+        assert why_not(EngineKind.CUTLASS) is not None
+
+
+def test_the_fastest_wins_with_the_reference_engines_masks(
+    artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    record = tmp_path / "a.engines.json"
+    segmenter, race = load_fastest(artifact, record)
+    by_engine = {entrant.engine: entrant for entrant in race.entrants}
+    seconds = {kind: entrant.seconds for kind, entrant in by_engine.items()}
+    assert race.winner is min(seconds, key=lambda kind: seconds[kind] or np.inf)
+    assert by_engine[EngineKind.ONEDNN].agreement >= LEAST_AGREEMENT  # type: ignore[operator]
+    assert segmenter.name == f"W4A4 ({race.winner.value})"
+    assert race.seconds == seconds[race.winner]
+    assert f"{race.winner.value} of {len(seconds)}: " in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == [record.name]
+
+
+def test_it_is_run_once_for_the_same_conditions(
+    artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    record = tmp_path / "a.engines.json"
+    _, first = load_fastest(artifact, record)
+    assert load_fastest(artifact, record)[1] == first
+    assert races(caplog) == 1
+    told = json.loads(record.read_text())
+    told["conditions"]["cpu"] = "another"
+    record.write_text(json.dumps(told))
+    load_fastest(artifact, record)
+    assert races(caplog) == 2
+    record.write_text("{")
+    load_fastest(artifact, record)
+    assert races(caplog) == 3
+    load_fastest(replace(artifact, header={**artifact.header, "tensors_sha256": "another"}), record)
+    assert races(caplog) == 4
+
+
+def test_a_remembered_winner_is_loaded_as_it_is(artifact: Artifact, tmp_path: Path) -> None:
+    record = tmp_path / "a.engines.json"
+    load_fastest(artifact, record)
+    record.write_text(record.read_text().replace('"winner": "onednn"', '"winner": "reference"'))
+    assert load_fastest(artifact, record)[0].name == "W4A4 (reference)"
+
+
+def test_a_folder_that_cannot_be_written_to_does_no_harm(
+    artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    segmenter, race = load_fastest(artifact, tmp_path / "missing" / "a.engines.json")
+    assert segmenter.name == f"W4A4 ({race.winner.value})"
+    assert "run again at the next start" in caplog.text
+
+
+def test_an_engine_that_draws_other_masks_is_out(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = OnednnEncoder.embed
+
+    def wrong(self: OnednnEncoder, images: Tensor) -> Tensor:
+        return right(self, images).flip(3)
+
+    monkeypatch.setattr(OnednnEncoder, "embed", wrong)
+    segmenter, race = load_fastest(artifact, tmp_path / "a.engines.json")
+    assert race.winner is EngineKind.REFERENCE
+    assert segmenter.name == "W4A4 (reference)"
+    assert "The engine onednn is not used: its masks agree" in caplog.text
+    assert load_fastest(artifact, tmp_path / "a.engines.json")[1].winner is EngineKind.REFERENCE
+
+
+def test_an_engine_that_fails_is_out(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: OnednnEncoder, images: Tensor) -> Tensor:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(OnednnEncoder, "embed", fail)
+    assert load_fastest(artifact, tmp_path / "a.engines.json")[1].winner is EngineKind.REFERENCE
+    assert "The engine onednn is not used: it failed: no kernel image" in caplog.text
+
+
+def test_of_a_large_model_the_reference_engine_is_not_asked(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_race, "_ORACLE_PRODUCTS", 0)
+    _, race = load_fastest(artifact, tmp_path / "a.engines.json")
+    assert [(entrant.engine, entrant.agreement) for entrant in race.entrants] == [(EngineKind.ONEDNN, None)]
+
+
+def test_where_one_engine_works_nobody_races(tmp_path: Path) -> None:
+    paper = whole(make_artifact("tiny", policy=Policy.PAPER), "tiny")
+    segmenter, race = load_fastest(paper, tmp_path / "a.engines.json")
+    assert (race, segmenter.name) == (Race(EngineKind.REFERENCE), "W4A4 (reference)")
+    assert list(tmp_path.iterdir()) == []
+    assert "the only engine that works here" in race.sentence()
+
+
+def test_agreement_is_of_all_masks_together() -> None:
+    a = np.zeros((2, 4, 4), dtype=bool)
+    b = a.copy()
+    a[0, :, :] = b[0, :, :] = True
+    b[1, 0, 0] = True  # a mask of one pixel that the other engine does not draw
+    assert engine_race._agreement(a, b) == pytest.approx(16 / 17)
+    assert engine_race._agreement(a[1:], a[1:]) == 1
+
+
+def test_masks_of_the_race_are_real(artifact: Artifact) -> None:
+    run: Any = engine_race._first(artifact, EngineKind.ONEDNN, engine_race._image())
+    assert run.masks.shape == (8, 256, 256)
+    assert run.masks.any()
+    again = load_segmenter(artifact, EngineKind.ONEDNN).embed(engine_race._image())
+    assert again.tensor.isfinite().all()
+
+
+def test_the_sentence_names_all_by_speed() -> None:
+    race = Race(
+        EngineKind.ONEDNN,
+        (
+            Entrant(EngineKind.REFERENCE, 0.2, 1.0),
+            Entrant(EngineKind.CUTLASS, None, problem="it failed: x"),
+            Entrant(EngineKind.ONEDNN, 0.0041, 0.9995),
+        ),
+    )
+    expected = "onednn of 3: onednn 4.1 ms, agreement 1.000; reference 200.0 ms; cutlass it failed: x"
+    assert race.sentence() == expected
