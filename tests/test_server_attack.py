@@ -217,6 +217,16 @@ def test_no_content_leads_elsewhere_or_explodes(besieged: Besieged, name: str) -
     refused(answer, 400)
 
 
+@pytest.mark.parametrize(
+    "info", [{"strategy": 5}, {"strategy": {"random": {"ts": 1e18}}}, {"confidence": []}, {"path": "/etc"}]
+)
+def test_what_the_server_keeps_about_an_image_is_its_own(besieged: Besieged, info: dict[str, Any]) -> None:
+    text = {"info": json.dumps(info)}
+    refused(besieged.send_form("PUT", "/datastore/image/info?image=phantom0", data=text), 400)
+    files = {"file": ("x.nii.gz", b"x"), "params": (None, json.dumps(info))}
+    refused(besieged.send_form("PUT", "/datastore/image?image=new", files), 400)
+
+
 def test_no_pickle_is_opened(besieged: Besieged) -> None:
     evil = pickle.dumps(Evil(besieged.outside))
     for method, target, field, name in (

@@ -40,6 +40,8 @@ IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha", ".dcm", ".png", ".jpg", 
 MASK_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 LABEL_EXTENSIONS = (*MASK_EXTENSIONS, ".bin")
 
+# What strategies and scoring read again, and take to be as they left it.
+_SERVERS_OWN = frozenset({"strategy", "confidence", "name", "path", "ts"})
 # Of a series' files, which often end in nothing or in a number.
 _SLICE = re.compile(r".*\.(dcm|ima|dicom|[0-9]+)|[^.]+", re.IGNORECASE | re.DOTALL)
 _UID = re.compile(r"[0-9][0-9.]{0,63}")
@@ -100,7 +102,7 @@ def _check_uploads() -> None:
         tasks: BackgroundTasks, image: str | None, params: str, file: UploadFile, user: str | None = None
     ) -> Any:
         check_upload(file, IMAGE_EXTENSIONS, "file")
-        read_object(params, "params")
+        _check_image_info(read_object(params, "params"))
         with UploadsRemoved(tasks):
             return add_image(tasks, image, params, file, user)
 
@@ -127,17 +129,28 @@ def _check_label_info(params: Mapping[str, Any]) -> None:
         raise Refusal(400, "label_info must be a list of objects with a name each")
 
 
+def _check_image_info(info: Mapping[str, Any]) -> None:
+    reserved = sorted(_SERVERS_OWN & set(info))
+    if reserved:
+        raise Refusal(
+            400, f"an image's info must not hold {', '.join(reserved)}, which the server keeps itself"
+        )
+
+
 def _check_infos() -> None:
-    for name in ("update_image_info", "update_label_info"):
-        update = getattr(datastore_endpoint, name)
+    update_image, update_label = datastore_endpoint.update_image_info, datastore_endpoint.update_label_info
 
-        @functools.wraps(update)
-        def checked(*arguments: Any, update: Any = update) -> Any:
-            *_, info, _ = arguments  # and the user's name
-            read_object(info, "info")
-            return update(*arguments)
+    @functools.wraps(update_image)
+    def checked_image(image: str, info: str, user: str | None = None) -> Any:
+        _check_image_info(read_object(info, "info"))
+        return update_image(image, info, user)
 
-        setattr(datastore_endpoint, name, checked)
+    @functools.wraps(update_label)
+    def checked_label(label: str, tag: str, info: str, user: str | None = None) -> Any:
+        _check_label_info(read_object(info, "info"))
+        return update_label(label, tag, info, user)
+
+    datastore_endpoint.update_image_info, datastore_endpoint.update_label_info = checked_image, checked_label
 
 
 def _check_downloads() -> None:
