@@ -231,7 +231,9 @@ def test_the_history_says_what_was_asked_for_and_how_it_ended(folder: Settings, 
         QuantizeTask("dfqsam", replace(folder, checkpoint=broken))({"seed": 3, "bits": 8}, Untouchable())
     failed, rejected, published = model.read_history()
     assert (published["state"], published["key"]) == ("published", key_of(folder))
-    assert published["best_metric"] > 0
+    header = read_header(model.artifact(key_of(folder)))
+    assert published["fidelity"] == rejected["fidelity"] == header["fidelity"]["mean_iou"]
+    assert "fidelity" not in failed
     assert published["options"] == {
         "bits": 4, "policy": "deploy", "calibration": "gaussian", "iterations": 2, "images": 1, "seed": 0,
         "checkpoint": folder.checkpoint.name,

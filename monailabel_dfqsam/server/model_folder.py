@@ -9,10 +9,10 @@
 
 Progress and history hold records of the same shape, one a quantization: `started` (ISO 8601, UTC), `options`
 (as of `POST /train/dfqsam`), `key`, `state` ('running', 'published', 'rejected', 'failed', 'stopped'),
-`error` (a sentence, where it was not published), `seconds` so far, `pid` of its process, and what Slicer
-shows: `stage`, `epoch` of `total_epochs`, `best_metric` (the fidelity, 0 where there is none). The
-quantization process writes them; whoever reads finds 'stopped' where that process is gone without having
-said how it ended.
+`error` (a sentence, where it was not published), `fidelity` (where it was measured), `seconds` so far, `pid`
+of its process, and what Slicer shows: `stage`, `epoch` of `total_epochs`, `best_metric` (the fidelity for
+people, 0 where there is none). The quantization process writes them; whoever reads finds 'stopped' where that
+process is gone without having said how it ended.
 """
 
 from __future__ import annotations

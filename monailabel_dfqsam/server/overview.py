@@ -108,15 +108,18 @@ class Overview:
 
     def _task(self) -> dict[str, Any] | None:
         task = next((task for task in tasks("train") if task["status"] in ("SUBMITTED", "RUNNING")), None)
-        if task is None:
-            return None
-        process = next(iter(processes("train").values()), None)
         record = self._models.folder.read_progress()
-        # Until the process has said something, the progress is that of an earlier one. A task that runs and
-        # has no process has had one, and ends just now.
-        own = process.pid if process is not None else record.get("pid")
-        if task["status"] != "RUNNING" or record.get("pid") != own:
-            record = {"state": "running", "stage": "starting"}
+        if task is None:
+            if record.get("state") != "running":
+                return None
+            task, record = {}, {**record, "state": "stopping"}  # killed, which takes a moment
+        else:
+            process = next(iter(processes("train").values()), None)
+            # Until the process has said something, the progress is that of an earlier one. A task that runs
+            # and has no process has had one, and ends just now.
+            own = process.pid if process is not None else record.get("pid")
+            if task["status"] != "RUNNING" or record.get("pid") != own:
+                record = {"state": "running", "stage": "starting"}
         return {
             "started": record.get("started"),
             "stage": record.get("stage", "") if record.get("state") == "running" else "ending",
@@ -174,7 +177,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "state": record.get("state", "stopped"),
         "reason": record.get("error", ""),
         "seconds": record.get("seconds", 0.0),
-        "fidelity": record.get("best_metric") or None,
+        "fidelity": record.get("fidelity"),
     }
 
 

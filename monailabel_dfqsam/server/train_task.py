@@ -157,6 +157,8 @@ class _Reporter:
         """The last line: how it ended."""
         seconds = self._seconds()
         self._record.update(state=state, seconds=seconds, total_time=seconds, best_metric=round(fidelity, 4))
+        if fidelity:
+            self._record["fidelity"] = fidelity
         if error:
             self._record["error"] = error
         self._write(history=True)

@@ -55,7 +55,8 @@ class Watched:
     complaints: list[str] = field(default_factory=list)
 
     def text(self, selector: str) -> str:
-        return str(self.page.locator(selector).inner_text())
+        """What is read there, with plain spaces."""
+        return str(self.page.locator(selector).inner_text()).replace("\u00a0", " ")
 
     def expect(self, selector: str, text: str | re.Pattern[str]) -> None:
         """Waits until the element's text contains, or matches, another."""
