@@ -155,7 +155,11 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         label: Any = file
         tag = request.get("label_tag") or "original"
         if stored and request.get("save_label") is True:
-            label = store.save_label(image, file, tag, {"model": model, "params": params})
+            try:
+                label = store.save_label(image, file, tag, {"model": model, "params": params})
+            except BaseException:
+                os.unlink(file)
+                raise
         return {"label": label, "tag": tag, "file": file, "params": params}
 
     def infer_wsi(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
