@@ -17,6 +17,7 @@ import SimpleITK as sitk
 from tests import dicomweb_scenario as scenario
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         shutil.which("Orthanc") is None or not scenario.PLUGIN.exists(),
         reason="Orthanc and its DICOMweb plugin are not installed (Debian: orthanc orthanc-dicomweb)",
