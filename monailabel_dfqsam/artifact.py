@@ -21,11 +21,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer, pack_int4, unpack_int4
@@ -33,6 +33,7 @@ from monailabel_dfqsam.ops import Geometry, QuantizedLayer, pack_int4, unpack_in
 FORMAT_VERSION = 1
 _METADATA_KEY = "dfqsam"
 _ENCODER = "image_encoder."
+_MAX_HEADER = 100_000_000  # bytes, by the format's definition
 
 
 class ArtifactError(ValueError):
@@ -161,23 +162,43 @@ def _read(path: Path, header_only: bool) -> Artifact:
     if not path.is_file():
         raise ArtifactError(f"there is no artifact '{name}'")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-            if text is None:
-                raise ArtifactError(f"'{name}' is a safetensors file, but no artifact of dfqsam quantize")
-            header: dict[str, Any] = json.loads(text)
-            if header.get("format_version", 0) > FORMAT_VERSION:
-                raise ArtifactError(
-                    f"'{name}' has format {header['format_version']}, this version reads up to "
-                    f"{FORMAT_VERSION}: update monailabel-dfqsam, or quantize again"
-                )
-            if header_only:
-                return Artifact(header, {})
-            # Copied: the file's own pages would be read when they are needed, and a process whose file is cut
-            # short meanwhile is killed for it.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        # Read, and not mapped into memory as safetensors would: a process that reads from a map of a file which
+        # is cut short meanwhile is killed for it.
+        with path.open("rb") as file:
+            metadata = _metadata(file)
+            data = b"" if header_only else path.read_bytes()
+        if _METADATA_KEY not in metadata:
+            raise ArtifactError(f"'{name}' is a safetensors file, but no artifact of dfqsam quantize")
+        header: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
+        if header.get("format_version", 0) > FORMAT_VERSION:
+            raise ArtifactError(
+                f"'{name}' has format {header['format_version']}, this version reads up to "
+                f"{FORMAT_VERSION}: update monailabel-dfqsam, or quantize again"
+            )
+        if header_only:
+            return Artifact(header, {})
+        tensors = load(data)
+    except ArtifactError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"'{name}' is damaged or cut short ({error}): quantize again") from None
     if tensors_sha256(tensors) != header.get("tensors_sha256"):
         raise ArtifactError(f"'{name}' was changed after it was written (checksum): quantize again")
     return Artifact(header, tensors)
+
+
+def _metadata(file: BinaryIO) -> dict[str, str]:
+    """The metadata of a safetensors file: a JSON object's length in 8 bytes, the object, the tensors' bytes.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: when it is not one, or not of the length it says.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER:
+        raise ValueError("it begins with no header")
+    entries = json.loads(file.read(length))
+    metadata: dict[str, str] = entries.pop("__metadata__", {})
+    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if os.fstat(file.fileno()).st_size != end:
+        raise ValueError("it is not as long as its header says")
+    return metadata

@@ -145,6 +145,21 @@ def process_exists(pid: int) -> bool:
         return False
 
 
+def quantize(server: Server, **options: object) -> dict[str, object]:
+    """Has a server quantize, and waits; its statistics then."""
+
+    def started() -> object:
+        return server.session.info()["train_stats"]["dfqsam"].get("started")
+
+    before = started()
+    server.session.train(**options)
+    # MONAI Label says that something is running only after the process has been started.
+    wait(lambda: started() != before, WORK_SECONDS)
+    wait(lambda: not server.session.is_training(), WORK_SECONDS)
+    stats: dict[str, object] = server.session.info()["train_stats"]["dfqsam"]
+    return stats
+
+
 def new_server(folder: Path, volumes: int = 1) -> Server:
     """An app folder as shipped and a study folder with phantoms, nothing started."""
     app, studies = folder / "app", folder / "studies"

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from tests.server_fixtures import (
     checkpoint,
     new_server,
     process_exists,
+    quantize,
     wait,
 )
 
@@ -59,15 +59,9 @@ def kept(server: Server) -> dict[str, int]:
             (".safetensors", ".html")}  # fmt: skip
 
 
-def ended(server: Server) -> dict[str, Any]:
-    """Statistics of a quantization, once its process is gone."""
-    wait(lambda: not server.session.is_training(), WORK_SECONDS)
-    stats: dict[str, Any] = server.session.info()["train_stats"]["dfqsam"]
-    return stats
-
-
 def kill_at(server: Server, stage: str, seed: int) -> bool:
     """Starts a quantization and kills it at a stage; whether that came about before it was done."""
+    wait(lambda: not server.session.is_training(), WORK_SECONDS)  # the one before, which may be ending
     folder = ModelFolder(server.app / "model")
     old = folder.read_progress().get("started")
     server.session.train(seed=seed, iterations=2 if stage != "synthesis" else 50_000)
@@ -99,14 +93,13 @@ def test_a_killed_quantization_leaves_everything_as_it_was(server: Server, stage
         before = kept(server)  # it was done before it could be killed
     else:
         pytest.fail(f"no quantization was caught at '{stage}'")
-    assert ended(server)["state"] == "stopped"
+    assert server.session.info()["train_stats"]["dfqsam"]["state"] == "stopped"
     assert kept(server) == before
     assert model(server) == QUANTIZED
 
 
 def test_after_the_kills_it_quantizes_again_and_nothing_is_left(server: Server) -> None:
-    server.session.train(seed=200)
-    assert ended(server)["state"] == "published"
+    assert quantize(server, seed=200)["state"] == "published"
     folder = server.app / "model"
     assert not (folder / "building").exists()
     assert not list(folder.glob(".*.partial"))
@@ -133,11 +126,10 @@ def test_an_artifact_damaged_under_the_server_goes_on_serving(server: Server, da
 def test_a_checkpoint_replaced_by_rubbish_is_said_and_the_model_stays(server: Server) -> None:
     path = server.app.parent / "tiny.safetensors"
     path.write_bytes(b"not a checkpoint" * 100)
-    server.session.train(seed=300)
-    stats = ended(server)
+    stats = quantize(server, seed=300)
     assert stats["state"] == "failed"
-    assert "tiny.safetensors" in stats["error"]
-    assert str(path.parent) not in stats["error"]
+    assert "tiny.safetensors" in str(stats["error"])
+    assert str(path.parent) not in str(stats["error"])
     assert model(server) == QUANTIZED
 
 
@@ -148,8 +140,7 @@ def test_a_checkpoint_replaced_by_another_is_quantized_on_demand(server: Server)
     save_file(Sam(VARIANTS["tiny"]).state_dict(), partial)
     os.replace(partial, server.app.parent / "tiny.safetensors")
     assert server.session.infer("phantom0", [OBJECT]).params["artifact"] == before
-    server.session.train(seed=301)
-    assert ended(server)["state"] == "published"
+    assert quantize(server, seed=301)["state"] == "published"
     wait(lambda: server.session.infer("phantom0", [OBJECT]).params["artifact"] != before, WORK_SECONDS)
 
 

@@ -128,7 +128,7 @@ class _Load:
                 time.sleep(_SAMPLE_SECONDS)
             for future in done:
                 future.result()
-        while session.is_training():
+        while session.is_training() or not _is_served(session):
             self._server.check()
             time.sleep(_SAMPLE_SECONDS)
 
@@ -148,6 +148,14 @@ class _Load:
             self.clicks.append(
                 _Click(at, elapsed, volume, point, str(reply.params["artifact"]), _digest(reply))
             )
+
+
+def _is_served(session: SlicerSession) -> bool:
+    """Whether what was quantized last answers, if it is to."""
+    info = session.info()
+    last = info["train_stats"]["dfqsam"]
+    serving = info["models"]["dfqsam"]["serving"]
+    return bool(last["state"] != "published" or serving["key"] == last["key"])
 
 
 def _alone(session: SlicerSession, clients: int, progress: Progress) -> dict[tuple[str, int, Place], str]:
