@@ -162,8 +162,8 @@ def _read(path: Path, header_only: bool) -> Artifact:
     if not path.is_file():
         raise ArtifactError(f"there is no artifact '{name}'")
     try:
-        # Read, and not mapped into memory as safetensors would: a process that reads from a map of a file which
-        # is cut short meanwhile is killed for it.
+        # Read, and not mapped into memory as safetensors would: a process whose mapped file is cut short
+        # meanwhile is killed for it.
         with path.open("rb") as file:
             metadata = _metadata(file)
             data = b"" if header_only else path.read_bytes()
