@@ -151,6 +151,7 @@ def quantize(server: Server, **options: object) -> dict[str, object]:
     def started() -> object:
         return server.session.info()["train_stats"]["dfqsam"].get("started")
 
+    wait(lambda: not server.session.is_training(), WORK_SECONDS)  # an earlier one may still be ending
     before = started()
     server.session.train(**options)
     # MONAI Label says that something is running only after the process has been started.
