@@ -58,7 +58,9 @@ def measure_load(*, clients: int = 8, seconds: float = 180.0, progress: Progress
         `clients`, `seconds`, `clicks`, `errors` (sentences, each once), `wrong` (masks other than the same
         click's alone), `artifacts` (models that answered), `requantized` (how that ended), the keys of
         `summary` in seconds at the client, and `memory_mib` of the server's own process: `start`, `third`
-        (after the first third), `end`, and `growth` (slope over the last two thirds times their length).
+        (after the first third), `end`; `cache`, how much of the growth between the last two is embeddings, whose
+        cache is bounded; and `growth`, the slope of what is not cached over the last two thirds, times their
+        length.
 
     Raises:
         ValueError: for no clients, or a load too short to say anything.
@@ -101,13 +103,13 @@ class _Load:
 
     Attributes:
         clicks, errors: of all clients, appended to by their threads.
-        memory: (seconds since the beginning, bytes resident).
+        memory: (seconds since the beginning, bytes resident, bytes of them cached embeddings).
     """
 
     def __init__(self, server: DemoServer, clients: int, seconds: float) -> None:
         self.clicks: list[_Click] = []
         self.errors: list[str] = []
-        self.memory: list[tuple[float, int]] = []
+        self.memory: list[tuple[float, int, int]] = []
         self._server = server
         self._clients = clients
         self._seconds = seconds
@@ -123,7 +125,8 @@ class _Load:
             session.train(seed=1, iterations=_ITERATIONS)
             while (now := time.monotonic() - self._begin) < self._seconds:
                 self._server.check()
-                self.memory.append((now, process.memory_info().rss))
+                cached = session.info()["models"]["dfqsam"]["embedding_cache"]["bytes"]
+                self.memory.append((now, process.memory_info().rss, cached))
                 progress("clicking", int(now), int(self._seconds))
                 time.sleep(_SAMPLE_SECONDS)
             for future in done:
@@ -189,14 +192,16 @@ def _digest(reply: InferReply) -> str:
     return hashlib.sha256(reply.image).hexdigest()
 
 
-def _memory(samples: list[tuple[float, int]], seconds: float) -> dict[str, float]:
+def _memory(samples: list[tuple[float, int, int]], seconds: float) -> dict[str, float]:
     """MiB, see `measure_load`."""
     late = np.array([sample for sample in samples if sample[0] >= seconds / 3])
-    slope = np.polyfit(late[:, 0], late[:, 1], 1)[0] if len(late) > 1 else 0.0
+    times, resident, cached = late.T
+    slope = np.polyfit(times, resident - cached, 1)[0] if len(late) > 1 else 0.0
     found = {
         "start": samples[0][1],
-        "third": late[0, 1],
-        "end": late[-1, 1],
-        "growth": slope * (late[-1, 0] - late[0, 0]),
+        "third": resident[0],
+        "end": resident[-1],
+        "cache": cached[-1] - cached[0],
+        "growth": slope * (times[-1] - times[0]),
     }
     return {key: round(float(value) / _MIB, 1) for key, value in found.items()}
