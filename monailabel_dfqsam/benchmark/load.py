@@ -58,9 +58,9 @@ def measure_load(*, clients: int = 8, seconds: float = 180.0, progress: Progress
         `clients`, `seconds`, `clicks`, `errors` (sentences, each once), `wrong` (masks other than the same
         click's alone), `artifacts` (models that answered), `requantized` (how that ended), the keys of
         `summary` in seconds at the client, and `memory_mib` of the server's own process: `start`, `third`
-        (after the first third), `end`; `cache`, how much of the growth between the last two is embeddings, whose
-        cache is bounded; and `growth`, the slope of what is not cached over the last two thirds, times their
-        length.
+        (after the first third), `end`; `cache`, how much of the growth between the last two is embeddings,
+        whose cache is bounded; and `growth`, the slope of what is not cached over the last two thirds, times
+        their length.
 
     Raises:
         ValueError: for no clients, or a load too short to say anything.

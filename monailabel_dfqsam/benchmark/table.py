@@ -106,8 +106,8 @@ def print_load(result: dict[str, Any]) -> None:
             "wrong masks": str(result["wrong"]),
             "click": f"{median} ms, 95th percentile {late} ms",
             "memory": f"{memory['start']:.0f} MiB, after a third {memory['third']:.0f}, at the end "
-            f"{memory['end']:.0f}, {memory['cache']:.0f} of that newly cached; growth over the last two thirds "
-            f"beside the cache {memory['growth']:+.1f}",
+            f"{memory['end']:.0f}, {memory['cache']:.0f} of that newly cached; growth over the last two "
+            f"thirds beside the cache {memory['growth']:+.1f}",
         }
     )
 
