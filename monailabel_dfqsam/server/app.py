@@ -1,4 +1,4 @@
-"""The MONAI Label app: one model to click with, one trainer that quantizes it, and when to start that."""
+"""The MONAI Label app: its models, which share their weights, and the trainer that quantizes them."""
 
 from __future__ import annotations
 
@@ -136,11 +136,11 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         self._batch_infer.check(model, params)
 
     def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
-        """Segments one slice; upstream's request and answer, errors as 4xx with a sentence.
+        """Segments; upstream's request and answer, errors as 4xx with a sentence.
 
         Args:
             request: `model`; `image`, an image's name, or the absolute path of an upload or a session's
-                image as the server itself puts it there; prompts and options, see `SegmentTask`.
+                image as the server itself puts it there; prompts and options, see `InteractiveTask`.
         """
         model = str(request.get("model", ""))
         self.check_model(model)
