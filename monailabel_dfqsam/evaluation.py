@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from monailabel_dfqsam.config import Progress, silent
-from monailabel_dfqsam.phantom_study import click_for, find_pairs, interior_pixel, tight_box
+from monailabel_dfqsam.phantom_study import click_for, find_pairs, interior_pixel
+from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter
 from monailabel_dfqsam.segmentation.volume import load_volume, slice_rgb
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from monailabel_dfqsam.engines import Encoder
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.preprocess import frame_of
+from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prompts, Segmenter, full_precision_segmenter
 
 GRID = 4
@@ -47,7 +45,7 @@ def mask_agreement(sam: Sam, encoder: Encoder, images: Tensor) -> tuple[float, i
                 if int(expected.sum()) < MIN_MASK:
                     continue
                 ious.append(_iou(expected, _low_res_mask(segmenter, int_embedding, prompts)))
-                boxed = Prompts(box=_box(expected) * (size / expected.shape[0]))
+                boxed = Prompts(box=tight_box(expected.numpy()) * (size / expected.shape[0]))
                 expected = _low_res_mask(segmenter, float_embedding, boxed)
                 ious.append(_iou(expected, _low_res_mask(segmenter, int_embedding, boxed)))
     return (sum(ious) / len(ious) if ious else 0.0), len(ious)
@@ -55,11 +53,6 @@ def mask_agreement(sam: Sam, encoder: Encoder, images: Tensor) -> tuple[float, i
 
 def _low_res_mask(segmenter: Segmenter, embedding: Embedding, prompts: Prompts) -> Tensor:
     return segmenter.predict(embedding, prompts).low_res_logits[0, 0] > 0
-
-
-def _box(mask: Tensor) -> NDArray[Any]:
-    ys, xs = np.nonzero(mask.numpy())
-    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], dtype=np.float64)
 
 
 def _iou(a: Tensor, b: Tensor) -> float:

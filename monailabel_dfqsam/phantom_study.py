@@ -15,6 +15,8 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from monailabel_dfqsam.segmentation.prompts import tight_box
+
 LABELS = "labels"
 """Sub-folder of the masks: a server that lists a study's images must not list them."""
 
@@ -156,12 +158,6 @@ def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
         if owners:
             pairs.append((here[max(owners, key=len)], path))
     return pairs
-
-
-def tight_box(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """[4] float (x0, y0, x1, y1), the outer edges of a mask [H, W] that is not empty."""
-    ys, xs = np.nonzero(mask)
-    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], dtype=np.float64)
 
 
 def interior_pixel(mask: NDArray[np.bool_]) -> tuple[int, int]:

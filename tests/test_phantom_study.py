@@ -16,10 +16,9 @@ from monailabel_dfqsam.phantom_study import (
     click_for,
     find_pairs,
     interior_pixel,
-    tight_box,
     write_phantom_study,
 )
-from monailabel_dfqsam.segmentation.prompts import read_prompts
+from monailabel_dfqsam.segmentation.prompts import read_prompts, tight_box
 from monailabel_dfqsam.segmentation.volume import load_volume, slice_rgb
 
 # Grey levels of 255 between an object's mean and that of its surroundings.

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from monailabel_dfqsam.segmentation.prompts import (
     PromptError,
-    box_of,
     of_mask,
     read_prompts,
     read_volume_prompts,
+    tight_box,
 )
 from monailabel_dfqsam.segmentation.volume import Volume, slice_rgb
 
@@ -205,7 +205,7 @@ def test_a_volumes_points_belong_to_their_slices() -> None:
 
 @relaxed
 @given(shape_and_roi())
-def test_a_volumes_roi_is_the_box_of_its_middle_slice_and_a_bound(
+def test_a_volumes_roi_is_the_tight_box_its_middle_slice_and_a_bound(
     case: tuple[tuple[int, int, int], list[int]],
 ) -> None:
     shape, roi = case
@@ -247,4 +247,4 @@ def test_a_mask_alone_means_its_box_where_it_is_largest() -> None:
     for other, word in ((0, "empty"), (99, "outside")):
         with pytest.raises(PromptError, match=word):
             of_mask(mask, other)
-    assert box_of(mask[:, :, 4]).tolist() == [7, 2, 9, 5]
+    assert tight_box(mask[:, :, 4]).tolist() == [7, 2, 9, 5]

@@ -105,8 +105,13 @@ def read_volume_prompts(request: Mapping[str, Any], shape: tuple[int, int, int])
     return VolumePrompts(by_slice, bounds)
 
 
+def points_at_nothing(request: Mapping[str, Any]) -> bool:
+    """Whether a request holds neither a point nor a ROI."""
+    return not any(request.get(key) for key in ("foreground", "background", "roi"))
+
+
 def of_mask(mask: NDArray[np.bool_], slice_index: Any = None) -> tuple[int, Prompts]:
-    """The slice and the box that an existing mask stands for when a person gives nothing else.
+    """The slice and the box that an existing mask stands for when a person points at nothing.
 
     Args:
         mask: [I, J, K] bool.
@@ -121,12 +126,12 @@ def of_mask(mask: NDArray[np.bool_], slice_index: Any = None) -> tuple[int, Prom
     k = int(areas.argmax()) if slice_index is None else _slice(slice_index, nowhere, None, (i, j, depth))
     if not areas[k]:
         raise PromptError("there is nothing to segment: the mask is empty, and there is no point and no ROI")
-    return k, Prompts(box=box_of(mask[:, :, k]))
+    return k, Prompts(box=tight_box(mask[:, :, k]))
 
 
-def box_of(plane: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """[4] float (x0, y0, x1, y1), the outer edges of what is set in [H, W] bool; not for an empty one."""
-    rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
+def tight_box(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[4] float (x0, y0, x1, y1), the outer edges of a mask [H, W] bool that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from monailabel_dfqsam.memory import shortage_told
 from monailabel_dfqsam.sam.preprocess import to_low_res
-from monailabel_dfqsam.segmentation.prompts import of_mask, read_prompts
+from monailabel_dfqsam.segmentation.prompts import of_mask, points_at_nothing, read_prompts
 from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Prompts
 from monailabel_dfqsam.segmentation.volume import VolumeTooLarge
@@ -138,7 +138,7 @@ class SegmentTask(InteractiveTask):
             plane, score = np.zeros(shown.volume.shape[:2], dtype=bool), 0.0
         clock.lap("decode")
         if largest:
-            plane = largest_component(plane, _inside(prompts, plane.shape))
+            plane = largest_component(plane, inside(prompts, plane.shape))
         if fill:
             plane = fill_holes(plane)
         clock.lap("post")
@@ -162,7 +162,7 @@ def _prompts(
     request: Mapping[str, Any], shape: tuple[int, int, int], mask: NDArray[np.bool_] | None
 ) -> tuple[int, Prompts]:
     """The slice and what was pointed at in it; an existing mask alone will do."""
-    if mask is not None and not any(request.get(key) for key in ("foreground", "background", "roi")):
+    if mask is not None and points_at_nothing(request):
         return of_mask(mask, request.get("slice"))
     return read_prompts(request, shape)
 
@@ -172,7 +172,7 @@ def _names_an_object(prompts: Prompts) -> bool:
     return prompts.box is not None or prompts.mask_logits is not None or bool(np.any(prompts.labels == 1))
 
 
-def _inside(prompts: Prompts, shape: tuple[int, ...]) -> list[list[int]]:
+def inside(prompts: Prompts, shape: tuple[int, ...]) -> list[list[int]]:
     """Array indices [i, j] of the foreground points; one on the far edge belongs to the last pixel."""
     points = np.asarray(prompts.points)[np.asarray(prompts.labels) == 1]
     return [[min(int(y), shape[0] - 1), min(int(x), shape[1] - 1)] for x, y in points]

@@ -11,11 +11,17 @@ import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.segmentation.prompts import PromptError, VolumePrompts, of_mask, read_volume_prompts
+from monailabel_dfqsam.segmentation.prompts import (
+    PromptError,
+    VolumePrompts,
+    of_mask,
+    points_at_nothing,
+    read_volume_prompts,
+)
 from monailabel_dfqsam.segmentation.propagation import Propagation, propagate
 from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prediction, Prompts
-from monailabel_dfqsam.server.infer_task import InteractiveTask
+from monailabel_dfqsam.server.infer_task import InteractiveTask, inside
 from monailabel_dfqsam.server.request import in_file_order, read_flag, read_format, read_label, read_mask
 from monailabel_dfqsam.server.settings import Settings
 from monailabel_dfqsam.server.workbench import Clock, Shown, Workbench, write_answer
@@ -38,7 +44,7 @@ class VolumeTask(InteractiveTask):
         run = _Run(self.workbench, request, self.shown)
         prompts = _prompts(run.request, run.shown)
         run.clock.lap("load")
-        found = run.propagate(label, prompts)
+        found = run.propagate(prompts)
         mask = run.refined(found, prompts)
         return run.reply(mask.astype(np.uint8), {label: 1}, [found])
 
@@ -69,7 +75,7 @@ class LabelsTask(InteractiveTask):
             objects = {"foreground": points, "background": outside}
             prompts[name] = read_volume_prompts(objects, run.shown.volume.shape)
         run.clock.lap("load")
-        found = {name: run.propagate(name, prompts[name]) for name in given}
+        found = {name: run.propagate(prompts[name]) for name in given}
         values = {name: 1 + self.settings.labels.index(name) for name in given}
         masks = {values[name]: run.refined(found[name], prompts[name]) for name in given}
         merged = merge(masks, {values[name]: found[name].scores for name in given})
@@ -115,7 +121,7 @@ class _Run:
         self.shown = show(request)
         self.request, self._viewers_number = in_file_order(request, self.shown.volume, labels)
 
-    def propagate(self, label: str, prompts: VolumePrompts) -> Propagation:
+    def propagate(self, prompts: VolumePrompts) -> Propagation:
         """One object through the volume, with its progress in the log."""
         found = propagate(
             self._embed,
@@ -179,7 +185,7 @@ class _Run:
 
 def _prompts(request: Mapping[str, Any], shown: Shown) -> VolumePrompts:
     mask = read_mask(request, shown.volume)
-    if mask is not None and not any(request.get(key) for key in ("foreground", "background", "roi")):
+    if mask is not None and points_at_nothing(request):
         k, prompts = of_mask(mask, request.get("slice"))
         return VolumePrompts({k: prompts}, None)
     return read_volume_prompts(request, shown.volume.shape)
@@ -192,13 +198,8 @@ def _points(value: Any, name: str) -> list[Any]:
 
 
 def _inside(prompts: VolumePrompts, shape: tuple[int, ...]) -> list[list[int]]:
-    """Voxels [i, j, k] of the foreground points; one on the far edge belongs to the last voxel."""
-    return [
-        [min(int(y), shape[0] - 1), min(int(x), shape[1] - 1), k]
-        for k, given in prompts.by_slice.items()
-        for (x, y), label in zip(given.points, given.labels, strict=True)
-        if label == 1
-    ]
+    """Voxels [i, j, k] of the foreground points."""
+    return [[*place, k] for k, given in prompts.by_slice.items() for place in inside(given, shape)]
 
 
 def _logged() -> Callable[[int, int], None]:
