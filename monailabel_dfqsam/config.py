@@ -90,6 +90,18 @@ class SynthesisConfig:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What calibration does with its images; the default is the paper's.
+
+    Attributes:
+        reparameterize: per-channel ranges after each LayerNorm, folded into one range a tensor (Eq. 10–16);
+            without it, one range a tensor from the start.
+    """
+
+    reparameterize: bool = True
+
+
+@dataclass(frozen=True)
 class QuantizationConfig:
     """One way to quantize; equal configurations of one checkpoint give the same artifact.
 
@@ -110,6 +122,7 @@ class QuantizationConfig:
     seed: int = 0
     folder: str | None = None
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         _require(self.bits in (4, 6, 8), "bits must be 4, 6 or 8", self.bits)

@@ -88,7 +88,7 @@ def quantize(
     else:
         assert config.folder is not None
         images = folder_images(checkpoint.variant, Path(config.folder), config.images)
-    quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, progress)
+    quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, config.recipe, progress)
     held_out = replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations))
     unseen = _synthesize(
         sam, held_out, FIDELITY_IMAGES, config.seed + FIDELITY_SEED_OFFSET, device, progress, "fidelity"

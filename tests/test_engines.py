@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, encode_layer, stored
-from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, silent
+from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, Recipe, silent
 from monailabel_dfqsam.engines import encoder as encoder_module
 from monailabel_dfqsam.engines import load_encoder, onednn, select
 from monailabel_dfqsam.engines.encoder import IntegerLinear
@@ -24,15 +24,19 @@ from tests.models import relative_error, seeded_sam
 
 LAYER_TOLERANCE = 1e-5
 EMBEDDING_TOLERANCE = 1e-2
+PLAIN_8_BIT_TOLERANCE = 0.05
 MASK_AGREEMENT = 0.998
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN quantized linear")
 
 
-def make_artifact(variant: str, bits: int = 4, policy: Policy = Policy.DEPLOY) -> Artifact:
+def make_artifact(
+    variant: str, bits: int = 4, policy: Policy = Policy.DEPLOY, recipe: Recipe | None = None
+) -> Artifact:
     """An artifact of a seeded model calibrated on noise, header entries that engines read only."""
     sam = seeded_sam(variant)
-    quantized = calibrate(sam.image_encoder, gaussian_images(sam.variant, 1, seed=3), bits, policy, silent)
+    images = gaussian_images(sam.variant, 1, seed=3)
+    quantized = calibrate(sam.image_encoder, images, bits, policy, recipe or Recipe(), silent)
     layers, tensors = {}, {}
     for name, layer in quantized.layers.items():
         layers[name], parts = encode_layer(name, layer)
@@ -196,3 +200,15 @@ def test_missing_tensor_and_unknown_model_are_named() -> None:
         load_encoder(replace(artifact, tensors=tensors))
     with pytest.raises(ArtifactError, match="unknown here: 'huge'"):
         load_encoder(replace(artifact, header={**artifact.header, "variant": "huge"}))
+
+
+def test_without_reparameterization_norms_stay_and_padding_is_kept() -> None:
+    sam = seeded_sam("sam_b_256")
+    image = gaussian_images(sam.variant, 1, seed=3)
+    plain = Recipe(reparameterize=False)
+    artifact = make_artifact("sam_b_256", bits=8, recipe=plain)
+    norm = "image_encoder.blocks.0.norm1.weight"
+    assert torch.equal(artifact.tensors[norm], sam.state_dict()[norm])
+    with torch.inference_mode():
+        expected = sam.image_encoder(image)
+    assert relative_error(load_encoder(artifact).embed(image), expected) < PLAIN_8_BIT_TOLERANCE

@@ -11,7 +11,7 @@ from torch import Tensor
 from monailabel_dfqsam.config import silent
 from monailabel_dfqsam.quantization.calibrate import observe
 from monailabel_dfqsam.quantization.quantizer import MIN_CHANNEL_SCALE, Affine, search_affine
-from monailabel_dfqsam.quantization.reparameterize import reparameterize
+from monailabel_dfqsam.quantization.reparameterize import keep_padding, reparameterize
 from monailabel_dfqsam.sam.vit import Block, ImageEncoderViT
 from tests.models import relative_error, seeded_sam
 
@@ -36,6 +36,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[ImageEncoderViT, ImageEncoderV
     original = seeded_sam(request.param).image_encoder
     changed = copy.deepcopy(original)
     x = _images(256)
+    keep_padding(changed)
     reparameterize(changed, _ranges(original, x))
     with torch.inference_mode():
         return original, changed, x, original(x)

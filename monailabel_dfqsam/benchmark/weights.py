@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from monailabel_dfqsam.artifact import FORMAT_VERSION, Artifact, encode_layer, stored, write_artifact
-from monailabel_dfqsam.config import Policy, silent
+from monailabel_dfqsam.config import Policy, Recipe, silent
 from monailabel_dfqsam.pretraining.phantoms import label_map, render
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam.checkpoint import read_checkpoint
@@ -55,7 +55,7 @@ class Preparation:
     def write_artifact(self) -> dict[str, int]:
         """Quantizes to W4A4, policy `deploy`; returns bytes of the encoder in both forms."""
         images = self._images[:CALIBRATION_IMAGES]
-        quantized = calibrate(self._encoder, images, BITS, Policy.DEPLOY, silent)
+        quantized = calibrate(self._encoder, images, BITS, Policy.DEPLOY, Recipe(), silent)
         layers, tensors = {}, {}
         for name, layer in quantized.layers.items():
             layers[name], parts = encode_layer(name, layer)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from monailabel_dfqsam.config import Policy, Progress
+from monailabel_dfqsam.config import Policy, Progress, Recipe
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer
 from monailabel_dfqsam.quantization.quantizer import Affine, quantize_weight, search_affine
-from monailabel_dfqsam.quantization.reparameterize import reparameterize
+from monailabel_dfqsam.quantization.reparameterize import keep_padding, reparameterize
 from monailabel_dfqsam.sam.vit import AttentionCore, ImageEncoderViT
 
 CONVOLUTION_BITS = 8
@@ -44,7 +44,7 @@ def quantizable(encoder: ImageEncoderViT) -> dict[str, nn.Module]:
 
 
 def calibrate(
-    encoder: ImageEncoderViT, images: Tensor, bits: int, policy: Policy, progress: Progress
+    encoder: ImageEncoderViT, images: Tensor, bits: int, policy: Policy, recipe: Recipe, progress: Progress
 ) -> QuantizedEncoder:
     """Finds ranges, reparameterizes, and quantizes weights.
 
@@ -52,12 +52,16 @@ def calibrate(
         encoder: in full precision; left as it is.
         images: [N, 3, S, S] float32, normalised.
         bits: of Linears; `deploy` keeps convolutions at 8 and attention in floating point.
+        recipe: what is done beside finding ranges.
     """
     encoder = copy.deepcopy(encoder)
     modules = quantizable(encoder)
     samples, attention_samples = observe(encoder, images, policy is Policy.PAPER, progress)
     after_norm = [name for name in modules if name.endswith(("attn.qkv", "mlp.lin1"))]
-    ranges = reparameterize(encoder, {n: search_affine(samples[n], bits, True) for n in after_norm})
+    keep_padding(encoder)
+    ranges: dict[str, Affine] = {}
+    if recipe.reparameterize:
+        ranges = reparameterize(encoder, {n: search_affine(samples[n], bits, True) for n in after_norm})
     layers = {}
     for step, (name, module) in enumerate(modules.items()):
         layer_bits = bits if policy is Policy.PAPER or isinstance(module, nn.Linear) else CONVOLUTION_BITS

@@ -45,11 +45,19 @@ def reparameterize_norm(
     return Affine(scale[None], zero_point[None], channels.bits), r1, shift
 
 
+def keep_padding(encoder: ImageEncoderViT) -> None:
+    """Fixes what q, k and v of windows' padding are, before anything changes or replaces qkv; in place."""
+    for block in encoder.blocks:
+        assert isinstance(block, Block)
+        if block.attn.window:
+            block.attn.pad_qkv = block.attn.qkv.bias.detach().clone()
+
+
 def reparameterize(encoder: ImageEncoderViT, ranges: Mapping[str, Affine]) -> dict[str, Affine]:
     """Reparameterizes norm1 → qkv and norm2 → lin1 of every block, in place.
 
     Args:
-        encoder: changed so that its output stays the same in floating point.
+        encoder: changed so that its output stays the same in floating point; `keep_padding` was called on it.
         ranges: per-channel ranges by the name of the Linear that reads them, 'blocks.0.attn.qkv' …
 
     Returns:
@@ -59,8 +67,6 @@ def reparameterize(encoder: ImageEncoderViT, ranges: Mapping[str, Affine]) -> di
     for index, block in enumerate(encoder.blocks):
         assert isinstance(block, Block)
         name = f"blocks.{index}.attn.qkv"
-        if block.attn.window:
-            block.attn.pad_qkv = block.attn.qkv.bias.detach().clone()
         common[name], _, _ = reparameterize_norm(block.norm1, block.attn.qkv, ranges[name])
         name = f"blocks.{index}.mlp.lin1"
         common[name], r1, shift = reparameterize_norm(block.norm2, block.mlp.lin1, ranges[name])
