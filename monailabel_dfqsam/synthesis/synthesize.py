@@ -112,12 +112,29 @@ def image_generator(seed: int, index: int) -> Generator:
 
 def to_model(variant: Variant, normalized: Tensor) -> Tensor:
     """[N, 3, S, S] float in mean/std-normalised RGB to what a variant takes."""
-    low, high = normalize(torch.tensor([0.0, 255.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)).to(normalized)
-    target_low, target_high = (bound.to(normalized).view(3, 1, 1) for bound in input_range(variant))
-    if torch.equal(low, target_low) and torch.equal(high, target_high):
-        return normalized
-    scale = (target_high - target_low) / (high - low)
-    converted: Tensor = (normalized - low) * scale + target_low
+    return _between(normalized, _black_and_white(), input_range(variant))
+
+
+def from_model(variant: Variant, images: Tensor) -> Tensor:
+    """The inverse of `to_model`."""
+    return _between(images, input_range(variant), _black_and_white())
+
+
+def _black_and_white() -> tuple[Tensor, Tensor]:
+    """Black and white in mean/std-normalised RGB, each [3] float."""
+    black, white = normalize(torch.tensor([0.0, 255.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1))
+    return black.flatten(), white.flatten()
+
+
+def _between(x: Tensor, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
+    """[N, 3, S, S] float from one range of black and white to another, a channel by itself."""
+    if all(torch.equal(one, other) for one, other in zip(source, target, strict=True)):
+        return x
+    source_low, source_high, target_low, target_high = (
+        bound.to(x).view(3, 1, 1) for bound in (*source, *target)
+    )
+    scale = (target_high - target_low) / (source_high - source_low)
+    converted: Tensor = (x - source_low) * scale + target_low
     return converted
 
 
