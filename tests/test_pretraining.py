@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from monailabel_dfqsam.pretraining.auxiliary_network import schedule
 from monailabel_dfqsam.pretraining.phantoms import PhantomClass, label_map, render
-from monailabel_dfqsam.pretraining.targets import MASKS_PER_IMAGE, MAX_POINTS, MIN_AREA, PhantomDataset
-from monailabel_dfqsam.pretraining.train import (
-    PretrainConfig,
-    contrastive_loss,
-    mask_losses,
-    schedule,
-    train_sam,
+from monailabel_dfqsam.pretraining.prompting import (
+    BACKGROUND,
+    FOREGROUND,
+    Prompted,
+    corrected,
+    decode,
+    first_prompts,
 )
-from monailabel_dfqsam.sam import build, read_checkpoint
+from monailabel_dfqsam.pretraining.targets import GROUP, MASKS_PER_IMAGE, MIN_AREA, SHOWN, PhantomDataset
+from monailabel_dfqsam.pretraining.train import PretrainConfig, contrastive_loss, mask_losses, train_sam
+from monailabel_dfqsam.sam import Sam, build, read_checkpoint
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -42,28 +46,85 @@ def test_every_class_occurs() -> None:
     assert seen == {int(kind) for kind in PhantomClass}
 
 
+def test_parts_belong_to_regions_that_are_there() -> None:
+    found = [label_map(_generator(seed)) for seed in range(12)]
+    for labels in found:
+        assert torch.equal(labels.parents[labels.parents], labels.parents)
+        assert labels.wholes.shape == labels.regions.shape
+    assert any((labels.wholes != labels.regions).any() for labels in found)
+
+
 @pytest.mark.parametrize("index", range(6))
 def test_prompts_fit_their_objects(index: int) -> None:
-    example = PhantomDataset(seed=0, start=index, count=1)[0]
+    example = next(iter(PhantomDataset(seed=0, start=index)))
     assert example["masks"].shape == (MASKS_PER_IMAGE, 256, 256)
-    assert example["points"].shape == (MASKS_PER_IMAGE, MAX_POINTS, 2)
-    for mask, box, points, labels in zip(
-        *(example[name] for name in ("masks", "boxes", "points", "labels")), strict=True
+    assert example["points"].shape == (MASKS_PER_IMAGE, 2)
+    for mask, box, (x, y) in zip(
+        example["masks"], example["boxes"].tolist(), example["points"].tolist(), strict=True
     ):
         assert mask.sum() >= MIN_AREA
-        x0, y0, x1, y1 = box.tolist()
-        assert 0 <= x0 < x1 <= 256
-        assert 0 <= y0 < y1 <= 256
-        assert labels[0] == 1
-        for (x, y), label in zip(points.tolist(), labels.tolist(), strict=True):
-            assert int(mask[int(y), int(x)]) == label
+        assert mask[int(y), int(x)] == 1
+        ys, xs = torch.nonzero(mask, as_tuple=True)
+        tight = [float(xs.min()), float(ys.min()), float(xs.max()) + 1, float(ys.max()) + 1]
+        sides = [tight[2] - tight[0], tight[3] - tight[1]] * 2
+        assert all(abs(a - b) <= 0.061 * side for a, b, side in zip(box, tight, sides, strict=True))
+        assert min(box) >= 0
+        assert max(box) <= 256
 
 
-def test_same_index_gives_the_same_example_wherever_it_starts() -> None:
-    a, b = PhantomDataset(0, 5, 1)[0], PhantomDataset(0, 3, 9)[2]
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    c = PhantomDataset(1, 5, 1)[0]
-    assert not torch.equal(a["image"], c["image"])
+def test_stream_is_the_same_wherever_it_starts() -> None:
+    views = list(islice(PhantomDataset(0, size=64), GROUP * SHOWN + 2))
+    for start in (5, GROUP * SHOWN + 1):
+        again = next(iter(PhantomDataset(0, start, size=64)))
+        assert all(torch.equal(again[key], views[start][key]) for key in again)
+    other = next(iter(PhantomDataset(1, size=64)))
+    assert not torch.equal(other["image"], views[0]["image"])
+
+
+def _by_segment_anything(sam: Sam, embedding: torch.Tensor, prompts: Prompted) -> tuple[torch.Tensor, ...]:
+    """One object at a time through segment-anything's own modules."""
+    answers = []
+    for i in range(len(prompts.kinds)):
+        # Its prompt encoder moves places by half a pixel.
+        places, kinds = prompts.places[i : i + 1] - 0.5, prompts.kinds[i : i + 1]
+        clicks = (kinds[0] == BACKGROUND) | (kinds[0] == FOREGROUND)
+        sparse, dense = sam.prompt_encoder(
+            (places[:, clicks], kinds[:, clicks]) if clicks.any() else None,
+            places[:, :2].reshape(1, 4) if prompts.boxed[i] else None,
+            None if prompts.masks is None else prompts.masks[i : i + 1],
+        )
+        answers.append(
+            sam.mask_decoder.predict_masks(
+                image_embeddings=embedding[i : i + 1],
+                image_pe=sam.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+            )
+        )
+    return tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
+
+
+def test_batched_decoding_is_segment_anythings() -> None:
+    sam = build(read_checkpoint())
+    torch.manual_seed(0)
+    embedding = torch.randn(6, 128, 16, 16)
+    boxes, points = torch.tensor([[10.0, 20, 100, 120]]).repeat(6, 1), torch.rand(6, 2) * 256
+    prompts = first_prompts(boxes, points)
+    assert 0 < int(prompts.boxed.sum()) < 6
+    target = torch.zeros(6, 64, 64)
+    target[:, 10:30, 10:30] = 1
+    for _ in range(3):
+        logits, iou = decode(sam, embedding, prompts)
+        expected_logits, expected_iou = _by_segment_anything(sam, embedding, prompts)
+        assert torch.allclose(logits, expected_logits, atol=1e-4)
+        assert torch.allclose(iou, expected_iou, atol=1e-5)
+        answer = logits[:, 0]
+        before, prompts = prompts, corrected(prompts, answer, target)
+        assert torch.equal(prompts.places[:, :-1], before.places)
+        for i in range(6):
+            column, row = (prompts.places[i, -1] / 4).long().tolist()
+            assert int(prompts.kinds[i, -1]) == int(target[i, row, column])
+            assert (float(answer[i, row, column]) > 0) != bool(target[i, row, column])
 
 
 def test_mask_loss_is_least_for_the_target() -> None:
@@ -95,13 +156,13 @@ def test_learning_rate_rises_then_falls() -> None:
 
 
 def test_training_stops_resumes_and_exports(tmp_path: Path) -> None:
-    short = PretrainConfig(steps=1, batch=1, save_every=1, workers=0)
+    short = PretrainConfig(steps=1, batch=1, save_every=1)
     lines: list[int] = []
     train_sam(tmp_path, short, torch.device("cpu"), lambda step, *_: lines.append(step))
     first = read_checkpoint(tmp_path / "dfqsam-tiny.safetensors")
     weights = train_sam(
         tmp_path,
-        PretrainConfig(steps=2, batch=1, save_every=1, workers=0),
+        PretrainConfig(steps=2, batch=1, save_every=1),
         torch.device("cpu"),
         lambda *_: None,
     )
@@ -110,5 +171,5 @@ def test_training_stops_resumes_and_exports(tmp_path: Path) -> None:
     assert first.sha256 != second.sha256
     assert torch.load(tmp_path / "sam.pt", weights_only=True)["step"] == 2
     changed = time.time_ns()
-    train_sam(tmp_path, PretrainConfig(steps=2, batch=1, workers=0), torch.device("cpu"), lambda *_: None)
+    train_sam(tmp_path, PretrainConfig(steps=2, batch=1), torch.device("cpu"), lambda *_: None)
     assert (tmp_path / "sam.pt").stat().st_mtime_ns < changed

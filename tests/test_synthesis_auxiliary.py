@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,10 @@ def test_embedded_network_tells_phantom_classes_apart_better_than_chance() -> No
     auxiliary = embedded_auxiliary()
     assert auxiliary is not None
     assert sum(p.numel() for p in auxiliary.network.parameters()) <= 500_000
-    data = PhantomDataset(seed=77, start=0, count=8)
-    x = torch.stack([data[i]["image"] for i in range(8)])
+    examples = list(islice(PhantomDataset(seed=77), 8))
+    x = torch.stack([example["image"] for example in examples])
     scores = auxiliary.scores(normalize(x * 255))
-    target = torch.stack([data[i]["semantic"] for i in range(8)])[:, 1::2, 1::2]
+    target = torch.stack([example["semantic"] for example in examples])[:, 1::2, 1::2]
     assert scores.shape == (8, len(PhantomClass), 128, 128)
     assert mean_recall(scores.argmax(1), target) > 1.5 * CHANCE
 
@@ -166,7 +167,7 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     def train(folder: Path, steps: list[int]) -> dict[str, torch.Tensor]:
         for count in steps:
             # The schedule depends on the number of steps alone through its warm-up here.
-            config = PretrainConfig(steps=count, batch=2, warmup=10, save_every=2, workers=0)
+            config = PretrainConfig(steps=count, batch=2, warmup=10, save_every=2)
             path = train_auxiliary(folder, config, torch.device("cpu"), lambda *_: None)
         return load_file(path)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,7 @@ def real(folder: Path) -> None:
 def colour() -> None:
     """Distance of synthesized images' entropies from phantoms'."""
     sam = build(read_checkpoint())
-    dataset = PhantomDataset(seed=77, start=0, count=PHANTOMS)
-    phantoms = torch.stack([dataset[index]["image"] for index in range(PHANTOMS)])
+    phantoms = torch.stack([example["image"] for example in islice(PhantomDataset(seed=77), PHANTOMS)])
     target = encoder_patch_entropies(sam.image_encoder, normalize(phantoms * 255)).mean(0)
     for share in SHARES:
         synthesize.COLOUR = share

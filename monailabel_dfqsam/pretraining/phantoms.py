@@ -3,17 +3,24 @@
 A phantom is drawn in two steps, so that one map can be shown in several appearances: regions first (a
 background of smooth fields, a body outline, organs, tubes, rings, lesions), then contrast, texture, blur,
 bias field, noise, speckle, windowing, gamma and colour. Everything follows one `torch.Generator`.
+
+Shapes are computed on a grid four times coarser than the image and enlarged before they are cut off, which
+keeps outlines smooth and makes a phantom in a hundredth of a second.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+COARSE = 4
+"""Image pixels per cell of the grid on which shapes are computed."""
 
 
 class PhantomClass(IntEnum):
@@ -34,15 +41,23 @@ class LabelMap:
     Attributes:
         regions: [S, S] int64, a region id a pixel, 0 … R − 1.
         classes: [R] int64, the `PhantomClass` of each region.
+        parents: [R] int64, the region that each is a part of, as a wall or a lesion is of its organ; its own
+            id where it is no part.
     """
 
     regions: Tensor
     classes: Tensor
+    parents: Tensor
 
     @property
     def semantic(self) -> Tensor:
         """[S, S] int64, the class of each pixel."""
         return self.classes[self.regions]
+
+    @property
+    def wholes(self) -> Tensor:
+        """[S, S] int64, region ids with parts counted to what they are parts of."""
+        return self.parents[self.regions]
 
 
 def uniform(g: Generator, low: float, high: float) -> float:
@@ -55,86 +70,175 @@ def integer(g: Generator, low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, (), generator=g))
 
 
-def smooth_field(g: Generator, count: int, cells: int, size: int) -> Tensor:
-    """[count, size, size] float, random grids of `cells` per side, enlarged bicubically; unit variance."""
-    grid = torch.randn(1, count, cells + 3, cells + 3, generator=g)
+def smooth_field(g: Generator, count: int, cells: int, size: int, columns: int | None = None) -> Tensor:
+    """[count, size, size] float, random grids of cells × columns, enlarged bicubically; unit variance."""
+    grid = torch.randn(1, count, cells + 3, (columns or cells) + 3, generator=g)
     field = F.interpolate(grid, size=(size, size), mode="bicubic", align_corners=True)[0]
     return field / field.std(dim=(1, 2), keepdim=True).clamp_min(1e-6)
 
 
-def _warped_coordinates(g: Generator, size: int) -> tuple[Tensor, Tensor]:
-    axis = torch.arange(size, dtype=torch.float32)
-    shift = smooth_field(g, 2, integer(g, 3, 8), size) * uniform(g, 0.5, size / 40)
-    return axis[:, None] + shift[0], axis[None, :] + shift[1]
+def _enlarge(field: Tensor) -> Tensor:
+    """[h, w] float to [COARSE·h, COARSE·w]."""
+    return F.interpolate(field[None, None], scale_factor=COARSE, mode="bilinear")[0, 0]
 
 
-def _ellipse_radius(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
-    """[S, S] float, 1 on a randomly turned ellipse with half axes a and b, less inside."""
+class _Canvas:
+    """A label map being painted; coordinates and lengths are in image pixels, fields on the coarse grid."""
+
+    def __init__(self, g: Generator, size: int) -> None:
+        self.g, self.size = g, size
+        cells = integer(g, 2, 6)
+        fields = smooth_field(g, integer(g, 1, 8), cells, size // COARSE)
+        self.regions = torch.zeros(size, size, dtype=torch.int64)
+        highest = _enlarge(fields[0])
+        # Ten times faster than argmax over the first dimension.
+        for region, field in enumerate(fields[1:], start=1):
+            field = _enlarge(field)
+            self.regions[field > highest] = region
+            highest = torch.maximum(highest, field)
+        self.classes = [PhantomClass.BACKGROUND] * len(fields)
+        self.parents = list(range(len(fields)))
+
+    def paint(self, mask: Tensor, kind: PhantomClass, parent: int | None = None) -> int | None:
+        """Paints over what is there; the new region's id, or None where the mask [S, S] bool is too small."""
+        if int(mask.sum()) < 12:
+            return None
+        region = len(self.classes)
+        self.regions[mask] = region
+        self.classes.append(kind)
+        self.parents.append(region if parent is None else parent)
+        return region
+
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """y and x of the coarse cells' centres, bent by a smooth field."""
+        side = self.size // COARSE
+        axis = (torch.arange(side, dtype=torch.float32) + 0.5) * COARSE
+        shift = smooth_field(self.g, 2, integer(self.g, 3, 8), side) * uniform(self.g, 0.5, self.size / 40)
+        return axis[:, None] + shift[0], axis[None, :] + shift[1]
+
+    def result(self) -> LabelMap:
+        """The map with ids that are all in use."""
+        used = torch.bincount(self.regions.flatten(), minlength=len(self.classes)) > 0
+        parents = torch.tensor(self.parents)
+        # A part whose whole was painted over is a whole by itself.
+        parents = torch.where(used[parents], parents, torch.arange(len(parents)))
+        new = used.cumsum(0) - 1
+        return LabelMap(new[self.regions], torch.tensor(self.classes)[used], new[parents[used]])
+
+
+def _turned(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float) -> tuple[Tensor, Tensor]:
     angle = uniform(g, 0, math.pi)
     dy, dx = y - cy, x - cx
-    u = math.cos(angle) * dx + math.sin(angle) * dy
-    v = -math.sin(angle) * dx + math.cos(angle) * dy
+    return math.cos(angle) * dx + math.sin(angle) * dy, math.cos(angle) * dy - math.sin(angle) * dx
+
+
+def _ellipse(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
+    """Radius, 1 on a randomly turned ellipse with half axes a and b, less inside."""
+    u, v = _turned(g, y, x, cy, cx)
     return ((u / a) ** 2 + (v / b) ** 2).sqrt()
 
 
-def _tube(g: Generator, y: Tensor, x: Tensor, size: int) -> Tensor:
-    """[S, S] bool, a bent tube through the image."""
-    angle, offset = uniform(g, 0, math.pi), uniform(g, -0.3, 0.3) * size
-    along = math.cos(angle) * (x - size / 2) + math.sin(angle) * (y - size / 2)
-    across = -math.sin(angle) * (x - size / 2) + math.cos(angle) * (y - size / 2)
+def _bar(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
+    """The same for a rectangle with rounded corners, as long bones and vertebrae are."""
+    u, v = _turned(g, y, x, cy, cx)
+    power = uniform(g, 2.5, 6)
+    return ((u / a).abs() ** power + (v / (b * uniform(g, 0.3, 1))).abs() ** power) ** (1 / power)
+
+
+def _lobes(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
+    """The same for two or three ellipses grown together."""
+    parts = [_ellipse(g, y, x, cy, cx, a * 0.8, b * 0.8)]
+    for _ in range(integer(g, 1, 2)):
+        away, angle = uniform(g, 0.4, 0.9) * b, uniform(g, 0, 2 * math.pi)
+        share = uniform(g, 0.4, 0.75)
+        parts.append(
+            _ellipse(g, y, x, cy + away * math.sin(angle), cx + away * math.cos(angle), a * share, b * share)
+        )
+    return torch.stack(parts).amin(0)
+
+
+def _crescent(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
+    """The same for an ellipse out of which another takes a bite."""
+    angle, away = uniform(g, 0, 2 * math.pi), uniform(g, 0.7, 1.3) * b
+    bite = _ellipse(g, y, x, cy + away * math.sin(angle), cx + away * math.cos(angle), 0.8 * a, 0.8 * b)
+    return torch.maximum(_ellipse(g, y, x, cy, cx, a, b), 2 - bite)
+
+
+_SHAPES: tuple[tuple[float, Callable[..., Tensor]], ...] = (
+    (0.55, _ellipse),
+    (0.70, _lobes),
+    (0.85, _bar),
+    (1.00, _crescent),
+)
+"""Shapes with the cumulative shares in which they occur."""
+
+
+def _paint_tube(c: _Canvas) -> None:
+    """A bent tube through the image."""
+    g, size = c.g, c.size
+    y, x = c.coordinates()
+    along, across = _turned(g, y, x, size / 2, size / 2)
     bend = uniform(g, 0, 0.15) * size * torch.sin(along / size * uniform(g, 2, 9) + uniform(g, 0, 6))
-    start = uniform(g, -0.5, 0.2) * size
-    inside = (across - offset - bend).abs() < uniform(g, 0.008, 0.04) * size
-    return inside & (along > start) & (along < start + uniform(g, 0.3, 1.0) * size)
+    start, length = uniform(g, -0.5, 0.2) * size, uniform(g, 0.3, 1.0) * size
+    distance = _enlarge((across - uniform(g, -0.3, 0.3) * size - bend).abs())
+    position = _enlarge(along)
+    inside = distance < uniform(g, 0.008, 0.04) * size
+    c.paint(inside & (position > start) & (position < start + length), PhantomClass.TUBE)
+
+
+def _paint_body(c: _Canvas) -> None:
+    """A large outline, often with air around it, something uniform within, and a wall."""
+    g, size = c.g, c.size
+    y, x = c.coordinates()
+    middle = [size / 2 + uniform(g, -0.1, 0.1) * size for _ in range(2)]
+    axes = [uniform(g, 0.3, 0.55) * size for _ in range(2)]
+    radius = _enlarge(_ellipse(g, y, x, *middle, *axes))
+    if uniform(g, 0, 1) < 0.7:
+        c.paint(radius >= 1, PhantomClass.BACKGROUND)
+    body = c.paint(radius < 1, PhantomClass.BODY) if uniform(g, 0, 1) < 0.6 else None
+    if uniform(g, 0, 1) < 0.4:
+        c.paint((radius < 1) & (radius > uniform(g, 0.85, 0.96)), PhantomClass.RING, body)
+
+
+def _paint_object(c: _Canvas) -> None:
+    """One organ or lesion, some with a wall or an inner part; or a ring with what was there inside it."""
+    g, size = c.g, c.size
+    y, x = c.coordinates()
+    scale = math.exp(uniform(g, math.log(0.025), math.log(0.42))) * size
+    axes = scale, scale * uniform(g, 0.45, 1.0)
+    cy, cx = uniform(g, 0.08, 0.92) * size, uniform(g, 0.08, 0.92) * size
+    kind = uniform(g, 0, 1)
+    if kind < 0.06:
+        radius = _enlarge(_ellipse(g, y, x, cy, cx, *axes))
+        c.paint((radius < 1) & (radius > uniform(g, 0.55, 0.85)), PhantomClass.RING)
+        return
+    drawn = uniform(g, 0, 1)
+    shape = next(shape for share, shape in _SHAPES if drawn < share)
+    radius = _enlarge(shape(g, y, x, cy, cx, *axes))
+    inside = radius < 1
+    organ = c.paint(inside, PhantomClass.LESION if scale < 0.04 * size else PhantomClass.ORGAN)
+    if organ is None or scale < 0.06 * size:
+        return
+    if uniform(g, 0, 1) < 0.2:
+        c.paint(inside & (radius > uniform(g, 0.75, 0.93)), PhantomClass.RING, organ)
+    for _ in range(integer(g, 1, 3) if uniform(g, 0, 1) < 0.3 else 0):
+        reach, away = uniform(g, 0.08, 0.45) * axes[1], uniform(g, 0, 0.6) * axes[1]
+        angle = uniform(g, 0, 2 * math.pi)
+        inner = _ellipse(g, y, x, cy + away * math.sin(angle), cx + away * math.cos(angle), reach, reach)
+        c.paint((_enlarge(inner) < 1) & (radius < 0.9), PhantomClass.LESION, organ)
 
 
 def label_map(g: Generator, size: int = 256) -> LabelMap:
-    """One random label map of `size`² pixels."""
-    regions = smooth_field(g, integer(g, 3, 8), integer(g, 2, 6), size).argmax(0)
-    regions = torch.unique(regions, return_inverse=True)[1]
-    classes = [PhantomClass.BACKGROUND] * (int(regions.max()) + 1)
-
-    def paint(mask: Tensor, kind: PhantomClass) -> None:
-        if int(mask.sum()) >= 12:
-            regions[mask] = len(classes)
-            classes.append(kind)
-
-    y, x = _warped_coordinates(g, size)
-    half = size / 2
+    """One random label map of `size`² pixels; `size` is a multiple of 4."""
+    canvas = _Canvas(g, size)
     if uniform(g, 0, 1) < 0.6:
-        body = _ellipse_radius(
-            g, y, x, half + uniform(g, -0.1, 0.1) * size, half + uniform(g, -0.1, 0.1) * size,
-            uniform(g, 0.3, 0.55) * size, uniform(g, 0.3, 0.55) * size,
-        )  # fmt: skip
-        outside = body >= 1
-        if uniform(g, 0, 1) < 0.7:
-            # Air around a body is one region, most often dark.
-            paint(outside, PhantomClass.BACKGROUND)
-        if uniform(g, 0, 1) < 0.6:
-            paint(~outside, PhantomClass.BODY)
-        if uniform(g, 0, 1) < 0.4:
-            paint((body < 1) & (body > uniform(g, 0.85, 0.96)), PhantomClass.RING)
-    for _ in range(integer(g, 2, 13)):
-        y, x = _warped_coordinates(g, size)
-        scale = math.exp(uniform(g, math.log(0.02), math.log(0.28))) * size
-        aspect = uniform(g, 0.5, 1.0)
-        cy, cx = uniform(g, 0.08, 0.92) * size, uniform(g, 0.08, 0.92) * size
-        kind = uniform(g, 0, 1)
-        if kind < 0.12:
-            paint(_tube(g, y, x, size), PhantomClass.TUBE)
-            continue
-        radius = _ellipse_radius(g, y, x, cy, cx, scale, scale * aspect)
-        if kind < 0.27:
-            paint((radius < 1) & (radius > uniform(g, 0.55, 0.85)), PhantomClass.RING)
-            continue
-        paint(radius < 1, PhantomClass.LESION if scale < 0.04 * size else PhantomClass.ORGAN)
-        if scale > 0.08 * size and uniform(g, 0, 1) < 0.3:
-            reach = uniform(g, 0.15, 0.45)
-            off = uniform(g, -0.4, 0.4) * scale * aspect
-            inner = _ellipse_radius(g, y, x, cy + off, cx + off, scale * reach, scale * reach)
-            paint((inner < 1) & (radius < 1), PhantomClass.LESION)
-    present, regions = torch.unique(regions, return_inverse=True)
-    return LabelMap(regions, torch.tensor(classes)[present])
+        _paint_body(canvas)
+    for _ in range(integer(g, 2, 12)):
+        if uniform(g, 0, 1) < 0.08:
+            _paint_tube(canvas)
+        else:
+            _paint_object(canvas)
+    return canvas.result()
 
 
 def _blur(image: Tensor, sigma: float) -> Tensor:
@@ -148,25 +252,59 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
     return F.conv2d(x, kernel.transpose(2, 3), groups=image.shape[0])[0]
 
 
+def _tissue(g: Generator, labels: LabelMap) -> Tensor:
+    """[S, S] float, mean and texture of each region, rims along some outlines; about 0 … 1."""
+    regions, count = labels.regions, len(labels.classes)
+    size = regions.shape[0]
+    contrast = uniform(g, 0.2, 1.0)
+    mean = 0.5 + contrast * (torch.rand(count, generator=g) - 0.5)
+    if uniform(g, 0, 1) < 0.3:
+        # Parts nearly like what they belong to: an organ's vessels, a tumour's core.
+        near = torch.rand(count, generator=g) * 0.6
+        mean = mean[labels.parents] + near * (mean - mean[labels.parents])
+    if uniform(g, 0, 1) < 0.6:
+        mean[regions[0, 0]] = uniform(g, 0, 0.05)
+    fine, rough = integer(g, 16, 96), integer(g, 6, 24)
+    texture = torch.cat([smooth_field(g, 1, fine, size), smooth_field(g, 1, rough, size, integer(g, 6, 60))])
+    amount = torch.rand(2, count, generator=g) ** 2 * uniform(g, 0, 0.25 if uniform(g, 0, 1) < 0.4 else 0.1)
+    image = mean[regions] + (amount[:, regions] * texture).sum(0)
+    if uniform(g, 0, 1) < 0.25:
+        edge = torch.zeros(size, size)
+        edge[1:] += regions[1:] != regions[:-1]
+        edge[:, 1:] += regions[:, 1:] != regions[:, :-1]
+        strength = torch.rand(count, generator=g) * uniform(g, -1.0, 1.5)
+        image = image + _blur(edge[None], uniform(g, 0.7, 2.5))[0] * strength[regions]
+    return image
+
+
+def _acoustics(g: Generator, image: Tensor) -> Tensor:
+    """Ultrasound's own: speckle stretched sideways, attenuation downwards, shadows."""
+    size = image.shape[0]
+    grain = torch.randn(size, max(8, int(size * uniform(g, 0.3, 1))), generator=g)
+    grain = F.interpolate(grain[None, None], size=(size, size), mode="bilinear")[0]
+    image = image * (1 + uniform(g, 0.2, 0.7) * _blur(grain, uniform(g, 0, 1.5))[0])
+    depth = torch.linspace(0, 1, size)[:, None]
+    image = image * torch.exp(-uniform(g, 0, 1.2) * depth)
+    if uniform(g, 0, 1) < 0.5:
+        shadow = smooth_field(g, 1, 1, size, integer(g, 4, 16))[0]
+        image = image * (1 - uniform(g, 0.2, 0.8) * (shadow > 1) * depth)
+    return image
+
+
 def render(g: Generator, labels: LabelMap) -> Tensor:
     """One appearance of a label map: [3, S, S] float32 in [0, 1]."""
     size = labels.regions.shape[0]
-    count = len(labels.classes)
-    contrast = uniform(g, 0.35, 1.0)
-    mean = 0.5 + contrast * (torch.rand(count, generator=g) - 0.5)
-    if uniform(g, 0, 1) < 0.6:
-        corner = labels.regions[0, 0]
-        mean[corner] = uniform(g, 0, 0.05)
-    amount = torch.rand(count, generator=g) * uniform(g, 0, 0.12)
-    fine = smooth_field(g, 2, integer(g, 16, 96), size)
-    image = mean[labels.regions] + amount[labels.regions] * fine[0]
-    image = _blur(image[None], uniform(g, 0, 1.6))[0]
+    image = _tissue(g, labels)
+    # Projections, as X-rays are, have soft outlines.
+    image = _blur(image[None], uniform(g, 0, 1.6) if uniform(g, 0, 1) < 0.9 else uniform(g, 1.6, 4))[0]
     if uniform(g, 0, 1) < 0.5:
         image = image * torch.exp(uniform(g, 0, 0.35) * smooth_field(g, 1, 2, size)[0])
-    if uniform(g, 0, 1) < 0.2:
-        grain = 1 + uniform(g, 0.1, 0.5) * torch.randn(size, size, generator=g)
-        image = image * _blur(grain[None], uniform(g, 0, 1.5))[0]
-    image = image + uniform(g, 0, 0.07) * torch.randn(size, size, generator=g)
+    if uniform(g, 0, 1) < 0.3:
+        image = _acoustics(g, image)
+    noise = torch.randn(size, size, generator=g)
+    image = image + uniform(g, 0, 0.07) * (
+        noise if uniform(g, 0, 1) < 0.7 else _blur(noise[None], 1.0)[0] * 3
+    )
     sample = image.flatten()[:: max(1, image.numel() // 4096)].sort().values
     low = sample[int(uniform(g, 0, 0.05) * len(sample))]
     high = sample[int(uniform(g, 0.95, 0.9999) * len(sample))]
@@ -174,7 +312,7 @@ def render(g: Generator, labels: LabelMap) -> Tensor:
     if uniform(g, 0, 1) < 0.15:
         image = 1 - image
     rgb = image.expand(3, size, size)
-    if uniform(g, 0, 1) < 0.25:
-        tint = 1 + 0.4 * (torch.rand(count, 3, generator=g) - 0.5)
+    if uniform(g, 0, 1) < 0.2:
+        tint = 1 + 0.4 * (torch.rand(len(labels.classes), 3, generator=g) - 0.5)
         rgb = (rgb * tint[labels.regions].permute(2, 0, 1)).clamp(0, 1)
     return rgb.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Generator, Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import IterableDataset
 
 from monailabel_dfqsam.pretraining.phantoms import LabelMap, PhantomClass, integer, label_map, render, uniform
 
 MASKS_PER_IMAGE = 6
 MIN_AREA = 24
-MAX_POINTS = 5
+GROUP = 24
+"""Phantoms that are drawn together and shown `SHOWN` times each, in random order."""
+SHOWN = 4
+"""Views of a phantom; drawing one takes about as long as a training step on it."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,7 @@ class Example:
         semantic: [S, S] int64, `PhantomClass` a pixel.
         masks: [M, S, S] uint8, 0 or 1.
         boxes: [M, 4] float32, jittered (x0, y0, x1, y1) in pixels.
-        points: [M, P, 2] float32, (x, y) in pixels; the first lies inside the object.
-        labels: [M, P] int64, 1 foreground, 0 background.
+        points: [M, 2] float32, (x, y) in pixels, inside the object.
     """
 
     image: Tensor
@@ -39,19 +42,30 @@ class Example:
     masks: Tensor
     boxes: Tensor
     points: Tensor
-    labels: Tensor
 
 
 def _objects(g: Generator, labels: LabelMap) -> NDArray[Any]:
-    """[M, S, S] bool: connected components of random regions, painted objects before background fields."""
-    regions = labels.regions.numpy()
-    weight = torch.where(labels.classes == PhantomClass.BACKGROUND, 1.0, 3.0)
+    """[M, S, S] bool: connected components of random regions, painted objects before background fields.
+
+    Most of them are wholes, with their parts and without holes, as people outline organs.
+    """
+    regions, wholes = labels.regions.numpy(), labels.wholes.numpy()
+    kinds = labels.classes
+    weight = torch.where(
+        kinds == PhantomClass.BACKGROUND, 0.5, torch.where(kinds == PhantomClass.TUBE, 1.0, 3.0)
+    )
     masks: list[NDArray[Any]] = []
-    for _ in range(4 * MASKS_PER_IMAGE):
+    for _ in range(3 * MASKS_PER_IMAGE):
         region = int(torch.multinomial(weight, 1, generator=g))
-        components, count = ndimage.label(regions == region)
-        component = components == integer(g, 1, count)
-        if component.sum() >= MIN_AREA:
+        whole = uniform(g, 0, 1) < 0.75
+        candidates = wholes == int(labels.parents[region]) if whole else regions == region
+        components, count = ndimage.label(candidates)
+        chosen = 1 + int(np.bincount(components.ravel())[1:].argmax())
+        component = components == (chosen if uniform(g, 0, 1) < 0.7 else integer(g, 1, count))
+        if whole:
+            rows, columns = ndimage.find_objects(component.astype(np.uint8))[0]
+            component[rows, columns] = ndimage.binary_fill_holes(component[rows, columns])
+        if MIN_AREA <= component.sum() <= 0.6 * component.size:
             masks.append(component)
         if len(masks) == MASKS_PER_IMAGE:
             break
@@ -60,60 +74,71 @@ def _objects(g: Generator, labels: LabelMap) -> NDArray[Any]:
     return np.stack([masks[i % len(masks)] for i in range(MASKS_PER_IMAGE)])
 
 
-def _box(g: Generator, mask: NDArray[Any], jitter: float = 0.05) -> list[float]:
-    ys, xs = np.nonzero(mask)
-    x0, x1, y0, y1 = xs.min(), xs.max() + 1, ys.min(), ys.max() + 1
+def _box(g: Generator, mask: NDArray[Any]) -> list[float]:
+    """Tight, or a few percent off at each side."""
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    x0, x1, y0, y1 = xs[0], xs[-1] + 1, ys[0], ys[-1] + 1
     w, h, size = x1 - x0, y1 - y0, mask.shape[0]
+    jitter = 0.0 if uniform(g, 0, 1) < 0.3 else 0.06
     noise = [uniform(g, -jitter, jitter) for _ in range(4)]
     box = [x0 + noise[0] * w, y0 + noise[1] * h, x1 + noise[2] * w, y1 + noise[3] * h]
     return [min(max(float(v), 0.0), float(size)) for v in box]
 
 
-def _points(g: Generator, mask: NDArray[Any]) -> tuple[list[list[float]], list[int]]:
-    """Foreground first, then either kind; background from the object's surroundings."""
-    inside = np.argwhere(ndimage.binary_erosion(mask, iterations=2))
-    inside = inside if len(inside) else np.argwhere(mask)
-    ys, xs = np.nonzero(mask)
-    margin = 20
-    near = np.zeros_like(mask)
-    near[max(ys.min() - margin, 0) : ys.max() + margin, max(xs.min() - margin, 0) : xs.max() + margin] = True
-    outside = np.argwhere(near & ~mask)
-    points, labels = [], []
-    for index in range(MAX_POINTS):
-        foreground = index == 0 or len(outside) == 0 or uniform(g, 0, 1) < 0.5
-        pool = inside if foreground else outside
-        y, x = pool[integer(g, 0, len(pool) - 1)]
-        points.append([float(x) + 0.5, float(y) + 0.5])
-        labels.append(int(foreground))
-    return points, labels
+def _point(g: Generator, mask: NDArray[Any]) -> list[float]:
+    """The middle of a random pixel of the object; the deeper inside, the likelier."""
+    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
+    depth = ndimage.distance_transform_cdt(np.pad(mask[rows, columns], 1))[1:-1, 1:-1]
+    at = np.argwhere(depth >= max(1.0, min(uniform(g, 0.1, 1.3), 1.0) * depth.max()))
+    y, x = at[integer(g, 0, len(at) - 1)]
+    return [float(x + columns.start) + 0.5, float(y + rows.start) + 0.5]
 
 
 def make_example(g: Generator, size: int = 256) -> Example:
     """One random example; the same generator state gives the same example."""
     labels = label_map(g, size)
     image = render(g, labels)
-    masks = _objects(g, labels)
-    prompts = [_points(g, m) for m in masks]
+    return _prompted(g, image, labels.regions, labels.semantic, _objects(g, labels))
+
+
+def _prompted(g: Generator, image: Tensor, regions: Tensor, semantic: Tensor, masks: NDArray[Any]) -> Example:
     return Example(
         image=image,
-        regions=labels.regions[2::4, 2::4].contiguous(),
-        semantic=labels.semantic,
+        regions=regions[2::4, 2::4].contiguous() if len(regions) == image.shape[-1] else regions,
+        semantic=semantic,
         masks=torch.from_numpy(masks.astype(np.uint8)),
         boxes=torch.tensor([_box(g, m) for m in masks]),
-        points=torch.tensor([p for p, _ in prompts]),
-        labels=torch.tensor([label for _, label in prompts]),
+        points=torch.tensor([_point(g, m) for m in masks]),
     )
 
 
-class PhantomDataset(Dataset[dict[str, Tensor]]):
-    """An endless map of index to example; example `i` of a seed is the same on every run."""
+def turned(g: Generator, example: Example) -> Example:
+    """The same phantom flipped and turned at random, a little brighter or darker, with new prompts."""
+    flip, turns = integer(g, 0, 1), integer(g, 0, 3)
 
-    def __init__(self, seed: int, start: int, count: int, size: int = 256) -> None:
-        self.seed, self.start, self.count, self.size = seed, start, count, size
+    def move(x: Tensor) -> Tensor:
+        x = x.flip(-1) if flip else x
+        return torch.rot90(x, turns, (-2, -1)).contiguous()
 
-    def __len__(self) -> int:
-        return self.count
+    image = move(example.image) ** uniform(g, 0.8, 1.25)
+    masks = move(example.masks).numpy().astype(bool)
+    return _prompted(g, image, move(example.regions), move(example.semantic), masks)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.start + index)
-        return vars(make_example(g, self.size))
+
+class PhantomDataset(IterableDataset[dict[str, Tensor]]):
+    """An endless stream of examples as dicts, the same for the same seed, from example `start` on."""
+
+    def __init__(self, seed: int, start: int = 0, size: int = 256) -> None:
+        self.seed, self.start, self.size = seed, start, size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        group, passed = divmod(self.start, GROUP * SHOWN)
+        while True:
+            g = torch.Generator().manual_seed(self.seed * 1_000_003 + group)
+            drawn = [make_example(g, self.size) for _ in range(GROUP)]
+            order = torch.cat([torch.randperm(GROUP, generator=g) for _ in range(SHOWN)])
+            for position, index in enumerate(order.tolist()):
+                view = turned(g, drawn[index])
+                if position >= passed:
+                    yield vars(view)
+            group, passed = group + 1, 0

@@ -3,41 +3,51 @@
 Two choices get a model this small off the all-background plateau: the mask loss counts mostly in the
 target's neighbourhood, and a dense head, dropped afterwards, pulls embeddings of one region together and
 those of different regions apart (supervised contrastive loss, arXiv 2004.11362).
+
+The weights exported are an exponential average over the steps, so that training can be ended, and continued,
+at any checkpoint: the rate stays constant after its warm-up. Several processes (`torchrun`) share a step,
+each on one core and with phantoms of its own.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from monailabel_dfqsam.pretraining.prompting import corrected, decode, first_prompts
 from monailabel_dfqsam.pretraining.targets import PhantomDataset
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.preprocess import normalize
 from monailabel_dfqsam.sam.variants import VARIANTS
 
+ROUNDS = (0.55, 0.85, 1.0)
+"""Cumulative shares of steps with one, two and three rounds of prompts."""
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Training settings; the defaults made the embedded weights."""
+    """Training settings; the defaults made the embedded weights. `batch` is of each process."""
 
     steps: int = 1900
     batch: int = 8
-    lr: float = 8e-4
+    lr: float = 1e-3
     warmup: int = 200
     weight_decay: float = 0.02
+    average: float = 0.998
     seed: int = 0
     save_every: int = 100
-    workers: int = 1
 
 
 class DenseHead(nn.Sequential):
@@ -97,37 +107,38 @@ def mask_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * bce + dice, iou
 
 
-def _prompt_loss(
-    sam: Sam, embedding: Tensor, example: dict[str, Tensor], kind: float
-) -> tuple[Tensor, Tensor]:
-    """Loss and box-or-point IoU of one image's objects for one randomly drawn kind of prompt."""
-    target = F.avg_pool2d(example["masks"][:, None].float(), 4)
-    boxes = points = masks = None
-    if kind < 0.6:
-        boxes = example["boxes"]
-    if kind >= 0.5:
-        count = 1 if kind < 0.85 else 1 + int((kind - 0.85) / 0.15 * 5)
-        points = (example["points"][:, :count], example["labels"][:, :count])
-    rounds = 2 if int(kind * 1000) % 5 == 0 else 1
-    loss = embedding.new_zeros(())
-    iou = embedding.new_zeros(())
-    for _ in range(rounds):
-        sparse, dense = sam.prompt_encoder(points, boxes, masks)
-        logits, predicted = sam.mask_decoder.predict_masks(  # type: ignore[operator]
-            image_embeddings=embedding,
-            image_pe=sam.prompt_encoder.get_dense_pe(),  # type: ignore[operator]
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-        )
-        losses, ious = mask_losses(logits.float(), target)
-        ambiguous = boxes is None and points is not None and points[0].shape[1] == 1
-        loss = loss + losses[:, 1:].min(1).values.mean() + (0.5 if ambiguous else 1.0) * losses[:, 0].mean()
+def prompted_loss(
+    sam: Sam, embedding: Tensor, batch: dict[str, Tensor], rounds: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss over all objects of a batch, prompted at random and then corrected, and IoUs of the first round.
+
+    Args:
+        embedding: [B, C, h, w] float.
+        batch: of `Example`s.
+        rounds: at least 1; each further one adds a click where the last answer was wrong.
+    """
+    target = F.avg_pool2d(batch["masks"].flatten(0, 1)[:, None].float(), 4)
+    image = embedding.repeat_interleave(batch["masks"].shape[1], 0)
+    prompts = first_prompts(batch["boxes"].flatten(0, 1), batch["points"].flatten(0, 1))
+    loss = embedding.new_zeros((), dtype=torch.float32)
+    reached: dict[str, float] = {}
+    for turn in range(rounds):
+        logits, predicted = decode(sam, image, prompts)
+        logits = logits.float()
+        losses, ious = mask_losses(logits, target)
+        # One click may mean a part or the whole: only the best of the three candidates learns much from it.
+        open_to_doubt = ~prompts.boxed if turn == 0 else torch.zeros_like(prompts.boxed)
+        all_three = torch.where(open_to_doubt, 0.05, 0.3) * losses[:, 1:].mean(1)
+        single = torch.where(open_to_doubt, 0.5, 1.0) * losses[:, 0]
+        loss = loss + (losses[:, 1:].min(1).values + all_three + single).mean()
         loss = loss + F.mse_loss(predicted.float(), ious)
         best = predicted[:, 1:].argmax(1) + 1
-        iou = ious.gather(1, best[:, None]).mean()
-        chosen = logits.gather(1, best[:, None, None, None].expand(-1, 1, *logits.shape[2:]))
-        masks = chosen.detach()
-    return loss / rounds, iou
+        if turn == 0:
+            iou = ious.gather(1, best[:, None])[:, 0]
+            reached = {"box": float(iou[prompts.boxed].mean()), "point": float(iou[~prompts.boxed].mean())}
+        if turn + 1 < rounds:
+            prompts = corrected(prompts, logits[torch.arange(len(best)), best].detach(), target[:, 0])
+    return loss / rounds, reached
 
 
 def train_sam(
@@ -139,62 +150,54 @@ def train_sam(
         out: folder for `sam.pt` (everything needed to resume) and `dfqsam-tiny.safetensors`.
         progress: called with (step, steps, text).
     """
+    rank, world = _join()
     torch.manual_seed(config.seed)
     sam = Sam(VARIANTS["tiny"]).to(device).train()
     _initialise(sam)
     dense = DenseHead(sam.variant.embed_channels).to(device)
     parameters = [*sam.parameters(), *dense.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    state_file = out / "sam.pt"
-    first = 0
-    if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        sam.load_state_dict(state["sam"])
-        dense.load_state_dict(state["dense"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = int(state["step"])
-    data = PhantomDataset(config.seed, first * config.batch, (config.steps - first) * config.batch)
-    loader = DataLoader(data, batch_size=config.batch, num_workers=config.workers)
-    average = {"box": 0.0, "point": 0.0, "contrast": 0.0}
+    averaged = AveragedModel(sam, multi_avg_fn=get_ema_multi_avg_fn(config.average))  # type: ignore[no-untyped-call]
+    parts = {"sam": sam, "dense": dense, "optimizer": optimizer, "averaged": averaged}
+    state_file, weights_file = out / "sam.pt", out / "dfqsam-tiny.safetensors"
+    first = _resume(state_file, device, parts)
+    data = PhantomDataset(config.seed * world + rank, first * config.batch)
+    shown = {"box": 0.0, "point": 0.0, "contrast": 0.0}
     started = time.monotonic()
-    for step, batch in enumerate(loader, start=first):
-        rate = schedule(step, config)
+    for step, batch in zip(range(first, config.steps), DataLoader(data, config.batch), strict=False):
+        torch.manual_seed((config.seed * 1_000_003 + step) * world + rank)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = config.lr * min(1.0, (step + 1) / config.warmup)
+        draw = float(torch.rand((), generator=torch.Generator().manual_seed(step)))
         batch = {key: value.to(device) for key, value in batch.items()}
-        draws = torch.rand(config.batch, generator=torch.Generator().manual_seed(step)).tolist()
         with torch.autocast(device.type, torch.bfloat16):
             embedding = sam.image_encoder(normalize(batch["image"] * 255))
             contrast = contrastive_loss(dense(embedding), batch["regions"])
-            loss = 0.5 * contrast
-            for i, kind in enumerate(draws):
-                example = {key: value[i] for key, value in batch.items()}
-                part, iou = _prompt_loss(sam, embedding[i : i + 1], example, kind)
-                loss = loss + part / config.batch
-                name = "box" if kind < 0.6 else "point"
-                average[name] = 0.97 * average[name] + 0.03 * float(iou)
-        average["contrast"] = 0.97 * average["contrast"] + 0.03 * float(contrast.detach())
+            loss, reached = prompted_loss(
+                sam, embedding, batch, 1 + next(i for i, share in enumerate(ROUNDS) if draw <= share)
+            )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + 0.5 * contrast).backward()
+        _share_gradients(parameters, world)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        averaged.update_parameters(sam)
         done = step + 1
+        for name, value in {**reached, "contrast": float(contrast.detach())}.items():
+            shown[name] += (value - shown[name]) * max(0.03, 1 / (done - first))
+        if rank:
+            continue
         if done % 10 == 0:
             seconds = (time.monotonic() - started) / (done - first)
-            text = " ".join(f"{k} {v:.3f}" for k, v in average.items())
+            text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
             progress(done, config.steps, f"{text} loss {float(loss.detach()):.3f} {seconds:.2f} s/step")
         if done % config.save_every == 0 or done == config.steps:
-            _save(state_file, sam=sam, dense=dense, optimizer=optimizer, step=done)
-            export(sam, out / "dfqsam-tiny.safetensors", f"phantoms, {done} steps, seed {config.seed}")
-    return out / "dfqsam-tiny.safetensors"
-
-
-def schedule(step: int, config: PretrainConfig) -> float:
-    """Learning rate: linear warm-up, then half a cosine to 2 % of the peak."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    t = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * t)))
+            _save(state_file, done, parts)
+            views = done * config.batch * world
+            export(
+                averaged.module, weights_file, f"phantoms, {done} steps, {views} views, seed {config.seed}"
+            )
+    return weights_file
 
 
 def export(model: nn.Module, path: Path, made_from: str) -> None:
@@ -205,6 +208,28 @@ def export(model: nn.Module, path: Path, made_from: str) -> None:
     os.replace(partial, path)
 
 
+def _join() -> tuple[int, int]:
+    """Rank and number of the processes that `torchrun` started; (0, 1) without it."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+        torch.set_num_threads(1)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _share_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """The mean of all processes' gradients to each of them."""
+    if world == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 def _initialise(sam: Sam) -> None:
     for name, parameter in sam.image_encoder.named_parameters():
         if parameter.ndim == 2:
@@ -213,7 +238,17 @@ def _initialise(sam: Sam) -> None:
             nn.init.trunc_normal_(parameter, std=0.2)
 
 
-def _save(path: Path, step: int, **modules: nn.Module | torch.optim.Optimizer) -> None:
+def _resume(path: Path, device: torch.device, parts: dict[str, Any]) -> int:
+    """Steps already done according to the state file, after loading it; 0 without one."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=device, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return int(state["step"])
+
+
+def _save(path: Path, step: int, parts: dict[str, Any]) -> None:
     partial = path.with_suffix(".tmp")
-    torch.save({"step": step, **{name: m.state_dict() for name, m in modules.items()}}, partial)
+    torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, partial)
     os.replace(partial, path)
