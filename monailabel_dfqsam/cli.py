@@ -293,8 +293,10 @@ def evaluate(
         ),
     ] = None,
     engine: Annotated[
-        EngineKind | None,
-        typer.Option(help="What runs artifacts; the fastest here without it.", show_default=False),
+        list[EngineKind] | None,
+        typer.Option(
+            help="What runs artifacts, may be repeated; the fastest here without it.", show_default=False
+        ),
     ] = None,
     prompts: Annotated[str, typer.Option(help="Kinds of prompts, with commas between.")] = "box,point",
     json_file: Annotated[
@@ -304,12 +306,12 @@ def evaluate(
     """Scores models on images with known masks, beside baselines that need no model."""
     with plain_errors():
         from monailabel_dfqsam.evaluation import evaluate as score
-        from monailabel_dfqsam.evaluation import print_rows as print_scores
-        from monailabel_dfqsam.evaluation_models import load_groups
+        from monailabel_dfqsam.evaluation.models import load_groups
+        from monailabel_dfqsam.evaluation.table import print_rows as print_scores
 
         rows: list[dict[str, Any]] = []
         with progress_bars() as progress:
-            for reference, segmenters in load_groups(model or [], engine, progress):
+            for reference, segmenters in load_groups(model or [], engine or [], progress):
                 rows += score(data, segmenters, reference, prompts.split(","), progress)
         if json_file is not None:
             json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from monailabel_dfqsam.evaluation import EvaluationError, box_baseline, dice
-from monailabel_dfqsam.evaluation_volumes import PLACES, evaluate_volumes, extruded, prompted_slices
+from monailabel_dfqsam.evaluation.volumes import PLACES, evaluate_volumes, extruded, prompted_slices
 from monailabel_dfqsam.phantom_study import find_pairs, write_phantom_study
 from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.segmentation.segmenter import full_precision_segmenter

@@ -32,8 +32,6 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "pipeline",
         "server",
         "evaluation report slicer_session",
-        "evaluation_models",
-        "evaluation_volumes",
         "demo",
         "benchmark doctor",
         "cli",

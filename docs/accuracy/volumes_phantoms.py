@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.evaluation import dice
-from monailabel_dfqsam.evaluation_volumes import PLACES, segment
+from monailabel_dfqsam.evaluation.volumes import PLACES, segment
 from monailabel_dfqsam.segmentation.segmenter import load_segmenter
 from monailabel_dfqsam.segmentation.volume import Volume, Window
 

@@ -21,7 +21,7 @@ from monailabel_dfqsam.engines import load_encoder
 from monailabel_dfqsam.memory import require, shortage_told
 from monailabel_dfqsam.sam.model import Sam, build_decoder
 from monailabel_dfqsam.sam.preprocess import Frame, to_image, to_input
-from monailabel_dfqsam.sam.variants import VARIANTS, Variant
+from monailabel_dfqsam.sam.variants import VARIANTS, Preprocessing, Variant
 from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, channels_last
 from monailabel_dfqsam.segmentation.memory import embed_bytes
 
@@ -206,6 +206,8 @@ class Segmenter:
             boxes = torch.from_numpy(corners.reshape(1, 4)).float().to(self._device)
         if prompts.mask_logits is not None:
             masks = prompts.mask_logits.to(self._device)
+            if self.variant.preprocessing is Preprocessing.SAM_MED2D:
+                masks = masks.sigmoid()  # what that family was trained with, and is evaluated with
         return points, boxes, masks
 
 

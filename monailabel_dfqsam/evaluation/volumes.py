@@ -1,6 +1,6 @@
 """Propagation against volumes with ground truth, beside baselines that need no model.
 
-`python -m monailabel_dfqsam.evaluation_volumes FOLDER --json FILE` prompts each object as an ideal person
+`python -m monailabel_dfqsam.evaluation.volumes FOLDER --json FILE` prompts each object as an ideal person
 would and scores what comes back.
 """
 
@@ -14,24 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from monailabel_dfqsam.console import progress_bars
-from monailabel_dfqsam.evaluation import (
-    PROMPTS,
-    EvaluationError,
-    Item,
-    box_baseline,
-    dice,
-    ellipse_baseline,
-)
-from monailabel_dfqsam.evaluation_models import Named, load_groups
+from monailabel_dfqsam.evaluation.baselines import box_baseline, ellipse_baseline
+from monailabel_dfqsam.evaluation.items import EvaluationError, Item
+from monailabel_dfqsam.evaluation.measures import Mask, dice
+from monailabel_dfqsam.evaluation.models import Named, load_groups
+from monailabel_dfqsam.evaluation.prompts import PROMPTS, box_prompt
 from monailabel_dfqsam.phantom_study import find_pairs
 from monailabel_dfqsam.segmentation.propagation import Propagation, propagate
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Segmenter
 from monailabel_dfqsam.segmentation.volume import Volume, load_volume, slice_rgb
-
-Mask = NDArray[np.bool_]
 
 PLACES: dict[str, tuple[str, tuple[float, ...]]] = {
     "box": ("box", (0.5,)),
@@ -50,7 +43,7 @@ def prompted_slices(truth: Mask, places: Sequence[float]) -> list[int]:
 def segment(segmenter: Segmenter, volume: Volume, truth: Mask, kind: str) -> tuple[Propagation, float]:
     """What comes of the prompts of a kind in `PLACES`, and in how many seconds, embeddings included."""
     name, places = PLACES[kind]
-    prompts = {k: PROMPTS[name](truth[:, :, k]) for k in prompted_slices(truth, places)}
+    prompts = {k: PROMPTS[name].first(truth[:, :, k]) for k in prompted_slices(truth, places)}
 
     def embed(ks: Sequence[int]) -> list[Embedding]:
         return segmenter.embed_many([slice_rgb(volume, k) for k in ks])
@@ -76,7 +69,7 @@ def every_box(segmenter: Segmenter, volume: Volume, truth: Mask) -> Mask:
     result = np.zeros_like(truth)
     for k in np.flatnonzero(truth.any(axis=(0, 1))):
         embedding = segmenter.embed(slice_rgb(volume, int(k)))
-        result[:, :, k] = segmenter.predict(embedding, PROMPTS["box"](truth[:, :, k])).mask
+        result[:, :, k] = segmenter.predict(embedding, box_prompt(truth[:, :, k])).mask
     return result
 
 
@@ -166,7 +159,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with progress_bars() as progress:
-        for reference, named in load_groups(options.model, None, progress):
+        for reference, named in load_groups(options.model, (), progress):
             scored = [one for one in named if one[0] is not reference]
             meta = {"model": reference.variant.name, "engine": "torch"}
             rows += evaluate_volumes(find_pairs(options.folder), reference, [(reference, meta), *scored])

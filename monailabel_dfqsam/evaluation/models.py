@@ -21,14 +21,14 @@ Named = tuple[Segmenter, dict[str, Any]]
 
 
 def load_groups(
-    paths: Sequence[Path], engine: EngineKind | None, progress: Progress
+    paths: Sequence[Path], engines: Sequence[EngineKind], progress: Progress
 ) -> Iterator[tuple[Segmenter, list[Named]]]:
     """The models to score, by the checkpoint they come from.
 
     Args:
         paths: checkpoints and artifacts in any order; none for the embedded model in full precision and as
             W4A4, quantized here.
-        engine: what runs artifacts; None takes the fastest that works here.
+        engines: what runs artifacts, each on each; none takes the fastest that works here.
         progress: of the quantization, where there is one.
 
     Yields:
@@ -39,40 +39,58 @@ def load_groups(
             is not the embedded one.
     """
     checkpoints: dict[str, Checkpoint] = {}
-    artifacts: dict[str, list[Artifact]] = {}
+    artifacts: dict[str, list[tuple[str, Artifact]]] = {}
     if not paths:
         embedded = read_checkpoint()
         config = QuantizationConfig(synthesis=SynthesisConfig(iterations=Preset.FAST.iterations))
+        made = quantize(embedded, config, device=_device(), progress=progress).artifact
         checkpoints[embedded.sha256] = embedded
-        artifacts[embedded.sha256] = [
-            quantize(embedded, config, device=_device(), progress=progress).artifact
-        ]
+        artifacts[embedded.sha256] = [("", made)]
     for path in paths:
         found = _read(path)
         if isinstance(found, Checkpoint):
             checkpoints[found.sha256] = found
         else:
-            artifacts.setdefault(found.header["source_sha256"], []).append(found)
+            artifacts.setdefault(found.header["source_sha256"], []).append((path.stem, found))
     for sha256 in dict.fromkeys([*checkpoints, *artifacts]):
         own = checkpoints.get(sha256)
         children = artifacts.get(sha256, [])
-        source = own or _embedded(sha256, children[0])
+        source = own or _embedded(sha256, children[0][1])
         reference = full_precision_segmenter(build(source).to(_device()))
         scored: list[Named] = []
         if own is not None:
             scored.append((reference, {"model": source.variant.name, "engine": "torch", "policy": None}))
-        scored += [_named(artifact, engine) for artifact in children]
-        yield reference, scored
+        yield reference, scored + _quantized(children, engines)
+
+
+def _quantized(artifacts: Sequence[tuple[str, Artifact]], engines: Sequence[EngineKind]) -> list[Named]:
+    """Each artifact on each engine; of those that would be called the same, the file's name tells which."""
+    found = []
+    for stem, artifact in artifacts:
+        for engine in engines or (select(artifact),):
+            name = f"{artifact.header['variant']} {artifact.label}"
+            policy = artifact.header["config"]["policy"]
+            meta = {"model": name, "engine": engine.value, "policy": policy}
+            found.append((load_segmenter(artifact, engine), meta, stem))
+    metas = [meta.copy() for _, meta, _ in found]
+    return [
+        (segmenter, {**meta, "model": f"{meta['model']} {stem}"} if metas.count(meta) > 1 else meta)
+        for segmenter, meta, stem in found
+    ]
 
 
 def _read(path: Path) -> Checkpoint | Artifact:
+    if not path.is_file():
+        raise ValueError(f"there is no file '{path}'")
     try:
         return read_artifact(path)
     except ArtifactError as refused:
         try:
             return read_checkpoint(path)
         except CheckpointError as error:
-            raise ValueError(f"neither an artifact ({refused}) nor a checkpoint ({error})") from None
+            raise ValueError(
+                f"'{path.name}' is neither an artifact ({refused}) nor a checkpoint ({error})"
+            ) from None
 
 
 def _embedded(sha256: str, artifact: Artifact) -> Checkpoint:
@@ -82,13 +100,6 @@ def _embedded(sha256: str, artifact: Artifact) -> Checkpoint:
             "that checkpoint with --model too, for drop and agreement are measured against it"
         )
     return read_checkpoint()
-
-
-def _named(artifact: Artifact, engine: EngineKind | None) -> Named:
-    kind = engine or select(artifact)
-    name = f"{artifact.header['variant']} {artifact.label}"
-    meta = {"model": name, "engine": kind.value, "policy": artifact.header["config"]["policy"]}
-    return load_segmenter(artifact, kind), meta
 
 
 def _device() -> torch.device:
