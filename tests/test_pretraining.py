@@ -11,17 +11,11 @@ import torch
 
 from monailabel_dfqsam.pretraining.auxiliary_network import schedule
 from monailabel_dfqsam.pretraining.phantoms import PhantomClass, label_map, render
-from monailabel_dfqsam.pretraining.prompting import (
-    BACKGROUND,
-    FOREGROUND,
-    Prompted,
-    corrected,
-    decode,
-    first_prompts,
-)
+from monailabel_dfqsam.pretraining.prompting import Prompted, corrected, decode, first_prompts
 from monailabel_dfqsam.pretraining.targets import GROUP, MASKS_PER_IMAGE, MIN_AREA, SHOWN, PhantomDataset
 from monailabel_dfqsam.pretraining.train import PretrainConfig, contrastive_loss, mask_losses, train_sam
 from monailabel_dfqsam.sam import Sam, build, read_checkpoint
+from monailabel_dfqsam.sam.prompt_maps import BACKGROUND, FOREGROUND
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from monailabel_dfqsam.sam.model import Sam
-
-NOTHING, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
-"""What a prompt's place means, numbered as segment-anything does."""
+from monailabel_dfqsam.sam.prompt_maps import (
+    BOTTOM_RIGHT,
+    CELL,
+    FOREGROUND,
+    NOTHING,
+    TOP_LEFT,
+    prompt_map,
+)
 
 BOX_SHARE = 0.5
-CELL = 4  # model-input pixels per pixel of the masks
+MASK_SHARE = 0.7
+"""Share of corrections that come with the answer they correct."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,10 @@ def first_prompts(boxes: Tensor, points: Tensor) -> Prompted:
 
 
 def corrected(prompts: Prompted, logits: Tensor, target: Tensor) -> Prompted:
-    """The prompts with one more click each, at a random place where the answer was wrong, and that answer.
+    """The prompts with one more click each, at a random place where the answer was wrong, mostly with that answer.
 
     Args:
-        logits: [N, h, w] float, the answer; it is given back as mask prompt.
+        logits: [N, h, w] float, the answer; given back as mask prompt.
         target: [N, h, w] float in [0, 1].
     """
     w = logits.shape[-1]
@@ -74,7 +80,7 @@ def corrected(prompts: Prompted, logits: Tensor, target: Tensor) -> Prompted:
         torch.cat([prompts.places, centre[:, None]], 1),
         torch.cat([prompts.kinds, kind], 1),
         prompts.boxed,
-        logits[:, None],
+        logits[:, None] if float(torch.rand(())) < MASK_SHARE else None,
     )
 
 
@@ -93,10 +99,9 @@ def decode(sam: Sam, image: Tensor, prompts: Prompted) -> tuple[Tensor, Tensor]:
     size = encoder.input_image_size
     positions = encoder.pe_layer.forward_with_coords(prompts.places, size)
     sparse = positions * (prompts.kinds >= 0)[..., None] + kinds[:, 0][prompts.kinds + 1]
-    if prompts.masks is None:
-        dense = encoder.no_mask_embed.weight.view(1, c, 1, 1)
-    else:
-        dense = encoder.mask_downscaling(prompts.masks)
+    with torch.autocast(image.device.type, enabled=False):
+        maps = prompt_map(prompts.places, prompts.kinds, prompts.masks, size[0])
+    dense = encoder.mask_downscaling(maps)
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(n, -1, -1)
     seen, attended = decoder.transformer(
         image + dense, encoder.get_dense_pe().expand(n, -1, -1, -1), torch.cat([outputs, sparse], 1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from monailabel_dfqsam.sam.prompt_maps import PromptMaps
 from monailabel_dfqsam.sam.variants import Variant
 from monailabel_dfqsam.sam.vit import ImageEncoderViT
 
@@ -66,7 +67,10 @@ def build_decoder(variant: Variant) -> tuple[nn.Module, nn.Module]:
     """Prompt encoder and mask decoder of a variant, untrained."""
     modeling = _segment_anything_modeling()
     channels, grid, size = variant.embed_channels, variant.grid, variant.input_size
-    prompt_encoder = modeling.PromptEncoder(
+    kind = modeling.PromptEncoder
+    if variant.prompt_maps:
+        kind = type("MappedPromptEncoder", (PromptMaps, kind), {})
+    prompt_encoder = kind(
         embed_dim=channels,
         image_embedding_size=(grid, grid),
         input_image_size=(size, size),

@@ -21,7 +21,8 @@ class Variant:
     """Sizes of one SAM: what `build` needs to make the modules.
 
     `input_size` is the side S of the square model input in pixels; the embedding has side S // 16 and
-    `embed_channels` channels. `window_size` 0 means that every block attends globally.
+    `embed_channels` channels. `window_size` 0 means that every block attends globally. With `prompt_maps`,
+    prompts are also drawn into the mask prompt.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Variant:
     mlp_ratio: int = 4
     embed_channels: int = 256
     decoder_mlp_dim: int = 2048
+    prompt_maps: bool = False
 
     @property
     def grid(self) -> int:
@@ -57,7 +59,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "tiny", 256, embed_dim=144, depth=6, num_heads=4, global_blocks=tuple(range(6)), window_size=0,
             preprocessing=Preprocessing.TINY, relative_position=False, embed_channels=128,
-            decoder_mlp_dim=256,
+            decoder_mlp_dim=256, prompt_maps=True,
         ),
         Variant("sam_b_256", 256, preprocessing=Preprocessing.SAM_MED2D, **_SAM_B),
         Variant("sam_med2d_b", 256, preprocessing=Preprocessing.SAM_MED2D, adapters=True, **_SAM_B),

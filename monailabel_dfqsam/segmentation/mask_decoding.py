@@ -59,7 +59,7 @@ class OneMaskDecoder:
         Args:
             image: [1, C, h, w] float32.
             sparse: [B, N, C] float32, the points of B objects.
-            dense: [1, C, h, w] float32, the mask prompt of all.
+            dense: [B, C, h, w] float32, the mask prompts; or [1, C, h, w], one of all.
 
         Returns:
             [B, 1, 4h, 4w] float32 logits, and [B] float32, the IoUs that the decoder expects.

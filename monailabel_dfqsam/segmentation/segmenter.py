@@ -187,7 +187,7 @@ class Segmenter:
         for some in xy.split(max(1, _BATCH_NUMBERS // image.numel())):
             labels = torch.ones(len(some), 1, dtype=torch.int64, device=self._device)
             sparse, dense = self._prompt_encoder((some[:, None], labels), None, None)
-            parts.append(self._decode.each(image, sparse, dense[:1]))
+            parts.append(self._decode.each(image, sparse, dense))
         logits, scores = zip(*parts, strict=True)
         return torch.cat(logits).cpu(), torch.cat(scores).cpu()
 

@@ -1,0 +1,88 @@
+"""Prompts drawn into the mask prompt: what a box and clicks say about each place, besides their tokens.
+
+SAM learns from a billion masks where its prompt tokens point at. A model trained on few learns it sooner from
+a map that each image token reads at its own place, as click maps do for interactive networks (RITM, arXiv
+2102.06583): outside a box there is nothing, in its middle most likely something, and clicks are certain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NOTHING, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
+"""What a prompt's place means, numbered as segment-anything does."""
+
+CELL = 4
+"""Model-input pixels per pixel of a mask prompt."""
+
+CERTAIN = 4.0
+LIKELY = 2.0
+"""Logits of what a prompt says for certain, and at most of what it makes likely."""
+
+_CLICK_CELLS = 2.0
+
+
+def prompt_map(places: Tensor, kinds: Tensor, masks: Tensor | None, size: int) -> Tensor:
+    """What prompts say about each pixel of the low-resolution mask, as logits.
+
+    Args:
+        places: [N, T, 2] float, (x, y) in model-input pixels, 0 … size.
+        kinds: [N, T] int, `NOTHING` … `BOTTOM_RIGHT`; at most one box each.
+        masks: [N, 1, size/4, size/4] float, logits of an earlier answer, which take the place of the
+            likelihood that a box gives; or None.
+
+    Returns:
+        [N, 1, size/4, size/4] float32 within ±`CERTAIN`.
+    """
+    axis = (torch.arange(size // CELL, device=places.device, dtype=torch.float32) + 0.5) * CELL
+    low, high = (
+        (places * (kinds == corner)[..., None]).sum(1) for corner in (TOP_LEFT, BOTTOM_RIGHT)
+    )  # [N, 2] each
+    boxed = (kinds == TOP_LEFT).any(1)[:, None, None]
+    centre, half = (low + high) / 2, ((high - low) / 2).clamp_min(CELL / 2)
+    dx = (axis[None, None, :] - centre[:, 0, None, None]).abs()
+    dy = (axis[None, :, None] - centre[:, 1, None, None]).abs()
+    wide, tall = half[:, 0, None, None], half[:, 1, None, None]
+    if masks is None:
+        ellipse = LIKELY * (1 - (dx / wide) ** 2 - (dy / tall) ** 2)
+        said = torch.where(boxed, ellipse.clamp_min(-LIKELY), 0.0)
+    else:
+        said = masks[:, 0].float().clamp(-LIKELY, LIKELY)
+    outside = (torch.maximum(dx - wide, dy - tall) / CELL + 0.5).clamp(0, 1) * boxed
+    said = said + outside * (-CERTAIN - said)
+    away = (
+        (axis[None, None, None, :] - places[:, :, 0, None, None]) ** 2
+        + (axis[None, None, :, None] - places[:, :, 1, None, None]) ** 2
+    ).sqrt() / CELL
+    near = (_CLICK_CELLS - away).clamp(0, 1)
+    for kind, value in ((FOREGROUND, CERTAIN), (BACKGROUND, -CERTAIN)):
+        clicked = (near * (kinds == kind)[..., None, None]).amax(1)
+        said = said + clicked * (value - said)
+    return said[:, None]
+
+
+class PromptMaps(nn.Module):
+    """To be put before segment-anything's PromptEncoder among a class's bases: maps join its mask prompts."""
+
+    input_image_size: tuple[int, int]
+
+    def forward(
+        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As the published one: points ([B, N, 2], [B, N]), boxes [B, 4], whose pixels' middles are whole."""
+        places, kinds = [], []
+        if points is not None:
+            places.append(points[0] + 0.5)
+            kinds.append(points[1].long())
+        if boxes is not None:
+            places.append(boxes.view(-1, 2, 2) + 0.5)
+            corners = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device)
+            kinds.append(corners.expand(len(boxes), 2))
+        if places:
+            masks = prompt_map(torch.cat(places, 1), torch.cat(kinds, 1), masks, self.input_image_size[0])
+        parent: Any = super()
+        embedded: tuple[Tensor, Tensor] = parent.forward(points, boxes, masks)
+        return embedded
