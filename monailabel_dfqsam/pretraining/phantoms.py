@@ -258,6 +258,11 @@ def _tissue(g: Generator, labels: LabelMap) -> Tensor:
     size = regions.shape[0]
     contrast = uniform(g, 0.2, 1.0)
     mean = 0.5 + contrast * (torch.rand(count, generator=g) - 0.5)
+    if uniform(g, 0, 1) < 0.35:
+        # CT's: soft tissues hardly differ, air and bone lie far away.
+        mean = uniform(g, 0.35, 0.65) + uniform(g, 0.1, 0.3) * (torch.rand(count, generator=g) - 0.5)
+        far = torch.rand(count, generator=g)
+        mean = torch.where(far < 0.1, 0.05, torch.where(far > 0.9, 0.95, mean))
     if uniform(g, 0, 1) < 0.3:
         # Parts nearly like what they belong to: an organ's vessels, a tumour's core.
         near = torch.rand(count, generator=g) * 0.6
@@ -302,7 +307,7 @@ def render(g: Generator, labels: LabelMap) -> Tensor:
     if uniform(g, 0, 1) < 0.3:
         image = _acoustics(g, image)
     noise = torch.randn(size, size, generator=g)
-    image = image + uniform(g, 0, 0.07) * (
+    image = image + uniform(g, 0, 0.26) ** 2 * (
         noise if uniform(g, 0, 1) < 0.7 else _blur(noise[None], 1.0)[0] * 3
     )
     sample = image.flatten()[:: max(1, image.numel() // 4096)].sort().values
@@ -312,7 +317,7 @@ def render(g: Generator, labels: LabelMap) -> Tensor:
     if uniform(g, 0, 1) < 0.15:
         image = 1 - image
     rgb = image.expand(3, size, size)
-    if uniform(g, 0, 1) < 0.2:
+    if uniform(g, 0, 1) < 0.1:
         tint = 1 + 0.4 * (torch.rand(len(labels.classes), 3, generator=g) - 0.5)
         rgb = (rgb * tint[labels.regions].permute(2, 0, 1)).clamp(0, 1)
     return rgb.contiguous()

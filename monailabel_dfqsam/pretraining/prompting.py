@@ -63,7 +63,7 @@ def first_prompts(boxes: Tensor, points: Tensor) -> Prompted:
 
 
 def corrected(prompts: Prompted, logits: Tensor, target: Tensor) -> Prompted:
-    """The prompts with one more click each, at a random place where the answer was wrong, mostly with that answer.
+    """The prompts with one more click each, at a place where the answer was wrong, and mostly that answer.
 
     Args:
         logits: [N, h, w] float, the answer; given back as mask prompt.

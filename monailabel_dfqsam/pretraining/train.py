@@ -4,9 +4,9 @@ Two choices get a model this small off the all-background plateau: the mask loss
 target's neighbourhood, and a dense head, dropped afterwards, pulls embeddings of one region together and
 those of different regions apart (supervised contrastive loss, arXiv 2004.11362).
 
-The weights exported are an exponential average over the steps, so that training can be ended, and continued,
-at any checkpoint: the rate stays constant after its warm-up. Several processes (`torchrun`) share a step,
-each on one core and with phantoms of its own.
+The weights exported are an exponential average over the steps. Several processes (`torchrun`) share a
+step, each on one core and with phantoms of its own. A training that has ended is continued by asking for more
+steps: its rate then rises again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ ROUNDS = (0.55, 0.85, 1.0)
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Training settings; the defaults made the embedded weights. `batch` is of each process."""
+    """Training settings; the defaults made the embedded weights.
+
+    `batch` is of each process; `average` is the weight that the exported average keeps at a step; `cooldown`
+    is the share of the steps, at the end, over which the rate falls.
+    """
 
     steps: int = 1900
     batch: int = 8
@@ -48,6 +52,7 @@ class PretrainConfig:
     average: float = 0.998
     seed: int = 0
     save_every: int = 100
+    cooldown: float = 0.25
 
 
 class DenseHead(nn.Sequential):
@@ -167,7 +172,7 @@ def train_sam(
     for step, batch in zip(range(first, config.steps), DataLoader(data, config.batch), strict=False):
         torch.manual_seed((config.seed * 1_000_003 + step) * world + rank)
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (step + 1) / config.warmup)
+            group["lr"] = learning_rate(step, config)
         draw = float(torch.rand((), generator=torch.Generator().manual_seed(step)))
         batch = {key: value.to(device) for key, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16):
@@ -198,6 +203,12 @@ def train_sam(
                 averaged.module, weights_file, f"phantoms, {done} steps, {views} views, seed {config.seed}"
             )
     return weights_file
+
+
+def learning_rate(step: int, config: PretrainConfig) -> float:
+    """Linear warm-up, constant, then linear down to 2 % of the peak."""
+    left = (config.steps - step) / max(1.0, config.cooldown * config.steps)
+    return config.lr * min(1.0, (step + 1) / config.warmup, max(left, 0.02))
 
 
 def export(model: nn.Module, path: Path, made_from: str) -> None:
