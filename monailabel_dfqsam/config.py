@@ -62,23 +62,28 @@ class SynthesisConfig:
         iterations: optimisation steps an image; labels evolve during the first third, 500 at most.
         alpha: weight of the class loss (Eq. 5).
         beta: weight of the patch-similarity loss (Eq. 11).
+        entropy_gain: nats by which a block's patch-similarity entropy may exceed that of Gaussian noise;
+            beyond, it earns nothing. None for no bound, as in the paper.
         tv_weight: weight of the total-variation term.
         tv_target: total variation aimed at, mean absolute difference of neighbours in normalised units.
         learning_rate: Adam's, betas (0.5, 0.9), cosine with warm-up.
         min_score: ε1, a pseudo-label's least confidence.
         min_area: ε2, a pseudo-label's least area as a fraction of the image (80 pixels at 256²).
         max_area: largest fraction of the image that one region may take.
+        evolve: labels evolve; without, the first, random one stays, as the paper's ablation begins.
     """
 
     iterations: int = 1500
     alpha: float = 0.5
     beta: float = 0.05
+    entropy_gain: float | None = 2.5
     tv_weight: float = 0.01
     tv_target: float = 0.05
     learning_rate: float = 0.2
     min_score: float = 0.5
     min_area: float = 80 / 256**2
     max_area: float = 0.09
+    evolve: bool = True
 
     def __post_init__(self) -> None:
         _require(self.iterations >= 1, "iterations must be at least 1", self.iterations)

@@ -31,8 +31,8 @@ from monailabel_dfqsam.sam.model import Sam, build
 from monailabel_dfqsam.sam.preprocess import to_input
 from monailabel_dfqsam.sam.variants import Variant
 from monailabel_dfqsam.sam.vit import ImageEncoderViT
-from monailabel_dfqsam.synthesis.auxiliary import embedded_auxiliary
-from monailabel_dfqsam.synthesis.patch_similarity import encoder_patch_entropies
+from monailabel_dfqsam.synthesis.auxiliary import Auxiliary, embedded_auxiliary
+from monailabel_dfqsam.synthesis.measures import Measures, measure
 from monailabel_dfqsam.synthesis.synthesize import Synthesis, synthesize
 
 FIDELITY_IMAGES = 2
@@ -50,14 +50,15 @@ class QuantizationResult:
         synthesis: how the calibration images came to be, for `Calibration.SYNTHETIC`.
         calibration_images: [N, 3, S, S] float32, normalised.
         layer_errors: relative error of each quantized layer's output within the quantized encoder.
-        entropies: patch-similarity entropy of each block, averaged over images, by kind of image.
+        measures: what the model in full precision makes of the images, by kind: the calibration's, and noise
+            beside them.
     """
 
     artifact: Artifact
     synthesis: Synthesis | None
     calibration_images: Tensor
     layer_errors: dict[str, float]
-    entropies: dict[str, list[float]]
+    measures: dict[str, Measures]
 
 
 def quantize(
@@ -93,7 +94,7 @@ def quantize(
     unseen = _synthesize(
         sam, held_out, FIDELITY_IMAGES, config.seed + FIDELITY_SEED_OFFSET, device, progress, "fidelity"
     ).images
-    artifact = _pack(checkpoint, config, sam, quantized, images)
+    artifact = pack(checkpoint, config, sam, quantized, images)
     encoder = load_encoder(artifact)
     mean_iou, count = mask_agreement(sam, encoder, unseen)
     header = {
@@ -110,10 +111,7 @@ def quantize(
         synthesis=synthesis,
         calibration_images=images,
         layer_errors=layer_errors(sam.image_encoder, artifact, images[:1]),
-        entropies={
-            kind: encoder_patch_entropies(sam.image_encoder, group).mean(0).tolist()
-            for kind, group in kinds.items()
-        },
+        measures={kind: measure(sam, group, _auxiliary(sam.variant)) for kind, group in kinds.items()},
     )
 
 
@@ -157,11 +155,12 @@ def _synthesize(
     progress: Progress,
     stage: str = "synthesis",
 ) -> Synthesis:
-    auxiliary = embedded_auxiliary() if sam.variant.name == "tiny" else None
-
     def staged(_: str, done: int, total: int) -> None:
         progress(stage, done, total)
 
+    auxiliary = _auxiliary(sam.variant)
+    if auxiliary is not None:
+        auxiliary.to(device)
     sam.to(device)
     try:
         return synthesize(sam, config, images=count, seed=seed, auxiliary=auxiliary, progress=staged)
@@ -169,9 +168,21 @@ def _synthesize(
         sam.to("cpu")
 
 
-def _pack(
+def _auxiliary(variant: Variant) -> Auxiliary | None:
+    """The network that knows a model's classes: there is one for the embedded model alone."""
+    return embedded_auxiliary() if variant.name == "tiny" else None
+
+
+def pack(
     checkpoint: Checkpoint, config: QuantizationConfig, sam: Sam, quantized: QuantizedEncoder, images: Tensor
 ) -> Artifact:
+    """A calibrated encoder and the model's other parts as an artifact, its fidelity not yet measured.
+
+    Args:
+        config: what `quantized` was made by.
+        sam: of the checkpoint.
+        images: [N, 3, S, S] float32, those calibrated on; their digests go into the header.
+    """
     layers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in quantized.layers.items():

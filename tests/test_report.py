@@ -17,7 +17,9 @@ from PIL import Image
 from monailabel_dfqsam.config import Calibration, Policy, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 from monailabel_dfqsam.pipeline import QuantizationResult, quantize
-from monailabel_dfqsam.report import MAX_STEPS, REAL_IMAGES, write_report
+from monailabel_dfqsam.report import REAL_IMAGES, write_report
+from monailabel_dfqsam.report.charts import range_strip
+from monailabel_dfqsam.report.pictures import MAX_STEPS, STRIP_SIDE, TINT, drawn_over, label_colours
 from monailabel_dfqsam.sam import VARIANTS, Checkpoint, Sam, read_checkpoint
 from monailabel_dfqsam.sam.preprocess import PIXEL_MEAN, PIXEL_STD
 
@@ -131,18 +133,54 @@ def test_a_picture_shows_what_the_model_was_given(page: Page, result: Quantizati
         assert np.abs(picture - expected.clip(0, 255)).max() <= ONE_GREY_LEVEL
 
 
-def test_the_strip_shows_the_labels_as_they_evolved(page: Page, result: QuantizationResult) -> None:
+def test_labels_are_outlined_in_their_colour_and_leave_the_rest_of_the_image_as_it_is() -> None:
+    labels = torch.zeros(64, 64, dtype=torch.int64)
+    labels[10:30, 20:50] = 2
+    image = torch.full((3, 128, 128), 100, dtype=torch.uint8)
+    drawn = drawn_over(image, labels)
+    assert drawn.shape == (STRIP_SIDE, STRIP_SIDE, 3)
+    colour = label_colours(2)[2].astype(float)
+    inside = np.zeros((STRIP_SIDE, STRIP_SIDE), dtype=bool)
+    inside[40:120, 80:200] = True
+    assert (drawn[~inside] == 100).all()
+    assert (drawn[40:42, 80:200] == colour).all()
+    assert (drawn[40:120, 198:200] == colour).all()
+    tinted = (1 - TINT) * 100 + TINT * colour
+    assert np.abs(drawn[44:116, 84:196] - tinted).max() <= ONE_GREY_LEVEL
+
+
+def test_the_strip_shows_every_step_of_the_evolution(page: Page, result: QuantizationResult) -> None:
     assert result.synthesis is not None
     strips = page.images("labels at iteration")
-    steps = [step for steps in result.synthesis.evolution for step in steps[:MAX_STEPS]]
+    assert all(len(steps) <= MAX_STEPS for steps in result.synthesis.evolution)
+    steps = [step for steps in result.synthesis.evolution for step in steps]
     assert len(strips) == len(steps) > IMAGES
     for picture, step in zip(strips, steps, strict=True):
-        side = step.labels.shape[0]
-        stride = picture.shape[0] // side
-        pixels = picture[::stride, ::stride]
-        assert np.array_equal(pixels.any(axis=2), step.labels.numpy() != 0)
-        for kind in step.labels.unique():
-            assert len(np.unique(pixels[step.labels.numpy() == int(kind)], axis=0)) == 1
+        assert np.array_equal(picture, drawn_over(step.image, step.labels))
+        assert f"{float((step.labels > 0).float().mean()):.0%}" in page.text
+
+
+def test_ranges_are_drawn_to_one_scale_with_zero_on_it() -> None:
+    strip = range_strip("a layer", [(-1.0, 3.0), (1.0, 2.0)], [0, 2])
+    one, other = strip.bars
+    assert (one.x, one.width, one.colour) == (0, 320, 0)
+    assert (other.x, other.width, other.colour) == (160, 80, 2)
+    assert strip.zero == 80
+    assert (strip.low, strip.high) == ("-1", "3")
+    positive = range_strip("a layer", [(2.0, 4.0)], [0])
+    assert (positive.zero, positive.bars[0].x) == (0, 160)
+
+
+def test_every_layer_shows_the_ranges_of_every_kind_of_image(page: Page, result: QuantizationResult) -> None:
+    bars = [a for tag, a in page.tags if tag == "rect"]
+    layers = result.measures["synthetic"].ranges
+    assert len(bars) == 2 * len(layers) > 0
+    assert [
+        a["aria-label"] for tag, a in page.tags if tag == "svg" and "ranges of" in str(a["aria-label"])
+    ] == [f"ranges of {name}" for name in layers]
+    for measures in result.measures.values():
+        low, high = measures.ranges["blocks.2.mlp.lin2"]
+        assert f"{low:.3g} … {high:.3g}" in page.text
 
 
 def test_every_layer_has_a_bar_in_proportion(page: Page, result: QuantizationResult) -> None:
@@ -248,11 +286,14 @@ def test_synthetic_images_lie_nearer_to_real_ones_than_noise_does(tmp_path: Path
     made = quantize(embedded, config)
     reference = json.loads(REAL_IMAGES.read_text())
     assert reference["weights_sha256"] == embedded.sha256, "measure the real images again for these weights"
+    real = reference["entropies"]
     distance = {
-        kind: np.abs(np.subtract(values, reference["mean"])).mean() for kind, values in made.entropies.items()
+        kind: np.abs(np.subtract(found.entropies, real)).mean() for kind, found in made.measures.items()
     }
     assert distance["synthetic"] < distance["gaussian"]
+    assert list(reference["ranges"]) == list(made.measures["synthetic"].ranges)
     write_report(made, embedded, tmp_path / "report.html")
     text = Page(tmp_path / "report.html").text
     assert f"{reference['images']} real images" in text
     assert f"{distance['synthetic']:.2f}" in text
+    assert f"{reference['response']:.2f}" in text

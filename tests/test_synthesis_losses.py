@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from monailabel_dfqsam.synthesis.losses import class_loss, jitter_boxes, mask_loss, total_variation
+from monailabel_dfqsam.synthesis.losses import (
+    class_loss,
+    jitter_boxes,
+    mask_loss,
+    similarity_loss,
+    total_variation,
+)
 
 
 def test_mask_loss_is_one_minus_soft_iou() -> None:
@@ -37,6 +43,16 @@ def test_class_loss_without_labels_is_zero_and_without_probability_finite() -> N
     scores = torch.zeros(2, 3, 3, requires_grad=True)
     assert float(class_loss(scores, torch.zeros(3, 3, dtype=torch.int64)).detach()) == 0
     assert math.isfinite(class_loss(scores, torch.ones(3, 3, dtype=torch.int64)).detach())
+
+
+def test_entropy_beyond_the_ceiling_earns_nothing_and_pulls_nowhere() -> None:
+    entropies = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    loss = similarity_loss(entropies, torch.tensor([0.0, 0.0, 1.0]))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(-(-1.0 + 0.0 + 1.0))
+    assert entropies.grad is not None
+    assert entropies.grad.tolist() == [-1, 0, 0]
+    assert float(similarity_loss(entropies.detach(), None)) == pytest.approx(-1.5)
 
 
 def test_total_variation_by_loops() -> None:

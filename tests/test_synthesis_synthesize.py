@@ -10,11 +10,13 @@ from monailabel_dfqsam.config import SynthesisConfig, silent
 from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam.preprocess import input_range
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary
+from monailabel_dfqsam.synthesis.patch_similarity import noise_entropies
 from monailabel_dfqsam.synthesis.synthesize import (
     COLOUR,
     LOSSES,
     Augmentation,
     Synthesis,
+    from_model,
     image_generator,
     learning_rate,
     mute,
@@ -131,6 +133,31 @@ def test_zero_weights_switch_terms_off(sam: Sam) -> None:
     assert result.losses[0]["total"] == pytest.approx(result.losses[0]["mask"])
 
 
+def test_bounded_entropy_stops_earning_where_unbounded_goes_on(sam: Sam) -> None:
+    """With the ceiling at noise's own entropy the term ends where the image is as diverse as noise."""
+    ceiling = noise_entropies(sam.image_encoder, 256)
+    config = SynthesisConfig(iterations=12, entropy_gain=0.0)
+    bounded = synthesize(sam, config, images=1, seed=0, auxiliary=None, progress=silent).losses[0]
+    free = synthesize(
+        sam, replace(config, entropy_gain=None), images=1, seed=0, auxiliary=None, progress=silent
+    ).losses[0]
+    assert min(bounded["similarity"]) >= -float(ceiling.sum()) - RANGE_TOLERANCE
+    assert min(free["similarity"]) < min(bounded["similarity"])
+    assert free["similarity"][0] <= bounded["similarity"][0]
+
+
+def test_labels_that_do_not_evolve_stay_as_they_began(sam: Sam) -> None:
+    config = SynthesisConfig(iterations=6, evolve=False)
+    result = synthesize(sam, config, images=1, seed=0, auxiliary=None, progress=silent)
+    assert [step.iteration for step in result.evolution[0]] == [0]
+
+
+def test_steps_show_the_image_as_it_was(sam: Sam) -> None:
+    (steps,) = short(sam).evolution
+    assert all(step.image.shape == (3, 128, 128) and step.image.dtype == torch.uint8 for step in steps)
+    assert not torch.equal(steps[0].image, steps[-1].image)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_augmentation_moves_image_and_labels_alike_and_undoes_it(seed: int) -> None:
     view = Augmentation.draw(torch.Generator().manual_seed(seed), 256)
@@ -161,6 +188,12 @@ def test_short_runs_have_a_short_warm_up() -> None:
     rates = [learning_rate(step, SynthesisConfig(iterations=50)) for step in range(50)]
     assert max(rates) == rates[9] == rates[10] == 0.2
     assert [learning_rate(0, SynthesisConfig(iterations=1))] == [0.2]
+
+
+@pytest.mark.parametrize("name", ["tiny", "sam_med2d_b", "medsam"])
+def test_images_come_back_from_what_a_model_takes(name: str) -> None:
+    image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(from_model(VARIANTS[name], to_model(VARIANTS[name], image)), image)
 
 
 @pytest.mark.parametrize("name", ["tiny", "sam_med2d_b", "medsam"])

@@ -1,7 +1,7 @@
-"""Patch-similarity entropies behind docs/accuracy/README.md.
+"""What the embedded model makes of images, behind docs/accuracy/README.md.
 
-python docs/accuracy/measure_entropies.py real FOLDER   images of FOLDER/manifest.jsonl under the embedded
-                                                        weights; rewrites what the report compares with
+python docs/accuracy/measure_entropies.py real FOLDER   images of FOLDER/manifest.jsonl: entropies, ranges and
+                                                        class response; rewrites what the report compares with
 python docs/accuracy/measure_entropies.py colour        synthesized images beside phantoms, for several
                                                         shares of colour kept
 """
@@ -24,6 +24,7 @@ from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.sam.preprocess import normalize, to_input
 from monailabel_dfqsam.synthesis import synthesize
 from monailabel_dfqsam.synthesis.auxiliary import embedded_auxiliary
+from monailabel_dfqsam.synthesis.measures import measure
 from monailabel_dfqsam.synthesis.patch_similarity import encoder_patch_entropies
 
 PHANTOMS = 48
@@ -32,21 +33,20 @@ SEEDS = (11, 12)
 
 
 def real(folder: Path) -> None:
-    """Mean and deviation over the images of a manifest."""
+    """Means over the images of a manifest, as the report reads them."""
     checkpoint = read_checkpoint()
     sam = build(checkpoint)
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     images = [np.array(Image.open(folder / row["image"]).convert("RGB")) for row in rows]
-    found = torch.cat(
-        [encoder_patch_entropies(sam.image_encoder, to_input(sam.variant, image)[0]) for image in images]
-    )
+    found = measure(sam, torch.cat([to_input(sam.variant, x)[0] for x in images]), embedded_auxiliary())
     numbers = {
         "weights_sha256": checkpoint.sha256,
-        "images": len(found),
-        "mean": [round(value, 4) for value in found.mean(0).tolist()],
-        "deviation": [round(value, 4) for value in found.std(0).tolist()],
+        "images": len(images),
+        "entropies": [round(value, 4) for value in found.entropies],
+        "response": round(found.response, 4),
+        "ranges": {name: [round(end, 4) for end in ends] for name, ends in found.ranges.items()},
     }
-    REAL_IMAGES.write_text(json.dumps(numbers) + "\n")
+    REAL_IMAGES.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 def colour() -> None:

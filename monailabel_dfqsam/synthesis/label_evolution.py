@@ -29,11 +29,13 @@ class EvolutionStep:
         iteration: optimisation step after which it was taken.
         labels: [S/4, S/4] int64, 0 for none, else class + 1.
         score: mean confidence of the labelled cells at that step, 0 to 1.
+        image: [3, S/2, S/2] uint8 RGB, the image at that step.
     """
 
     iteration: int
     labels: Tensor
     score: float
+    image: Tensor
 
 
 @dataclass(frozen=True)

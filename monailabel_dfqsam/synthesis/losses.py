@@ -42,6 +42,18 @@ def class_loss(scores: Tensor, labels: Tensor) -> Tensor:
     return -inside.clamp_min(MIN_PROBABILITY).log().mean()
 
 
+def similarity_loss(entropies: Tensor, ceiling: Tensor | None) -> Tensor:
+    """Minus the sum of the blocks' patch entropies (Eq. 9), of which only what is below a ceiling counts.
+
+    Without one, diversity is worth more the further it is driven, beyond what any image has.
+
+    Args:
+        entropies: [blocks] float, in nats.
+        ceiling: [blocks] float; None for none, as in the paper.
+    """
+    return -(entropies if ceiling is None else torch.minimum(entropies, ceiling)).sum()
+
+
 def total_variation(images: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring pixels, down and right, of [N, 3, S, S] float; a scalar."""
     down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()

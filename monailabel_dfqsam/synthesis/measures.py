@@ -139,8 +139,11 @@ def _range_of(name: str, found: dict[str, Tensor]) -> Callable[[nn.Module, tuple
         x = inputs[0].permute(0, 2, 3, 1) if isinstance(module, nn.Conv2d) else inputs[0]
         # Whole rows: every channel counts alike.
         rows = x.flatten(0, -2)
-        values = rows[:: -(-rows.numel() // _SAMPLES)].float()
-        found[name] = torch.quantile(values, values.new_tensor([TAIL, 1 - TAIL])).cpu()
+        values = rows[:: -(-rows.numel() // _SAMPLES)].float().flatten()
+        rank = round(TAIL * (len(values) - 1))
+        # Two selections take a tenth of the time of the sort that `torch.quantile` is.
+        ends = [values.kthvalue(k).values for k in (1 + rank, len(values) - rank)]
+        found[name] = torch.stack(ends).cpu()
 
     return hook
 

@@ -31,8 +31,14 @@ from monailabel_dfqsam.synthesis.label_evolution import (
     random_ellipse,
     regions,
 )
-from monailabel_dfqsam.synthesis.losses import class_loss, jitter_boxes, mask_loss, total_variation
-from monailabel_dfqsam.synthesis.patch_similarity import attention_outputs, patch_entropy
+from monailabel_dfqsam.synthesis.losses import (
+    class_loss,
+    jitter_boxes,
+    mask_loss,
+    similarity_loss,
+    total_variation,
+)
+from monailabel_dfqsam.synthesis.patch_similarity import attention_outputs, noise_entropies, patch_entropy
 
 ADAM_BETAS = (0.5, 0.9)
 WARMUP = 100
@@ -54,8 +60,8 @@ class Synthesis:
         images: [N, 3, S, S] float32 on the CPU, as the model takes them.
         evolution: of each image, snapshots of its labels, the first before the first iteration.
         losses: of each image, by name ('total', 'mask', 'class', 'similarity', 'variation') the value at each
-            iteration; 'similarity' is minus the sum of the blocks' patch entropies, 'class' 0 without an
-            auxiliary model.
+            iteration; 'similarity' is minus the sum of the blocks' patch entropies as far as they count,
+            'class' 0 without an auxiliary model.
     """
 
     images: Tensor
@@ -89,13 +95,16 @@ def synthesize(
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, not {images}")
+    ceiling = None
+    if config.entropy_gain is not None:
+        ceiling = noise_entropies(sam.image_encoder, sam.variant.input_size) + config.entropy_gain
     painters = []
     for index in range(images):
 
         def report(done: int, before: int = index * config.iterations) -> None:
             progress("synthesis", before + done, images * config.iterations)
 
-        painter = _Painter(sam, config, auxiliary, image_generator(seed, index))
+        painter = _Painter(sam, config, auxiliary, ceiling, image_generator(seed, index))
         painter.paint(report)
         painters.append(painter)
     return Synthesis(
@@ -199,13 +208,19 @@ class _Painter:
     """Optimises one image; owns its generator, labels and records, and is used once."""
 
     def __init__(
-        self, sam: Sam, config: SynthesisConfig, auxiliary: Auxiliary | None, generator: Generator
+        self,
+        sam: Sam,
+        config: SynthesisConfig,
+        auxiliary: Auxiliary | None,
+        ceiling: Tensor | None,
+        generator: Generator,
     ) -> None:
         self.sam, self.config, self.auxiliary, self.generator = sam, config, auxiliary, generator
         self.size = sam.variant.input_size
         self.grid = self.size // MASK_CELL
         self.rules = EvolutionRules.of(config, self.grid)
         device = next(sam.parameters()).device
+        self.ceiling = None if ceiling is None else ceiling.to(device)
         black, white = (normalize(torch.full((3, 1, 1), value)).to(device) for value in (0.0, 255.0))
         self.bounds = black, white
         noise = torch.randn(1, 1, self.size, self.size, generator=generator).to(device)
@@ -216,7 +231,8 @@ class _Painter:
             with torch.no_grad():
                 self.kinds = list(range(1, auxiliary.scores(self._muted()).shape[1]))
         self.labels = random_ellipse(generator, self.grid, self.kinds, self.rules)
-        self.evolution = [EvolutionStep(0, self.labels, 0.0)]
+        self.evolution: list[EvolutionStep] = []
+        self._remember(0, 0.0)
         self.losses: dict[str, list[float]] = {name: [] for name in LOSSES}
 
     def paint(self, report: Callable[[int], None]) -> None:
@@ -246,7 +262,8 @@ class _Painter:
         seen = view.apply(image, MASK_CELL)
         with attention_outputs(self.sam.image_encoder) as outputs:
             embedding = self.sam.image_encoder(to_model(self.sam.variant, seen))
-        similarity = -torch.stack([patch_entropy(tokens[0]) for tokens in outputs]).sum()
+        entropies = torch.stack([patch_entropy(tokens[0]) for tokens in outputs])
+        similarity = similarity_loss(entropies, self.ceiling)
         labels = view.apply(self.labels)
         chosen = self._choose(labels)
         logits, iou = self._decode(embedding, chosen)
@@ -268,7 +285,7 @@ class _Painter:
         )
         for name, value in terms.items():
             self.losses[name].append(float(value.detach()))
-        if step < config.evolution_iterations:
+        if config.evolve and step < config.evolution_iterations:
             seen_scores = None if scores is None else view.undo(scores.detach().cpu())
             self._evolve(step, view, chosen, logits.detach().cpu(), iou.detach().cpu(), seen_scores)
         return terms["total"]
@@ -326,5 +343,12 @@ class _Painter:
         self.labels = evolve(self.labels, candidates, confidence, self.rules, share)
         every = max(1, self.config.evolution_iterations // SNAPSHOTS)
         if (step + 1) % every == 0:
-            sure = float(confidence.nanmean())
-            self.evolution.append(EvolutionStep(step + 1, self.labels, sure))
+            self._remember(step + 1, float(confidence.nanmean()))
+
+    @torch.no_grad()
+    def _remember(self, iteration: int, score: float) -> None:
+        low, high = self.bounds
+        unit = (self._muted() - low) / (high - low)
+        small = F.interpolate(unit, scale_factor=0.5, mode="area")[0]
+        image = (small.clamp(0, 1) * 255).round().byte().cpu()
+        self.evolution.append(EvolutionStep(iteration, self.labels, score, image))
