@@ -1,0 +1,107 @@
+"""What prompts say about each place, against a version that asks one pixel at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monailabel_dfqsam.sam import Sam
+from monailabel_dfqsam.sam.prompt_maps import (
+    BACKGROUND,
+    BOTTOM_RIGHT,
+    CERTAIN,
+    FOREGROUND,
+    LIKELY,
+    NOTHING,
+    TOP_LEFT,
+    prompt_map,
+)
+from monailabel_dfqsam.sam.variants import VARIANTS
+
+SIZE = 64
+PLACE = st.tuples(st.floats(0, SIZE), st.floats(0, SIZE))
+
+
+def _one_pixel(
+    x: float,
+    y: float,
+    box: tuple[float, ...] | None,
+    clicks: list[tuple[float, float, int]],
+    before: float | None,
+) -> float:
+    said = 0.0
+    if before is not None:
+        said = min(max(before, -LIKELY), LIKELY)
+    if box is not None:
+        x0, y0, x1, y1 = box
+        wide, tall = max((x1 - x0) / 2, 2), max((y1 - y0) / 2, 2)
+        across, down = abs(x - (x0 + x1) / 2), abs(y - (y0 + y1) / 2)
+        if before is None:
+            said = max(LIKELY * (1 - (across / wide) ** 2 - (down / tall) ** 2), -LIKELY)
+        outside = min(max(max(across - wide, down - tall) / 4 + 0.5, 0), 1)
+        said = (1 - outside) * said - outside * CERTAIN
+    for kind, value in ((FOREGROUND, CERTAIN), (BACKGROUND, -CERTAIN)):
+        near = [min(max(2 - math.hypot(x - cx, y - cy) / 4, 0), 1) for cx, cy, k in clicks if k == kind]
+        share = max(near, default=0)
+        said = (1 - share) * said + share * value
+    return said
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    box=st.none() | st.tuples(PLACE, PLACE),
+    clicks=st.lists(st.tuples(PLACE, st.sampled_from((FOREGROUND, BACKGROUND))), min_size=1, max_size=3),
+    answered=st.booleans(),
+)
+def test_map_is_what_each_pixel_says(
+    box: tuple[tuple[float, float], ...] | None,
+    clicks: list[tuple[tuple[float, float], int]],
+    answered: bool,
+) -> None:
+    places = [place for place, _ in clicks] + [(0.0, 0.0)]
+    kinds = [kind for _, kind in clicks] + [NOTHING]
+    corners = None
+    if box is not None:
+        (xa, ya), (xb, yb) = box
+        corners = (min(xa, xb), min(ya, yb), max(xa, xb), max(ya, yb))
+        places += [corners[:2], corners[2:]]
+        kinds += [TOP_LEFT, BOTTOM_RIGHT]
+    side = SIZE // 4
+    before = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(0)) * 4
+    found = prompt_map(torch.tensor([places]), torch.tensor([kinds]), before if answered else None, SIZE)
+    flat = [(x, y, kind) for (x, y), kind in clicks]
+    for row in range(side):
+        for column in range(side):
+            earlier = float(before[0, 0, row, column]) if answered else None
+            expected = _one_pixel(4 * column + 2, 4 * row + 2, corners, flat, earlier)
+            assert float(found[0, 0, row, column]) == pytest.approx(expected, abs=2e-4)
+
+
+def test_objects_do_not_see_each_others_prompts() -> None:
+    places = torch.tensor([[[10.0, 12], [40, 50]], [[30.0, 20], [0, 0]]])
+    kinds = torch.tensor([[TOP_LEFT, BOTTOM_RIGHT], [FOREGROUND, NOTHING]])
+    together = prompt_map(places, kinds, None, SIZE)
+    for i in range(2):
+        assert torch.equal(prompt_map(places[i : i + 1], kinds[i : i + 1], None, SIZE)[0], together[i])
+
+
+def test_only_the_embedded_model_draws_maps() -> None:
+    torch.manual_seed(0)
+    sam = Sam(VARIANTS["tiny"]).eval()
+    boxes = torch.tensor([[40.0, 60, 120, 200]])
+    places, kinds = boxes.view(1, 2, 2) + 0.5, torch.tensor([[TOP_LEFT, BOTTOM_RIGHT]])
+    _, dense = sam.prompt_encoder(None, boxes, None)
+    expected = sam.prompt_encoder.mask_downscaling(prompt_map(places, kinds, None, 256))  # type: ignore[operator]
+    assert torch.equal(dense, expected)
+    assert {name for name, variant in VARIANTS.items() if variant.prompt_maps} == {"tiny"}
+
+
+def test_nothing_said_is_no_map() -> None:
+    torch.manual_seed(0)
+    sam = Sam(VARIANTS["tiny"]).eval()
+    _, dense = sam.prompt_encoder(None, None, None)
+    assert torch.equal(dense, sam.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand_as(dense))  # type: ignore[union-attr, operator]
