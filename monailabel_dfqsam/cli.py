@@ -7,6 +7,7 @@ Progress goes to stderr and results to stdout, so that `--json` can be piped.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -24,6 +25,7 @@ from monailabel_dfqsam.config import (
     SynthesisConfig,
 )
 from monailabel_dfqsam.console import errors, output, plain_errors, print_rows, progress_bars, training_bar
+from monailabel_dfqsam.machine import own_memory
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 
 if TYPE_CHECKING:
@@ -283,7 +285,13 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 @app.command()
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Pictures with manifest.jsonl, or volumes with masks.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Pictures with manifest.jsonl, SAM-Med2D's JSON or its folder, volumes with masks, or "
+            "imagesTr and labelsTr."
+        ),
+    ],
     model: Annotated[
         list[Path] | None,
         typer.Option(
@@ -298,24 +306,62 @@ def evaluate(
             help="What runs artifacts, may be repeated; the fastest here without it.", show_default=False
         ),
     ] = None,
-    prompts: Annotated[str, typer.Option(help="Kinds of prompts, with commas between.")] = "box,point",
+    prompts: Annotated[
+        str, typer.Option(help="Kinds of prompts of box, jittered, point, points5, with commas between.")
+    ] = "box,point",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the rows to this file.", show_default=False)
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a page with the tables and pictures of the worst and best answers.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Scores models on images with known masks, beside baselines that need no model."""
+    """Scores models on images with known masks, beside baselines that need no model.
+
+    `points5` is one click and four corrective ones, each on a pixel that the model's last answer has wrong.
+    """
     with plain_errors():
+        for file in (json_file, html):
+            if file is not None and not file.parent.is_dir():
+                raise ValueError(f"there is no folder '{file.parent}' to write '{file.name}' in")
+        from monailabel_dfqsam.benchmark.machine import describe_run
         from monailabel_dfqsam.evaluation import evaluate as score
         from monailabel_dfqsam.evaluation.models import load_groups
+        from monailabel_dfqsam.evaluation.page import Gallery, write_page
         from monailabel_dfqsam.evaluation.table import print_rows as print_scores
 
+        run, begin = describe_run(), time.monotonic()
+        gallery = Gallery()
         rows: list[dict[str, Any]] = []
         with progress_bars() as progress:
             for reference, segmenters in load_groups(model or [], engine or [], progress):
-                rows += score(data, segmenters, reference, prompts.split(","), progress)
+                rows += score(data, segmenters, reference, prompts.split(","), progress, gallery.add)
         if json_file is not None:
             json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        cost = f"{in_seconds(time.monotonic() - begin)}, at most {in_bytes(own_memory('VmHWM'))} of memory"
+        if html is not None:
+            write_page(html, rows, gallery, _facts(run, data, cost))
     print_scores(rows)
+    output.print(f"The whole took {cost}.")
+
+
+def _facts(run: dict[str, Any], data: Path, cost: str) -> dict[str, str]:
+    """What an evaluation was made of, on and with, as a page names it."""
+    machine, versions = run["machine"], run["versions"]
+    return {
+        "data": data.resolve().name,
+        "command": run["command"],
+        "date": run["date"],
+        "time and memory": f"{cost} (load before: {run['load_average_before'][0]:.1f})",
+        "machine": f"{machine['cpu']}, {machine['cores_usable']} cores, {in_bytes(machine['memory_bytes'])}"
+        + "".join(f", {gpu}" for gpu in machine["gpus"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "commit": f"{run['commit']}{' with changes' if run['dirty'] else ''}" if run["commit"] else "unknown",
+    }
 
 
 @app.command()

@@ -53,6 +53,17 @@ def usable_cores() -> int:
     return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1))
 
 
+def own_memory(entry: str) -> int:
+    """A line of this process's status in bytes: VmRSS is what it holds, VmHWM the most it ever held."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, which has no /proc
+    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{entry}:"))
+    return int(line.split()[1]) * 1024
+
+
 def _gpus() -> list[str]:
     """NVIDIA GPUs by the driver's own word, whether or not torch can use them: name, driver, memory."""
     if shutil.which("nvidia-smi") is None:

@@ -33,7 +33,7 @@ PROMISED = {
         "checkpoint", "out", "bits", "policy", "calibration", "images", "iterations", "seed", "preset",
         "json",
     },
-    "evaluate": {"data", "model", "engine", "prompts", "json"},
+    "evaluate": {"data", "model", "engine", "prompts", "json", "html"},
     "inspect": {"file", "json"},
     "pretrain": {"out", "steps", "device", "what"},
     "benchmark": set(),
@@ -194,12 +194,12 @@ def test_inspect_shows_an_artifact_and_sees_damage(
 def test_evaluate_scores_a_checkpoint_and_its_artifact(
     checkpoint: Path, quantized: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    study, rows_file = tmp_path / "study", tmp_path / "rows.json"
+    study, rows_file, page = tmp_path / "study", tmp_path / "rows.json", tmp_path / "page.html"
     write_phantom_study(study)
     artifact = quantized[1]["artifact"]
     result = run(
         "evaluate", "--data", study, "--model", artifact, "--model", checkpoint, "--prompts", "box",
-        "--engine", "reference", "--json", rows_file,
+        "--engine", "reference", "--json", rows_file, "--html", page,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = [row for row in json.loads(rows_file.read_text()) if row["modality"] == "all"]
@@ -207,6 +207,10 @@ def test_evaluate_scores_a_checkpoint_and_its_artifact(
     assert rows[0]["agreement"] == 1.0
     assert rows[0]["drop"] == 0.0
     assert 0 <= rows[1]["agreement"] <= 1
+    assert "of memory" in result.stdout
+    assert "tiny W4A4, reference, deploy, box prompts" in page.read_text()
+    nowhere = run("evaluate", "--data", study, "--json", tmp_path / "absent" / "rows.json")
+    assert_refused(nowhere, "absent", "rows.json")
     alone = run("evaluate", "--data", study, "--model", artifact, "--prompts", "box")
     assert_refused(alone, "random.safetensors")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from monailabel_dfqsam.artifact import Artifact, ArtifactError, stored
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam.preprocess import to_image, to_input
+from monailabel_dfqsam.sam.variants import Preprocessing
 from monailabel_dfqsam.segmentation.segmenter import (
     Embedding,
     Prompts,
@@ -109,6 +111,20 @@ def test_the_previous_mask_changes_the_answer(segmenter: Segmenter, embedding: E
     assert first.low_res_logits.shape == (1, 1, 64, 64)
     again = Prompts(click().points, click().labels, mask_logits=first.low_res_logits)
     assert segmenter.predict(embedding, again).score != first.score
+
+
+def test_sam_med2d_takes_the_previous_mask_as_probabilities(sam: Sam, rgb: np.ndarray) -> None:
+    """As its training and evaluation feed it; a tiny model stands in, with that family's preprocessing."""
+    variant = replace(sam.variant, preprocessing=Preprocessing.SAM_MED2D)
+    known = full_precision_segmenter(sam)
+    med2d = Segmenter("", variant, lambda x: sam.image_encoder(x), sam.prompt_encoder, sam.mask_decoder)
+    logits = torch.linspace(-8, 8, 64 * 64).view(1, 1, 64, 64)
+    embedding = known.embed(rgb)
+    given = Prompts(click().points, click().labels, mask_logits=logits)
+    found = med2d.predict(embedding, given)
+    expected = known.predict(embedding, replace(given, mask_logits=1 / (1 + torch.exp(-logits))))
+    torch.testing.assert_close(found.low_res_logits, expected.low_res_logits, atol=EXACT, rtol=EXACT)
+    assert found.score != known.predict(embedding, given).score
 
 
 def test_labels_tell_inside_from_outside(segmenter: Segmenter, embedding: Embedding) -> None:

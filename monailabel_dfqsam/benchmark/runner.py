@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from monailabel_dfqsam.benchmark.plan import ENGINES, Family, Place
+from monailabel_dfqsam.machine import own_memory
 
 WARM_UPS = 2
 _PROFILED_CALLS = 5
@@ -59,7 +60,7 @@ class EngineRunner:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         self._images = np.load(request.folder / "images.npy")[: request.batch]
         _import_libraries(family)
-        self._imported_bytes = _memory("VmRSS")
+        self._imported_bytes = own_memory("VmRSS")
         begin = time.perf_counter()
         loader = {Family.TORCH: _torch, Family.OPENVINO: _openvino, Family.OURS: _ours}[family]
         self._loaded = loader(request, self._images)
@@ -77,7 +78,7 @@ class EngineRunner:
     def facts(self) -> dict[str, Any]:
         """`peak_bytes` of memory since the process began, of it `imported_bytes` before the engine was loaded
         (on a GPU, the peak is torch's of the GPU), `load_s` with warm-up, and what else the engine tells."""
-        peak = _memory("VmHWM")
+        peak = own_memory("VmHWM")
         if self._request.place is Place.CUDA:
             import torch
 
@@ -228,14 +229,3 @@ def _ours(request: Request, images: Any) -> _Loaded:
     encoder = load_encoder(artifact, EngineKind(request.engine))
     x = torch.from_numpy(images).to(request.place.value)
     return _Loaded(_on_torch(encoder.embed, x), getattr(encoder, "arithmetic", None))
-
-
-def _memory(entry: str) -> int:
-    """A line of this process's status in bytes: VmRSS is what it holds, VmHWM the most it ever held."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, which has no /proc
-    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{entry}:"))
-    return int(line.split()[1]) * 1024
