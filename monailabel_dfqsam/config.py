@@ -43,15 +43,19 @@ class EngineKind(str, Enum):
 
 
 class Preset(str, Enum):
-    """How long to synthesize: `fast` fits a server's start, `best` is the paper's setting."""
+    """How much is done for fidelity: `fast` fits a server's start, `best` takes minutes."""
 
     FAST = "fast"
     BEST = "best"
 
     @property
-    def iterations(self) -> int:
-        """Steps of image synthesis."""
-        return 300 if self is Preset.FAST else 1500
+    def config(self) -> QuantizationConfig:
+        """W4A4 as this preset makes it; docs/accuracy/beyond_the_paper.md says what each part brings."""
+        images, recipe = {
+            Preset.FAST: (1, Recipe(views=16, compensate=True)),
+            Preset.BEST: (4, Recipe(views=16, compensate=True)),
+        }[self]
+        return QuantizationConfig(images=images, recipe=recipe, synthesis=SynthesisConfig(iterations=300))
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,18 @@ class Recipe:
     Attributes:
         reparameterize: per-channel ranges after each LayerNorm, folded into one range a tensor (Eq. 10–16);
             without it, one range a tensor from the start.
+        views: of each image, to calibrate on in its place: shifted, enlarged, blurred, in other contrast;
+            0 for the images as they are.
+        compensate: quantizes the blocks' Linears one after another, each made to undo what was lost before
+            it, on the images as quantization left them; without it, each by itself to the nearest integers.
     """
 
     reparameterize: bool = True
+    views: int = 0
+    compensate: bool = False
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.views <= 256, "views must be 0 to 256", self.views)
 
 
 @dataclass(frozen=True)

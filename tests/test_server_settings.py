@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_without_conf_the_embedded_model_is_quantized_to_4_bits() -> None:
     settings = read_settings({}, APP)
     assert settings.quantize
     assert settings.quantization.bits == 4
-    assert settings.quantization.synthesis.iterations == Preset.FAST.iterations
+    assert settings.quantization == Preset.FAST.config
     assert settings.labels == DEFAULT_LABELS
     assert settings.model_dir == APP / "model"
 
@@ -37,7 +38,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert (settings.checkpoint, settings.variant) == (weights, "medsam")
     assert settings.labels == ("liver", "spleen")
     assert not settings.quantize
-    assert settings.quantization.synthesis.iterations == Preset.BEST.iterations
+    assert settings.quantization.recipe == Preset.BEST.config.recipe
     assert (settings.quantization.images, settings.quantization.bits) == (3, 8)
     assert (settings.min_fidelity, settings.cache_mb, settings.window) == (0.9, 7, "b")
     assert settings.model_dir == tmp_path
@@ -87,7 +88,10 @@ def test_a_request_says_only_what_differs() -> None:
     config, _ = read_options({"calibration": "gaussian"}, settings, "dfqsam")
     assert (config.images, config.synthesis.iterations) == (2, 40)
     assert read_options({}, settings, "dfqsam")[0] == settings.quantization
-    assert read_options({"preset": "best"}, settings, "dfqsam")[0].synthesis.iterations == 1500
+    best, _ = read_options({"preset": "best"}, settings, "dfqsam")
+    assert best == Preset.BEST.config
+    some, _ = read_options({"preset": "best", "images": 3}, settings, "dfqsam")
+    assert some == replace(Preset.BEST.config, images=3)
 
 
 @pytest.mark.parametrize(

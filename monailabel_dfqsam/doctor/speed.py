@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from monailabel_dfqsam.artifact import ArtifactError, read_artifact
-from monailabel_dfqsam.config import EngineKind, Preset, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.config import EngineKind, Preset
 from monailabel_dfqsam.doctor.finding import Finding, Level
 from monailabel_dfqsam.memory import MemoryShortage, available
 from monailabel_dfqsam.numbers import in_bytes
@@ -79,8 +79,7 @@ _SMALLER = "End other programs, raise the container's limit, or serve a smaller 
 
 def _load(source: Path, folder: ModelFolder) -> tuple[Segmenter, EngineKind | None]:
     """The model, and the engine of a quantized one."""
-    config = QuantizationConfig(synthesis=SynthesisConfig(iterations=Preset.FAST.iterations))
-    key = config.key(file_sha256(source))
+    key = Preset.FAST.config.key(file_sha256(source))
     published = folder.published() or {}
     chosen = published["key"] if published.get("default_key") == key else key
     path = folder.artifact(chosen)

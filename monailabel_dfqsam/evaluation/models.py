@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact
-from monailabel_dfqsam.config import EngineKind, Preset, Progress, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.config import EngineKind, Preset, Progress
 from monailabel_dfqsam.engines import select
 from monailabel_dfqsam.pipeline import quantize
 from monailabel_dfqsam.sam import Checkpoint, CheckpointError, build, read_checkpoint
@@ -42,8 +42,7 @@ def load_groups(
     artifacts: dict[str, list[tuple[str, Artifact]]] = {}
     if not paths:
         embedded = read_checkpoint()
-        config = QuantizationConfig(synthesis=SynthesisConfig(iterations=Preset.FAST.iterations))
-        made = quantize(embedded, config, device=_device(), progress=progress).artifact
+        made = quantize(embedded, Preset.FAST.config, device=_device(), progress=progress).artifact
         checkpoints[embedded.sha256] = embedded
         artifacts[embedded.sha256] = [("", made)]
     for path in paths:

@@ -1,4 +1,4 @@
-"""From a float encoder and calibration images to a quantized encoder (DFQ-SAM stage 2, no gradients)."""
+"""From a float encoder and calibration images to a quantized encoder (DFQ-SAM stage 2, and beyond it)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.config import Policy, Progress, Recipe
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer
+from monailabel_dfqsam.quantization.compensate import compensate
 from monailabel_dfqsam.quantization.quantizer import Affine, quantize_weight, search_affine
 from monailabel_dfqsam.quantization.reparameterize import keep_padding, reparameterize
+from monailabel_dfqsam.quantization.views import views
 from monailabel_dfqsam.sam.vit import AttentionCore, ImageEncoderViT
 
 CONVOLUTION_BITS = 8
@@ -56,23 +58,32 @@ def calibrate(
     """
     encoder = copy.deepcopy(encoder)
     modules = quantizable(encoder)
+    images = views(images, recipe.views)
     samples, attention_samples = observe(encoder, images, policy is Policy.PAPER, progress)
     after_norm = [name for name in modules if name.endswith(("attn.qkv", "mlp.lin1"))]
     keep_padding(encoder)
     ranges: dict[str, Affine] = {}
     if recipe.reparameterize:
         ranges = reparameterize(encoder, {n: search_affine(samples[n], bits, True) for n in after_norm})
+    for name, module in modules.items():
+        if name not in ranges:
+            ranges[name] = search_affine(samples.pop(name), _bits(module, bits, policy), False)
+    compensated = compensate(encoder, ranges, images, bits, progress) if recipe.compensate else {}
     layers = {}
     for step, (name, module) in enumerate(modules.items()):
-        layer_bits = bits if policy is Policy.PAPER or isinstance(module, nn.Linear) else CONVOLUTION_BITS
-        if name not in ranges:
-            ranges[name] = search_affine(samples.pop(name), layer_bits, False)
-        layers[name] = quantize_layer(module, ranges[name], layer_bits)
+        if name in compensated:
+            layers[name] = compensated[name]
+        else:
+            layers[name] = quantize_layer(module, ranges[name], _bits(module, bits, policy))
         progress("quantization", step + 1, len(modules))
     quantized = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
     floats = {key: value for key, value in _all_tensors(encoder).items() if key not in quantized}
     attention = {name: _attention_ranges(parts, bits) for name, parts in attention_samples.items()}
     return QuantizedEncoder(layers, attention, bits if attention else 0, floats)
+
+
+def _bits(module: nn.Module, bits: int, policy: Policy) -> int:
+    return bits if policy is Policy.PAPER or isinstance(module, nn.Linear) else CONVOLUTION_BITS
 
 
 def observe(

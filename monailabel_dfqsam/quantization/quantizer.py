@@ -94,21 +94,27 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Returns:
         [N, K] int8 within −2^(bits−1) … 2^(bits−1) − 1, and the scale [N] float32.
     """
+    scale = weight_scale(weight, bits)
+    return round_weight(weight.float(), scale, bits).to(torch.int8), scale
+
+
+def weight_scale(weight: Tensor, bits: int) -> Tensor:
+    """The scale [N] float32 of each row of [N, K] with the least squared error of nearest rounding."""
     weight = weight.float()
-    top = (1 << (bits - 1)) - 1
-    full = (weight.abs().amax(1) / top).clamp_min(MIN_SCALE)
+    full = (weight.abs().amax(1) / ((1 << (bits - 1)) - 1)).clamp_min(MIN_SCALE)
     best_scale, best_error = full, torch.full_like(full, torch.inf)
     for shrink in WEIGHT_SHRINK:
         scale = full * shrink
-        error = _round_weight(weight, scale, top).mul_(scale[:, None]).sub_(weight).square_().sum(1)
+        error = round_weight(weight, scale, bits).mul_(scale[:, None]).sub_(weight).square_().sum(1)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
-    return _round_weight(weight, best_scale, top).to(torch.int8), best_scale
+    return best_scale
 
 
-def _round_weight(weight: Tensor, scale: Tensor, top: int) -> Tensor:
-    return (weight / scale[:, None]).round_().clamp_(-top - 1, top)
+def round_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest integers to weight [N, K] over scale [N], within −2^(bits−1) … 2^(bits−1) − 1, float."""
+    return (weight / scale[:, None]).round_().clamp_(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
 
 
 def fake_log_sqrt2(x: Tensor, delta: float, bits: int) -> Tensor:

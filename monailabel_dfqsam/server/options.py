@@ -54,9 +54,10 @@ def read_options(
     if unknown:
         raise OptionError(f"unknown option {', '.join(unknown)}; known are: {', '.join(OPTIONS)}")
     base = settings.quantization
-    iterations = base.synthesis.iterations
     if "preset" in given:
-        iterations = Preset(_choice(given, "preset", [p.value for p in Preset], "")).iterations
+        chosen = Preset(_choice(given, "preset", [p.value for p in Preset], "")).config
+        base = replace(base, images=chosen.images, synthesis=chosen.synthesis, recipe=chosen.recipe)
+    iterations = _whole(given, "iterations", base.synthesis.iterations)
     calibrations = [Calibration.SYNTHETIC.value, Calibration.GAUSSIAN.value]
     try:
         config = QuantizationConfig(
@@ -65,7 +66,8 @@ def read_options(
             calibration=Calibration(_choice(given, "calibration", calibrations, base.calibration.value)),
             images=_whole(given, "images", base.images),
             seed=_whole(given, "seed", base.seed),
-            synthesis=replace(base.synthesis, iterations=_whole(given, "iterations", iterations)),
+            synthesis=replace(base.synthesis, iterations=iterations),
+            recipe=base.recipe,
         )
     except ValueError as error:
         raise OptionError(str(error)) from None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from monailabel_dfqsam.config import Preset, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.config import Preset, QuantizationConfig
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.sam.variants import VARIANTS
 
@@ -48,7 +48,7 @@ class Settings:
     variant: str | None = None
     labels: tuple[str, ...] = DEFAULT_LABELS
     quantize: bool = True
-    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    quantization: QuantizationConfig = field(default_factory=lambda: Preset.FAST.config)
     min_fidelity: float = 0.6
     cache_mb: int = 512
     window: str | None = None
@@ -93,13 +93,14 @@ def read_settings(conf: Mapping[str, Any], app_dir: Path, windows: tuple[str, ..
 
 
 def _quantization(texts: Mapping[str, str]) -> QuantizationConfig:
-    preset = Preset(_one_of(texts, "preset", tuple(p.value for p in Preset)) or Preset.FAST.value)
-    iterations = int(_number(texts, "iterations", preset.iterations, 1, 100_000))
+    preset = Preset(_one_of(texts, "preset", tuple(p.value for p in Preset)) or Preset.FAST.value).config
+    iterations = int(_number(texts, "iterations", preset.synthesis.iterations, 1, 100_000))
     try:
-        return QuantizationConfig(
-            bits=int(_number(texts, "bits", 4, 1, 32)),
-            images=int(_number(texts, "images", 1, 1, 256)),
-            synthesis=SynthesisConfig(iterations=iterations),
+        return replace(
+            preset,
+            bits=int(_number(texts, "bits", preset.bits, 1, 32)),
+            images=int(_number(texts, "images", preset.images, 1, 256)),
+            synthesis=replace(preset.synthesis, iterations=iterations),
         )
     except ValueError as error:
         raise SettingsError(f"--conf: {error}") from None

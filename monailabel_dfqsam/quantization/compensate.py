@@ -1,0 +1,129 @@
+"""Blocks of Linears quantized one after another, each made to undo what was lost before it.
+
+The calibration images run through the encoder twice, in full precision and through what is already quantized.
+Of each Linear, in the order of their running:
+
+1. the weight is moved so that on the inputs as quantization left them its outputs come as near as they can to
+   those of full precision, by ridge regression towards the weight itself;
+2. it is rounded so that later columns make up for earlier ones (`rounding`);
+3. the bias takes up what is left on average (arXiv 1906.04721), in each output channel.
+
+All of it is linear algebra: no gradient, and nothing that runs later changes but integers and biases.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monailabel_dfqsam.config import Progress
+from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.quantization.quantizer import Affine, weight_scale
+from monailabel_dfqsam.quantization.rounding import round_compensating
+from monailabel_dfqsam.sam.vit import Block, ImageEncoderViT
+
+LINEARS = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
+RIDGE = 0.05  # of the mean square of the inputs: how much the weight is held to what it was
+MAX_ROWS = 1024  # of a layer's inputs kept from each image
+
+
+class _Simulated(nn.Module):
+    """A quantized Linear in floating point: what an engine's integers give, but for rounding of floats."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.inputs = Affine(
+            torch.tensor([layer.input_scale]),
+            torch.tensor([float(layer.input_zero_point)]),
+            layer.activation_bits,
+        )
+        self.weight, self.bias = layer.weight * layer.weight_scale[:, None], layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inputs.fake(x), self.weight, self.bias)
+
+
+def compensate(
+    encoder: ImageEncoderViT, ranges: Mapping[str, Affine], images: Tensor, bits: int, progress: Progress
+) -> dict[str, QuantizedLayer]:
+    """Quantizes the four Linears of every block.
+
+    Args:
+        encoder: in full precision, reparameterized if it is to be; left as it is.
+        ranges: of the inputs of these Linears, by name, one range a tensor.
+        images: [N, 3, S, S] float32, normalised.
+        bits: of weights.
+
+    Returns:
+        the layers by name, 'blocks.0.attn.qkv' …
+    """
+    layers: dict[str, QuantizedLayer] = {}
+    quantized = copy.deepcopy(encoder)
+    with torch.inference_mode():
+        tokens = [encoder.patch_embed(image[None]) + encoder.pos_embed for image in images]
+        expected, actual = tokens, tokens
+        for index, (exact, block) in enumerate(zip(encoder.blocks, quantized.blocks, strict=True)):
+            assert isinstance(exact, Block)
+            assert isinstance(block, Block)
+            for part in LINEARS:
+                name = f"blocks.{index}.{part}"
+                linear = exact.get_submodule(part)
+                assert isinstance(linear, nn.Linear)
+                layers[name] = compensated(
+                    linear, ranges[name], _inputs(exact, part, expected), _inputs(block, part, actual), bits
+                )
+                parent, _, child = part.rpartition(".")
+                setattr(block.get_submodule(parent), child, _Simulated(layers[name]))
+            expected, actual = ([run(x) for x in xs] for run, xs in ((exact, expected), (block, actual)))
+            progress("compensation", index + 1, len(encoder.blocks))
+    return layers
+
+
+def compensated(
+    linear: nn.Linear, inputs: Affine, exact: Tensor, actual: Tensor, bits: int
+) -> QuantizedLayer:
+    """One Linear whose quantized form, on `actual`, comes near to what it gives in full precision on `exact`.
+
+    Args:
+        inputs: the range that quantizes `actual`.
+        exact: [T, K] float32, inputs in full precision.
+        actual: [T, K] float32, the same as the layers before give them once they are quantized.
+        bits: of the weight.
+    """
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    seen = inputs.fake(actual)
+    centre = seen.mean(0)
+    seen = seen - centre
+    target = F.linear(exact, weight, bias)
+    mean = target.mean(0)
+    gram = seen.T @ seen
+    held = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    missing = (target - mean) - seen @ weight.T
+    moved = weight + torch.linalg.solve(held, seen.T @ missing).T
+    scale = weight_scale(moved, bits)
+    integers = round_compensating(moved, gram, scale, bits)
+    left = mean - (integers * scale[:, None]) @ centre
+    return QuantizedLayer(
+        integers, scale, left, float(inputs.scale), int(inputs.zero_point), bits, inputs.bits, None
+    )
+
+
+def _inputs(block: Block, part: str, tokens: list[Tensor]) -> Tensor:
+    """[T, K] of what a Linear reads while the block runs; rows are the same for every block."""
+    rows: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2)
+        rows.append(x[:: -(-len(x) // MAX_ROWS)].clone())
+
+    handle = block.get_submodule(part).register_forward_pre_hook(keep)
+    try:
+        for x in tokens:
+            block(x)
+    finally:
+        handle.remove()
+    return torch.cat(rows)

@@ -1,0 +1,62 @@
+"""Rounding of weights that makes up, in the columns still to come, for the error of those already rounded.
+
+GPTQ (arXiv 2210.17323) after Optimal Brain Quantization: columns are rounded one after another, those with
+the largest inputs first, and each one's error is spread over the rest so that the layer's output on the
+calibration inputs changes least.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monailabel_dfqsam.quantization.quantizer import round_weight
+
+DAMPING = 0.01  # of the mean of the Gram matrix' diagonal, added to it
+_COLUMNS = 128  # between two corrections of all columns to the right
+
+
+def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Integers whose scaled products with the inputs come near to the weight's.
+
+    They are never farther from them, in any output, than the nearest integers are.
+
+    Args:
+        weight: [N, K] float.
+        gram: [K, K] float, XᵀX of the layer's inputs X [T, K].
+        scale: [N] float, > 0, of each output channel.
+        bits: 2 … 8.
+
+    Returns:
+        [N, K] int8 within −2^(bits−1) … 2^(bits−1) − 1.
+    """
+    damped = gram.double() + torch.eye(len(gram), dtype=torch.float64) * _damping(gram)
+    order = torch.argsort(damped.diagonal(), descending=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+    spread = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    left = weight[:, order].clone()
+    rounded = torch.empty_like(left)
+    for first in range(0, len(gram), _COLUMNS):
+        last = min(first + _COLUMNS, len(gram))
+        errors = torch.empty_like(left[:, first:last])
+        for column in range(first, last):
+            own = left[:, column]
+            rounded[:, column] = round_weight(own[:, None], scale, bits)[:, 0]
+            error = (own - rounded[:, column] * scale) / spread[column, column]
+            left[:, column + 1 : last] -= error[:, None] * spread[column, column + 1 : last]
+            errors[:, column - first] = error
+        left[:, last:] -= errors @ spread[first:last, last:]
+    compensated, nearest = torch.empty_like(rounded), round_weight(weight, scale, bits)
+    compensated[:, order] = rounded
+    better = _error(weight, compensated, scale, gram) < _error(weight, nearest, scale, gram)
+    return torch.where(better[:, None], compensated, nearest).to(torch.int8)
+
+
+def _error(weight: Tensor, integers: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
+    """[N], the squared error of each output over all inputs."""
+    off = weight - integers * scale[:, None]
+    return ((off @ gram.to(off.dtype)) * off).sum(1)
+
+
+def _damping(gram: Tensor) -> float:
+    return max(DAMPING * float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)

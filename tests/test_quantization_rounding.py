@@ -1,0 +1,78 @@
+"""Compensating rounding against its definition solved slowly, every rounding there is, and the nearest."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from monailabel_dfqsam.quantization.quantizer import round_weight, weight_scale
+from monailabel_dfqsam.quantization.rounding import DAMPING, round_compensating
+
+
+def _layer(outputs: int, inputs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A weight and the Gram matrix of correlated inputs."""
+    g = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(400, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g)
+    return torch.randn(outputs, inputs, generator=g), mixed.T @ mixed
+
+
+def _error(weight: Tensor, gram: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
+    """Squared error of each output over the inputs."""
+    off = (weight - integers * scale[:, None]).double()
+    return ((off @ gram.double()) * off).sum(1)
+
+
+def test_every_column_meets_weights_that_are_optimal_for_those_already_rounded() -> None:
+    weight, gram = _layer(3, 140, seed=0)
+    weight, gram = weight.double(), gram.double()
+    scale = weight_scale(weight, 4).double()
+    held = gram + torch.eye(140, dtype=gram.dtype) * DAMPING * gram.diagonal().mean()
+    expected, left = torch.zeros_like(weight), weight.clone()
+    order = torch.argsort(held.diagonal(), descending=True)
+    for step, column in enumerate(order):
+        expected[:, column] = round_weight(left[:, [column]], scale, 4)[:, 0]
+        done, free = order[: step + 1], order[step + 1 :]
+        error = weight[:, done] - expected[:, done] * scale[:, None]
+        left[:, free] = (
+            weight[:, free] + torch.linalg.solve(held[free][:, free], held[free][:, done] @ error.T).T
+        )
+    assert torch.equal(round_compensating(weight, gram, scale, 4), expected.to(torch.int8))
+
+
+def test_lies_between_the_best_of_all_roundings_and_the_nearest() -> None:
+    levels = torch.tensor(list(itertools.product(range(-2, 2), repeat=6)), dtype=torch.float32)
+    gained = []
+    for seed in range(8):
+        weight, gram = _layer(8, 6, seed)
+        scale = weight_scale(weight, 2)
+        best = torch.stack(
+            [
+                _error(row.expand(len(levels), -1), gram, levels, s.expand(len(levels))).min()
+                for row, s in zip(weight, scale, strict=True)
+            ]
+        )
+        nearest = _error(weight, gram, round_weight(weight, scale, 2), scale)
+        found = _error(weight, gram, round_compensating(weight, gram, scale, 2), scale)
+        assert (found >= best * (1 - 1e-6)).all()
+        assert (found <= nearest * (1 + 1e-6)).all()
+        gained.append(float((nearest.sum() - found.sum()) / (nearest.sum() - best.sum())))
+    # Of what the best of all roundings gains over the nearest.
+    assert sum(gained) / len(gained) > 0.5
+
+
+def test_independent_inputs_leave_nothing_to_make_up_for() -> None:
+    weight, _ = _layer(5, 130, seed=3)
+    scale = weight_scale(weight, 4)
+    integers = round_compensating(weight, torch.diag(torch.rand(130) + 0.1), scale, 4)
+    assert torch.equal(integers, round_weight(weight, scale, 4).to(torch.int8))
+
+
+def test_inputs_that_are_always_zero_do_no_harm() -> None:
+    weight, gram = _layer(5, 12, seed=4)
+    gram[:, 7] = gram[7] = 0.0
+    scale = weight_scale(weight, 4)
+    assert torch.isfinite(round_compensating(weight, gram, scale, 4).float()).all()
+    zeros = round_compensating(weight, torch.zeros(12, 12), scale, 4)
+    assert torch.equal(zeros, round_weight(weight, scale, 4).to(torch.int8))
