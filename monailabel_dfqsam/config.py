@@ -66,8 +66,8 @@ class SynthesisConfig:
         iterations: optimisation steps an image; labels evolve during the first third, 500 at most.
         alpha: weight of the class loss (Eq. 5).
         beta: weight of the patch-similarity loss (Eq. 11).
-        entropy_gain: nats by which a block's patch-similarity entropy may exceed that of Gaussian noise;
-            beyond, it earns nothing. None for no bound, as in the paper.
+        bounded: a block's patch-similarity entropy earns nothing beyond what the model shows on procedural
+            phantoms; without, it is driven on, as in the paper.
         tv_weight: weight of the total-variation term.
         tv_target: total variation aimed at, mean absolute difference of neighbours in normalised units.
         learning_rate: Adam's, betas (0.5, 0.9), cosine with warm-up.
@@ -80,7 +80,7 @@ class SynthesisConfig:
     iterations: int = 1500
     alpha: float = 0.5
     beta: float = 0.05
-    entropy_gain: float | None = 2.5
+    bounded: bool = True
     tv_weight: float = 0.01
     tv_target: float = 0.05
     learning_rate: float = 0.2

@@ -24,21 +24,26 @@ from monailabel_dfqsam.artifact import FORMAT_VERSION, Artifact, encode_layer, s
 from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, SynthesisConfig, silent
 from monailabel_dfqsam.engines import layer_by_layer, load_encoder
 from monailabel_dfqsam.fidelity import mask_agreement
+from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
 from monailabel_dfqsam.quantization.cost import encoder_cost
 from monailabel_dfqsam.sam.checkpoint import Checkpoint
 from monailabel_dfqsam.sam.model import Sam, build
-from monailabel_dfqsam.sam.preprocess import to_input
+from monailabel_dfqsam.sam.preprocess import normalize, to_input
 from monailabel_dfqsam.sam.variants import Variant
 from monailabel_dfqsam.sam.vit import ImageEncoderViT
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary, embedded_auxiliary
 from monailabel_dfqsam.synthesis.measures import Measures, measure
-from monailabel_dfqsam.synthesis.synthesize import Synthesis, synthesize
+from monailabel_dfqsam.synthesis.patch_similarity import encoder_patch_entropies
+from monailabel_dfqsam.synthesis.synthesize import Synthesis, synthesize, to_model
 
 FIDELITY_IMAGES = 2
 FIDELITY_ITERATIONS = 100
 # Keeps fidelity images apart from calibration images of any usual seed.
 FIDELITY_SEED_OFFSET = 1_000_000
+PHANTOMS = 8
+# Far from the seeds of the phantoms that the embedded model was trained on.
+PHANTOM_SEED = 1 << 40
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
@@ -80,9 +85,10 @@ def quantize(
     started = time.monotonic()
     device = device or torch.device("cpu")
     sam = build(checkpoint)
+    ceiling = phantom_entropies(sam) if config.synthesis.bounded else None
     synthesis = None
     if config.calibration is Calibration.SYNTHETIC:
-        synthesis = _synthesize(sam, config.synthesis, config.images, config.seed, device, progress)
+        synthesis = _synthesize(sam, config.synthesis, config.images, config.seed, ceiling, device, progress)
         images = synthesis.images
     elif config.calibration is Calibration.GAUSSIAN:
         images = gaussian_images(checkpoint.variant, config.images, config.seed)
@@ -92,7 +98,14 @@ def quantize(
     quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, config.recipe, progress)
     held_out = replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations))
     unseen = _synthesize(
-        sam, held_out, FIDELITY_IMAGES, config.seed + FIDELITY_SEED_OFFSET, device, progress, "fidelity"
+        sam,
+        held_out,
+        FIDELITY_IMAGES,
+        config.seed + FIDELITY_SEED_OFFSET,
+        ceiling,
+        device,
+        progress,
+        "fidelity",
     ).images
     artifact = pack(checkpoint, config, sam, quantized, images)
     encoder = load_encoder(artifact)
@@ -151,6 +164,7 @@ def _synthesize(
     config: SynthesisConfig,
     count: int,
     seed: int,
+    ceiling: Tensor | None,
     device: torch.device,
     progress: Progress,
     stage: str = "synthesis",
@@ -163,9 +177,33 @@ def _synthesize(
         auxiliary.to(device)
     sam.to(device)
     try:
-        return synthesize(sam, config, images=count, seed=seed, auxiliary=auxiliary, progress=staged)
+        return synthesize(
+            sam,
+            config,
+            images=count,
+            seed=seed,
+            auxiliary=auxiliary,
+            ceiling=ceiling,
+            progress=staged,
+        )
     finally:
         sam.to("cpu")
+
+
+def phantom_entropies(sam: Sam) -> Tensor:
+    """What a model's blocks show of diversity where there are things to be seen: no data, only drawn shapes.
+
+    Returns:
+        [blocks] float32 on the CPU, patch-similarity entropies, means over the same few phantoms each time.
+    """
+    seeds = range(PHANTOM_SEED, PHANTOM_SEED + PHANTOMS)
+    device = next(sam.parameters()).device
+    found = []
+    for seed in seeds:
+        drawn = make_example(torch.Generator().manual_seed(seed), sam.variant.input_size).image
+        image = to_model(sam.variant, normalize(drawn[None] * 255)).to(device)
+        found.append(encoder_patch_entropies(sam.image_encoder, image))
+    return torch.cat(found).mean(0)
 
 
 def _auxiliary(variant: Variant) -> Auxiliary | None:

@@ -122,7 +122,7 @@ def test_a_quick_run_and_one_that_goes_on(
     record = json.loads((out / "tables.json").read_text())
     rows = record["sources"]["rows"]
     assert [row["source"] for row in rows[:3]] == ["full precision", "real images", "Gaussian noise"]
-    assert len(rows) == 1 + 2 * len(tables.SOURCES)
+    assert len(rows) == 1 + 3 * len(tables.SOURCES)
     full = rows[0]["box"]
     assert full["agreement"]["mean"] == 1
     assert full["drop"]["mean"] == 0

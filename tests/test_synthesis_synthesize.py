@@ -10,7 +10,6 @@ from monailabel_dfqsam.config import SynthesisConfig, silent
 from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam.preprocess import input_range
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary
-from monailabel_dfqsam.synthesis.patch_similarity import noise_entropies
 from monailabel_dfqsam.synthesis.synthesize import (
     COLOUR,
     LOSSES,
@@ -50,7 +49,9 @@ class Dots(torch.nn.Module):
 
 
 def short(sam: Sam, seed: int = 0, images: int = 1, auxiliary: Auxiliary | None = None) -> Synthesis:
-    return synthesize(sam, SHORT, images=images, seed=seed, auxiliary=auxiliary, progress=silent)
+    return synthesize(
+        sam, SHORT, images=images, seed=seed, auxiliary=auxiliary, ceiling=None, progress=silent
+    )
 
 
 def test_same_seed_same_bytes_whatever_the_number_of_images(sam: Sam) -> None:
@@ -80,7 +81,7 @@ def test_does_not_touch_the_global_generator_nor_the_model(sam: Sam) -> None:
 def test_losses_fall_and_images_stay_in_range(sam: Sam, with_auxiliary: bool) -> None:
     auxiliary = Auxiliary(Dots()) if with_auxiliary else None
     config = SynthesisConfig(iterations=16)
-    result = synthesize(sam, config, images=1, seed=0, auxiliary=auxiliary, progress=silent)
+    result = synthesize(sam, config, images=1, seed=0, auxiliary=auxiliary, ceiling=None, progress=silent)
     (losses,) = result.losses
     assert set(losses) == set(LOSSES)
     assert all(len(values) == 16 and all(map(math.isfinite, values)) for values in losses.values())
@@ -96,7 +97,7 @@ def test_losses_fall_and_images_stay_in_range(sam: Sam, with_auxiliary: bool) ->
 def test_evolution_is_recorded_from_the_ellipse_to_its_last_iteration(sam: Sam, with_auxiliary: bool) -> None:
     config = SynthesisConfig(iterations=12, min_score=0.3)
     auxiliary = Auxiliary(Dots()) if with_auxiliary else None
-    result = synthesize(sam, config, images=1, seed=1, auxiliary=auxiliary, progress=silent)
+    result = synthesize(sam, config, images=1, seed=1, auxiliary=auxiliary, ceiling=None, progress=silent)
     (steps,) = result.evolution
     assert steps[0].iteration == 0
     assert steps[-1].iteration == config.evolution_iterations
@@ -117,6 +118,7 @@ def test_progress_counts_every_iteration_of_every_image(sam: Sam) -> None:
         images=2,
         seed=0,
         auxiliary=None,
+        ceiling=None,
         progress=lambda *call: calls.append(call),
     )
     assert calls == [("synthesis", done, 4) for done in (1, 2, 3, 4)]
@@ -129,26 +131,27 @@ def test_refuses_no_images(sam: Sam) -> None:
 
 def test_zero_weights_switch_terms_off(sam: Sam) -> None:
     config = replace(SHORT, beta=0.0, tv_weight=0.0)
-    result = synthesize(sam, config, images=1, seed=0, auxiliary=None, progress=silent)
+    result = synthesize(sam, config, images=1, seed=0, auxiliary=None, ceiling=None, progress=silent)
     assert result.losses[0]["total"] == pytest.approx(result.losses[0]["mask"])
 
 
-def test_bounded_entropy_stops_earning_where_unbounded_goes_on(sam: Sam) -> None:
-    """With the ceiling at noise's own entropy the term ends where the image is as diverse as noise."""
-    ceiling = noise_entropies(sam.image_encoder, 256)
-    config = SynthesisConfig(iterations=12, entropy_gain=0.0)
-    bounded = synthesize(sam, config, images=1, seed=0, auxiliary=None, progress=silent).losses[0]
-    free = synthesize(
-        sam, replace(config, entropy_gain=None), images=1, seed=0, auxiliary=None, progress=silent
-    ).losses[0]
-    assert min(bounded["similarity"]) >= -float(ceiling.sum()) - RANGE_TOLERANCE
-    assert min(free["similarity"]) < min(bounded["similarity"])
-    assert free["similarity"][0] <= bounded["similarity"][0]
+def test_entropy_beyond_the_ceiling_earns_nothing(sam: Sam) -> None:
+    ceiling = torch.full((6,), -2.0)
+    config = SynthesisConfig(iterations=12)
+
+    def similarities(bound: torch.Tensor | None) -> list[float]:
+        made = synthesize(sam, config, images=1, seed=0, auxiliary=None, ceiling=bound, progress=silent)
+        return made.losses[0]["similarity"]
+
+    bounded, free = similarities(ceiling), similarities(None)
+    assert min(bounded) >= 12 - RANGE_TOLERANCE
+    assert min(free) < min(bounded)
+    assert free[0] <= bounded[0]
 
 
 def test_labels_that_do_not_evolve_stay_as_they_began(sam: Sam) -> None:
     config = SynthesisConfig(iterations=6, evolve=False)
-    result = synthesize(sam, config, images=1, seed=0, auxiliary=None, progress=silent)
+    result = synthesize(sam, config, images=1, seed=0, auxiliary=None, ceiling=None, progress=silent)
     assert [step.iteration for step in result.evolution[0]] == [0]
 
 
@@ -218,7 +221,7 @@ def test_muting_keeps_greys_and_the_range_and_a_share_of_the_colour() -> None:
 
 def test_images_are_nearly_grey_and_start_from_grey_noise(sam: Sam) -> None:
     (image,) = synthesize(
-        sam, replace(SHORT, iterations=1), images=1, seed=0, auxiliary=None, progress=silent
+        sam, replace(SHORT, iterations=1), images=1, seed=0, auxiliary=None, ceiling=None, progress=silent
     ).images
     low, high = (bound.view(3, 1, 1) for bound in input_range(sam.variant))
     unit = (image - low) / (high - low)

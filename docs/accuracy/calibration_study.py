@@ -24,7 +24,7 @@ import monailabel_dfqsam
 from monailabel_dfqsam.config import Policy, QuantizationConfig, Recipe, SynthesisConfig, silent
 from monailabel_dfqsam.engines import load_encoder
 from monailabel_dfqsam.evaluation import PROMPTS, Item, iou, read_items
-from monailabel_dfqsam.pipeline import gaussian_images, pack
+from monailabel_dfqsam.pipeline import PHANTOM_SEED, PHANTOMS, gaussian_images, pack, phantom_entropies
 from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam import build, read_checkpoint
@@ -36,11 +36,8 @@ from monailabel_dfqsam.synthesis.synthesize import synthesize
 PROMPT_NAMES = ("box", "point")
 MEASURES = ("iou", "drop", "agreement")
 BATCH = 8
-# Far from the seeds of the phantoms that the model was trained on.
-PHANTOM_SEED = 1 << 40
-
 _PACKAGE = Path(monailabel_dfqsam.__file__).parent
-_MAKES_IMAGES = ("synthesis", "sam")
+_MAKES_IMAGES = ("synthesis", "sam", "pretraining")
 _MAKES_SCORES = ("quantization", "ops", "engines", "sam", "segmentation", "evaluation")
 
 
@@ -97,7 +94,7 @@ class Study:
 
     def phantoms(self, seed: int, count: int) -> Tensor:
         """Procedural phantoms, as the embedded model was trained on; no patient is in them either."""
-        return torch.stack([_phantom(PHANTOM_SEED + 1000 * seed + i) for i in range(count)])
+        return torch.stack([_phantom(PHANTOM_SEED + PHANTOMS + 1000 * seed + i) for i in range(count)])
 
     def synthetic(self, seed: int, count: int, **options: Any) -> Tensor:
         """Images of `synthesize`; `options` are `SynthesisConfig`'s."""
@@ -107,6 +104,10 @@ class Study:
         """Half synthesized, half phantoms; as many in all as of any other source."""
         half = count // 2
         return torch.cat([self.synthetic(seed, count - half), self.phantoms(seed, half)])
+
+    @cached_property
+    def _ceiling(self) -> Tensor:
+        return phantom_entropies(self.sam)
 
     def _synthesized(self, seed: int, index: int, options: dict[str, Any]) -> Tensor:
         config = SynthesisConfig(**{"iterations": self.settings.iterations, **options})
@@ -120,6 +121,7 @@ class Study:
                 images=1,
                 seed=1000 * seed + index,
                 auxiliary=self.auxiliary,
+                ceiling=self._ceiling if config.bounded else None,
                 progress=silent,
             )
             _write(path, lambda partial: save_file({"image": made.images}, partial))

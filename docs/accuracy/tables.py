@@ -24,7 +24,7 @@ import typer
 from calibration_study import PROMPT_NAMES, Settings, Study, over_seeds, summary
 
 from monailabel_dfqsam.benchmark.machine import describe_run
-from monailabel_dfqsam.config import Policy, Recipe
+from monailabel_dfqsam.config import Policy, Preset, Recipe
 from monailabel_dfqsam.synthesis.measures import mean_overlap, measure
 
 HERE = Path(__file__).parent
@@ -45,25 +45,29 @@ Row = dict[str, Any]
 
 
 def sources(study: Study) -> list[Row]:
-    """Where calibration images come from, for policies and bits; the number of images is the same for all."""
+    """Where calibration images come from, their number being the same: by the paper's recipe, and by ours."""
     settings = study.settings
     rows: list[Row] = [{"source": "full precision", **over_seeds([study.full_precision()])}]
-    for policy, bits, (name, take) in product(Policy, BITS, SOURCES.items()):
+    ways = [("paper", policy, bits, PAPER) for policy, bits in product(Policy, BITS)]
+    ways.append((Preset.BEST.value, Policy.DEPLOY, 4, Preset.BEST.config.recipe))
+    for (called, policy, bits, recipe), (name, take) in product(ways, SOURCES.items()):
         scores = [
-            study.score(take(study, seed, settings.images), bits, policy, PAPER) for seed in settings.seeds
+            study.score(take(study, seed, settings.images), bits, policy, recipe) for seed in settings.seeds
         ]
-        rows.append({"source": name, "policy": policy.value, "bits": bits, **over_seeds(scores)})
+        row = {"source": name, "recipe": called, "policy": policy.value, "bits": bits}
+        rows.append({**row, **over_seeds(scores)})
     return rows
 
 
 def ablation(study: Study) -> list[Row]:
     """The parts of the method one after another, W4A4, one image as in the paper."""
-    plain = {"evolve": False, "beta": 0.0}
+    plain = {"evolve": False, "beta": 0.0, "bounded": False}
     steps: list[tuple[str, dict[str, Any], bool]] = [
         ("noise optimised with a random label", plain, False),
         ("+ label evolution", {**plain, "evolve": True}, False),
-        ("+ patch similarity", {}, False),
-        ("+ reparameterization", {}, True),
+        ("+ patch similarity", {"bounded": False}, False),
+        ("+ reparameterization", {"bounded": False}, True),
+        ("+ a bound on its entropy", {}, True),
     ]
     rows: list[Row] = []
     for policy, (name, options, reparameterize) in product(Policy, steps):

@@ -26,7 +26,6 @@ MAX_PAIRS = 8192
 # tell patches apart by a thousandth only; float32 resolves a ten-millionth.
 MIN_SPREAD = 1e-5
 _SAMPLE_SEED = 20
-_NOISE_IMAGES = 4
 
 
 def patch_entropy(features: Tensor) -> Tensor:
@@ -138,18 +137,3 @@ def encoder_patch_entropies(encoder: nn.Module, images: Tensor) -> Tensor:
             encoder(image[None])
         rows.append(torch.stack([patch_entropy(tokens[0]).cpu() for tokens in outputs]))
     return torch.stack(rows)
-
-
-def noise_entropies(encoder: nn.Module, size: int) -> Tensor:
-    """What `encoder_patch_entropies` says of Gaussian noise, which has nothing in it to tell apart.
-
-    Args:
-        encoder: an `ImageEncoderViT` that takes [1, 3, size, size].
-
-    Returns:
-        [blocks] float32 on the CPU, the mean over a few images, the same ones each time.
-    """
-    generator = torch.Generator().manual_seed(_SAMPLE_SEED)
-    noise = torch.randn(_NOISE_IMAGES, 3, size, size, generator=generator)
-    device = next(encoder.parameters()).device
-    return encoder_patch_entropies(encoder, noise.to(device)).mean(0)

@@ -38,7 +38,7 @@ from monailabel_dfqsam.synthesis.losses import (
     similarity_loss,
     total_variation,
 )
-from monailabel_dfqsam.synthesis.patch_similarity import attention_outputs, noise_entropies, patch_entropy
+from monailabel_dfqsam.synthesis.patch_similarity import attention_outputs, patch_entropy
 
 ADAM_BETAS = (0.5, 0.9)
 WARMUP = 100
@@ -76,6 +76,7 @@ def synthesize(
     images: int,
     seed: int,
     auxiliary: Auxiliary | None,
+    ceiling: Tensor | None,
     progress: Progress,
 ) -> Synthesis:
     """Makes images out of a model's weights alone.
@@ -88,6 +89,8 @@ def synthesize(
         seed: image i follows a generator of (seed, i).
         auxiliary: scores of classes, on the model's device; None to do without, as for models whose classes
             nobody knows: then the model's own predicted IoU chooses labels.
+        ceiling: [blocks] float, the patch-similarity entropies in nats beyond which more earns nothing; None
+            for no bound.
         progress: called with ('synthesis', iterations done, iterations in all).
 
     Raises:
@@ -95,9 +98,6 @@ def synthesize(
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, not {images}")
-    ceiling = None
-    if config.entropy_gain is not None:
-        ceiling = noise_entropies(sam.image_encoder, sam.variant.input_size) + config.entropy_gain
     painters = []
     for index in range(images):
 
