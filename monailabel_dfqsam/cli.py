@@ -438,7 +438,10 @@ def pretrain(
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.CPU,
     what: Annotated[Trained, typer.Option(help="Which of the embedded networks.")] = Trained.SAM,
 ) -> None:
-    """Trains an embedded network on phantoms; resumes where the folder's last run stopped."""
+    """Trains an embedded network on phantoms; resumes where the folder's last run stopped.
+
+    On several cores: torchrun --nproc-per-node CORES --no-python dfqsam pretrain …
+    """
     with plain_errors():
         import torch
 

@@ -39,13 +39,17 @@ def progress_bars() -> Iterator[ProgressCallback]:
 @contextmanager
 def training_bar() -> Iterator[ProgressCallback]:
     """One bar whose text changes: the callback's first argument stands behind it."""
-    with _bars() as bars:
-        task = bars.add_task("training", text="")
+    bars = _bars()
+    task = bars.add_task("training", text="")
 
-        def progress(text: str, done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total, text=text)
+    def progress(text: str, done: int, total: int) -> None:
+        bars.start()  # of several processes that train together only one reports
+        bars.update(task, completed=done, total=total, text=text)
 
+    try:
         yield progress
+    finally:
+        bars.stop()
 
 
 def _bars() -> Progress:
