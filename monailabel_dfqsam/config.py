@@ -105,7 +105,7 @@ class Recipe:
     Attributes:
         reparameterize: per-channel ranges after each LayerNorm, folded into one range a tensor (Eq. 10–16);
             without it, one range a tensor from the start.
-        views: of each image, to calibrate on in its place: shifted, enlarged, blurred, in other contrast;
+        views: of each image, to calibrate on in its place: shifted, enlarged, blurred, cut out;
             0 for the images as they are.
         compensate: quantizes the blocks' Linears one after another, each made to undo what was lost before
             it, on the images as quantization left them; without it, each by itself to the nearest integers.

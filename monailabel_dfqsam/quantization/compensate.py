@@ -27,7 +27,7 @@ from monailabel_dfqsam.quantization.rounding import round_compensating
 from monailabel_dfqsam.sam.vit import Block, ImageEncoderViT
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
-RIDGE = 0.05  # of the mean square of the inputs: how much the weight is held to what it was
+RIDGE = 0.3  # of the mean square of the inputs: how much the weight is held to what it was
 MAX_ROWS = 1024  # of a layer's inputs kept from each image
 
 

@@ -1,8 +1,8 @@
-"""More to calibrate on out of few images: each seen shifted, enlarged, blurred, in other contrast, cut out.
+"""More to calibrate on out of few images: each seen shifted, enlarged, blurred, cut out.
 
 A synthesized image shows what the model knows, but all of it at once: everywhere texture, nowhere the flat
-dark surroundings, the soft edges and the narrow grey ranges that most images are made of. Ranges found on it
-alone are those of no image that comes later. Views make up for it, and need no more than the image.
+dark surroundings and the soft edges that most images have. Ranges found on it alone are those of no image
+that comes later. Views make up for it, and need no more than the image.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from torch import Generator, Tensor
 
 MAX_ZOOM = 2.5
 MAX_BLUR = 2.5 / 256  # standard deviation, as a share of the side
-MAX_GAMMA = 2.0
-MIN_CONTRAST = 0.4
 CUT_OUT_CELLS = 4  # of the random field whose sign says what stays
 CUT_OUT_BIAS = 0.5  # in its standard deviations: most stays
 CUT_OUT_EDGE = 20.0  # steepness of the transition
@@ -60,9 +58,6 @@ def _view(unit: Tensor, generator: Generator, cut_out: bool) -> Tensor:
     view = F.interpolate(view[..., top : top + part, left : left + part], (size, size), mode="bilinear")
     sigma = uniform(0.0, MAX_BLUR) * size
     view = torch.from_numpy(ndimage.gaussian_filter(view.numpy(), sigma, axes=(-2, -1), mode="nearest"))
-    contrast = uniform(MIN_CONTRAST, 1.0)
-    view = view.clamp(0, 1) ** MAX_GAMMA ** uniform(-1.0, 1.0)
-    view = contrast * view + uniform(0.0, 1.0 - contrast)
     if cut_out:
         field = torch.randn(1, 1, CUT_OUT_CELLS, CUT_OUT_CELLS, generator=generator) + CUT_OUT_BIAS
         view = view * torch.sigmoid(CUT_OUT_EDGE * F.interpolate(field, (size, size), mode="bicubic"))
