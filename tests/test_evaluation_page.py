@@ -20,8 +20,8 @@ from monailabel_dfqsam.segmentation.segmenter import Prompts
 
 FULL = {"model": "tiny", "engine": "torch", "policy": None}
 QUANTIZED = {"model": "tiny <W4A4>", "engine": "onednn", "policy": "deploy"}
-# Of the picture's area that an outline's rounding may move.
-DRAWN = 0.04
+# Coordinates are rounded to 0.1.
+PLACES = 0.11
 
 
 def disc(height: int, width: int, row: float, column: float, radius: float) -> np.ndarray:
@@ -69,12 +69,13 @@ def test_a_picture_shows_the_object_and_each_mask(height: int, width: int, radiu
     truth = disc(height, width, height / 2, width / 2, radius)
     mask = disc(height, width, height / 2, width / 2 - radius / 2, radius)
     picture = draw(scored(7, truth=truth, mask=mask))
-    size = (int(picture.width), int(picture.height))
-    assert max(size) <= SIDE
+    assert max(picture.width, picture.height) == SIDE
     with Image.open(io.BytesIO(base64.b64decode(picture.src.split(",")[1]))) as image:
-        assert image.size == size
+        assert image.size[0] / image.size[1] == pytest.approx(picture.width / picture.height, abs=0.02)
+        assert max(image.size) <= SIDE
         assert image.mode == "L"
     assert [outline.whose for outline in picture.outlines] == ["truth", "full", "model"]
+    size = (round(picture.width), round(picture.height))
     drawn = [filled(outline.path, size) for outline in picture.outlines]
     assert (drawn[0] == drawn[1]).all()
     # The view cuts nothing off: what is drawn overlaps as the masks do.
@@ -84,26 +85,26 @@ def test_a_picture_shows_the_object_and_each_mask(height: int, width: int, radiu
 
 
 def test_outlines_lie_where_the_masks_and_the_prompts_do() -> None:
-    """The view is of the image's pixels one to one here, so that all can be compared."""
+    """The box prompt, which is drawn by its corners, leads from the picture back to the image."""
     truth = disc(90, 140, 45, 70, 25)
-    prompts = Prompts(
-        np.array([[70.5, 45.5], [90.5, 50.5]]), np.array([1, 0]), np.array([45.0, 20.0, 95.0, 70.0])
+    points, labels = np.array([[70.5, 45.5], [90.5, 50.5]]), np.array([1, 0])
+    picture = draw(
+        scored(1, truth=truth, prompts=Prompts(points, labels, np.array([45.0, 20.0, 95.0, 70.0])))
     )
-    picture = draw(scored(1, truth=truth, prompts=prompts))
-    width, height = int(picture.width), int(picture.height)
-    shown = filled(picture.outlines[0].path, (width, height))
-    rows, columns = (np.flatnonzero(truth.any(axis=axis)) for axis in (1, 0))
     assert picture.box is not None
     x, y, box_width, box_height = picture.box
-    assert (box_width, box_height) == (50, 50)
-    dx, dy = 45 - x, 20 - y  # from the picture to the image
-    ys, xs = np.nonzero(shown)
-    assert abs(ys.mean() + dy - rows.mean()) < 1
-    assert abs(xs.mean() + dx - columns.mean()) < 1
-    assert (shown.sum() - truth.sum()) / shown.size == pytest.approx(0, abs=DRAWN)
-    assert [(px + dx, py + dy, inside) for px, py, inside in picture.points] == [
-        (70.5, 45.5, True), (90.5, 50.5, False)
-    ]  # fmt: skip
+    scale = box_width / 50
+    assert box_height == pytest.approx(box_width, abs=PLACES)
+    size = (round(picture.width), round(picture.height))
+    # Pixels of the drawn mask's rows and columns, at their centres, in the image.
+    rows, columns = np.nonzero(filled(picture.outlines[0].path, size))
+    assert (columns.mean() + 0.5 - x) / scale + 45 == pytest.approx(70, abs=0.5)
+    assert (rows.mean() + 0.5 - y) / scale + 20 == pytest.approx(45, abs=0.5)
+    assert len(rows) / scale**2 == pytest.approx(truth.sum(), rel=0.04)
+    for (px, py, inside), (left, top), label in zip(picture.points, points, labels, strict=True):
+        assert (px - x) / scale + 45 == pytest.approx(left, abs=PLACES)
+        assert (py - y) / scale + 20 == pytest.approx(top, abs=PLACES)
+        assert inside == bool(label)
 
 
 @pytest.mark.parametrize("part", [0.02, 0.5, 0.98])
@@ -220,7 +221,14 @@ def test_its_pictures_decode(page: Reader) -> None:
 
 
 def test_it_says_the_figures_and_escapes_names(page: Reader) -> None:
-    for text in ("0.712", "[+0.001, +0.009]", "tiny <W4A4>, onednn, deploy", "two <cores>", "0.790", "CT 12"):
+    for text in (
+        "0.712",
+        "[+0.001, +0.009]",
+        "tiny <W4A4>, onednn, deploy",
+        "two <cores>",
+        "ellipse in it 0.790",
+        "CT 12",
+    ):
         assert text in page.text
     # Captions: the quantized model's pictures alone say how much it agrees.
     assert len(re.findall(r"agreement \d\.\d{3}", page.text)) == 2 * 16

@@ -46,6 +46,9 @@ PROMPT_WORDS = {
 }
 
 
+_BASELINE_WORDS = ("filled box", "ellipse in it", "Otsu in it")
+
+
 class Gallery:
     """Keeps pictures of the worst and best answers of each model and kind of prompt, as they are scored.
 
@@ -105,7 +108,7 @@ def write_page(
         overall=overall,
         names=NAMES,
         prompt_words=PROMPT_WORDS,
-        baselines=[key.removeprefix("baseline_") for key in BASELINES],
+        baselines=dict(zip(BASELINES, _BASELINE_WORDS, strict=True)),
         modalities=[(row["modality"], row["n"]) for row in sections[0]["rows"][1:]],
         objects=rows[0]["n"],
         tolerance=f"{NSD_TOLERANCE:g}",

@@ -15,11 +15,12 @@ from monailabel_dfqsam.evaluation.measures import Mask
 from monailabel_dfqsam.evaluation.scoring import Scored
 
 SIDE = 224
-"""Pixels of a picture's longer side at most."""
+"""The longer side of a picture's frame, and the pixels on it at most."""
 
 _MARGIN = 0.15  # of the longer side of what is outlined
 _LEAST = 48  # pixels of the image that a picture shows at least, where there are so many
 _QUALITY = 78
+_TOLERANCE = 0.5  # of the frame, by which an outline may leave out corners
 _LONGEST_PATH = 5000  # characters
 
 
@@ -61,8 +62,8 @@ def draw(scored: Scored) -> Picture:
     """The picture of one answer; where the model is the full-precision one, it is outlined once."""
     mask, truth = scored.answer.mask, scored.item.mask
     x0, y0, x1, y1 = _view(mask | truth | scored.expected)
-    scale = min(1.0, SIDE / max(x1 - x0, y1 - y0))
-    size = max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale))
+    scale = SIDE / max(x1 - x0, y1 - y0)
+    frame = (x1 - x0) * scale, (y1 - y0) * scale
     masks = {"truth": truth, "full": scored.expected, "model": mask}
     if mask is scored.expected:
         del masks["model"]
@@ -73,9 +74,9 @@ def draw(scored: Scored) -> Picture:
         box = (left, top, right - left, bottom - top)
     points = ((np.asarray(prompts.points) - [x0, y0]) * scale).round(1).tolist()
     return Picture(
-        _jpeg(scored.item.rgb[y0:y1, x0:x1], size),
-        *size,
-        [Outline(whose, _path(one[y0:y1, x0:x1], size)) for whose, one in masks.items()],
+        _jpeg(scored.item.rgb[y0:y1, x0:x1]),
+        *(round(side, 1) for side in frame),
+        [Outline(whose, _path(one[y0:y1, x0:x1], frame)) for whose, one in masks.items()],
         box,
         [(x, y, bool(label)) for (x, y), label in zip(points, prompts.labels, strict=True)],
         scored.number,
@@ -99,8 +100,9 @@ def _view(outlined: Mask) -> tuple[int, int, int, int]:
     return x0, y0, x1, y1
 
 
-def _jpeg(rgb: NDArray[np.uint8], size: tuple[int, int]) -> str:
-    image = Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS)
+def _jpeg(rgb: NDArray[np.uint8]) -> str:
+    image = Image.fromarray(rgb)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     if (rgb == rgb[..., :1]).all():
         image = image.convert("L")
     buffer = io.BytesIO()
@@ -108,14 +110,17 @@ def _jpeg(rgb: NDArray[np.uint8], size: tuple[int, int]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _path(mask: Mask, size: tuple[int, int]) -> str:
-    """SVG path data of a mask's outlines, fewer corners where there would be very many."""
+def _path(mask: Mask, frame: tuple[float, float]) -> str:
+    """SVG path data of a mask's outlines in a frame (width, height); fewer corners where there are many."""
     from skimage.measure import approximate_polygon, find_contours
 
-    small = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    image = Image.fromarray(mask)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.NEAREST)
+    scale = np.array(frame[::-1]) / image.size[::-1]
     # Padded, so that outlines close at the picture's edge; a pixel's centre is at +0.5.
-    lines = [line - 0.5 for line in find_contours(np.pad(small, 1).astype(np.float32), 0.5)]
-    tolerance = 0.4
+    lines = find_contours(np.pad(np.array(image), 1).astype(np.float32), 0.5)
+    lines = [(line - 0.5) * scale for line in lines]
+    tolerance = _TOLERANCE
     while True:
         corners = [approximate_polygon(line, tolerance) for line in lines]
         path = "".join(
