@@ -65,6 +65,8 @@ def _objects(g: Generator, labels: LabelMap) -> NDArray[Any]:
         if whole:
             rows, columns = ndimage.find_objects(component.astype(np.uint8))[0]
             component[rows, columns] = ndimage.binary_fill_holes(component[rows, columns])
+            if uniform(g, 0, 1) < 0.4:
+                component = _outlined(g, component)
         if MIN_AREA <= component.sum() <= 0.6 * component.size:
             masks.append(component)
         if len(masks) == MASKS_PER_IMAGE:
@@ -74,12 +76,29 @@ def _objects(g: Generator, labels: LabelMap) -> NDArray[Any]:
     return np.stack([masks[i % len(masks)] for i in range(MASKS_PER_IMAGE)])
 
 
+def _outlined(g: Generator, mask: NDArray[Any]) -> NDArray[Any]:
+    """A mask [S, S] bool as a person may draw it: smoother, beyond the visible edge more often than within.
+
+    Where it ends is then said by a box and not by the image.
+    """
+    sigma = uniform(g, 0.01, 0.08) * float(np.sqrt(mask.sum()))
+    reach = int(4 * sigma) + 1
+    rows, columns = (
+        slice(max(side.start - reach, 0), side.stop + reach)
+        for side in ndimage.find_objects(mask.astype(np.uint8))[0]
+    )
+    soft = ndimage.gaussian_filter(mask[rows, columns].astype(np.float32), sigma, truncate=3)
+    drawn = np.zeros_like(mask)
+    drawn[rows, columns] = soft > uniform(g, 0.05, 0.65)
+    return drawn
+
+
 def _box(g: Generator, mask: NDArray[Any]) -> list[float]:
     """Tight, or a few percent off at each side."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x0, x1, y0, y1 = xs[0], xs[-1] + 1, ys[0], ys[-1] + 1
     w, h, size = x1 - x0, y1 - y0, mask.shape[0]
-    jitter = 0.0 if uniform(g, 0, 1) < 0.3 else 0.06
+    jitter = 0.0 if uniform(g, 0, 1) < 0.7 else 0.05
     noise = [uniform(g, -jitter, jitter) for _ in range(4)]
     box = [x0 + noise[0] * w, y0 + noise[1] * h, x1 + noise[2] * w, y1 + noise[3] * h]
     return [min(max(float(v), 0.0), float(size)) for v in box]
