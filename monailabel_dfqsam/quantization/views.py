@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Generator, Tensor
 
-MAX_ZOOM = 2.5
-MAX_BLUR = 2.5 / 256  # standard deviation, as a share of the side
+MAX_ZOOM = 4.0
+MAX_BLUR = 4 / 256  # standard deviation, as a share of the side
 CUT_OUT_CELLS = 4  # of the random field whose sign says what stays
 CUT_OUT_BIAS = 0.5  # in its standard deviations: most stays
 CUT_OUT_EDGE = 20.0  # steepness of the transition
