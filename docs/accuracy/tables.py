@@ -29,7 +29,11 @@ from monailabel_dfqsam.synthesis.measures import mean_overlap, measure
 
 HERE = Path(__file__).parent
 PAPER = Recipe()
-BITS = (4, 6, 8)
+# Name of the recipe, policy, bits, recipe.
+WAYS = [
+    *(("paper", policy, bits, PAPER) for policy, bits in product(Policy, (4, 6, 8))),
+    (Preset.BEST.value, Policy.DEPLOY, 4, Preset.BEST.config.recipe),
+]
 ALPHAS = (0.0, 0.5, 2.0)
 BETAS = (0.0, 0.05, 0.2)
 SOURCES = {
@@ -48,9 +52,7 @@ def sources(study: Study) -> list[Row]:
     """Where calibration images come from, their number being the same: by the paper's recipe, and by ours."""
     settings = study.settings
     rows: list[Row] = [{"source": "full precision", **over_seeds([study.full_precision()])}]
-    ways = [("paper", policy, bits, PAPER) for policy, bits in product(Policy, BITS)]
-    ways.append((Preset.BEST.value, Policy.DEPLOY, 4, Preset.BEST.config.recipe))
-    for (called, policy, bits, recipe), (name, take) in product(ways, SOURCES.items()):
+    for (called, policy, bits, recipe), (name, take) in product(WAYS, SOURCES.items()):
         scores = [
             study.score(take(study, seed, settings.images), bits, policy, recipe) for seed in settings.seeds
         ]
