@@ -75,7 +75,8 @@ def draw(scored: Scored) -> Picture:
     points = ((np.asarray(prompts.points) - [x0, y0]) * scale).round(1).tolist()
     return Picture(
         _jpeg(scored.item.rgb[y0:y1, x0:x1]),
-        *(round(side, 1) for side in frame),
+        round(frame[0], 1),
+        round(frame[1], 1),
         [Outline(whose, _path(one[y0:y1, x0:x1], frame)) for whose, one in masks.items()],
         box,
         [(x, y, bool(label)) for (x, y), label in zip(points, prompts.labels, strict=True)],
