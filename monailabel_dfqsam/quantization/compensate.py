@@ -69,16 +69,16 @@ def compensate(
         for index, (exact, block) in enumerate(zip(encoder.blocks, quantized.blocks, strict=True)):
             assert isinstance(exact, Block)
             assert isinstance(block, Block)
+            wanted, expected = _run(exact, LINEARS, expected)
             for part in LINEARS:
                 name = f"blocks.{index}.{part}"
                 linear = exact.get_submodule(part)
                 assert isinstance(linear, nn.Linear)
-                layers[name] = compensated(
-                    linear, ranges[name], _inputs(exact, part, expected), _inputs(block, part, actual), bits
-                )
+                got, _ = _run(block, (part,), actual)
+                layers[name] = compensated(linear, ranges[name], wanted[part], got[part], bits)
                 parent, _, child = part.rpartition(".")
                 setattr(block.get_submodule(parent), child, _Simulated(layers[name]))
-            expected, actual = ([run(x) for x in xs] for run, xs in ((exact, expected), (block, actual)))
+            _, actual = _run(block, (), actual)
             progress("compensation", index + 1, len(encoder.blocks))
     return layers
 
@@ -112,18 +112,23 @@ def compensated(
     )
 
 
-def _inputs(block: Block, part: str, tokens: list[Tensor]) -> Tensor:
-    """[T, K] of what a Linear reads while the block runs; rows are the same for every block."""
-    rows: list[Tensor] = []
+def _run(
+    block: Block, parts: tuple[str, ...], tokens: list[Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What some Linears of a block read, [T, K] each, rows the same for every block; and what it puts out."""
+    rows: dict[str, list[Tensor]] = {part: [] for part in parts}
 
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2)
-        rows.append(x[:: -(-len(x) // MAX_ROWS)].clone())
+    def keep(part: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2)
+            rows[part].append(x[:: -(-len(x) // MAX_ROWS)].clone())
 
-    handle = block.get_submodule(part).register_forward_pre_hook(keep)
+        return block.get_submodule(part).register_forward_pre_hook(hook)
+
+    handles = [keep(part) for part in parts]
     try:
-        for x in tokens:
-            block(x)
+        outputs = [block(x) for x in tokens]
     finally:
-        handle.remove()
-    return torch.cat(rows)
+        for handle in handles:
+            handle.remove()
+    return {part: torch.cat(chunks) for part, chunks in rows.items()}, outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,13 +63,16 @@ def search_affine(x: Tensor, bits: int, per_channel: bool) -> Affine:
     if x.numel() > _MAX_SAMPLES:
         x = x[:: -(-x.numel() // _MAX_SAMPLES)]
     columns, affine = (x, channel_affine) if per_channel else (x.reshape(-1, 1), tensor_affine)
-    ordered = columns.sort(dim=0).values
-    last = ordered.shape[0] - 1
+    last = columns.shape[0] - 1
+    indices = [round(percentile * last) for percentile in PERCENTILES]
+    places = sorted({place for index in indices for place in (index, last - index)})
+    # Only these places need to hold what they would in a sorted column.
+    ordered = torch.from_numpy(np.partition(columns.T.numpy(), places, axis=1)[:, places])
+    at = {place: ordered[:, position] for position, place in enumerate(places)}
     best: Affine | None = None
     best_error = torch.full((columns.shape[1],), torch.inf)
-    for percentile in PERCENTILES:
-        index = round(percentile * last)
-        candidate = affine(ordered[last - index], ordered[index], bits)
+    for index in indices:
+        candidate = affine(at[last - index], at[index], bits)
         error = (candidate.fake(columns) - columns).square().mean(0)
         if best is None:
             best, best_error = candidate, error
