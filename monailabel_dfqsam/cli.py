@@ -269,6 +269,7 @@ def _summary(header: dict[str, Any], path: Path, made: bool) -> dict[str, Any]:
         "model": header["variant"],
         "bits": header["config"]["bits"],
         "policy": header["config"]["policy"],
+        "preset": header.get("preset"),
         "fidelity": header["fidelity"],
         "sizes": header["sizes"],
         "bops": header["bops"],

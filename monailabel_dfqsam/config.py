@@ -151,6 +151,15 @@ class QuantizationConfig:
             with_folder == (self.folder is not None), "calibration 'folder' goes with a folder", self.folder
         )
 
+    @property
+    def preset(self) -> Preset | None:
+        """The preset whose images, synthesis and recipe these are, or None."""
+
+        def way(config: QuantizationConfig) -> tuple[object, ...]:
+            return config.calibration, config.images, config.synthesis, config.recipe
+
+        return next((preset for preset in Preset if way(preset.config) == way(self)), None)
+
     def canonical(self) -> str:
         """The configuration as JSON with sorted keys, the same text for the same choices."""
         return json.dumps({"schema": CONFIG_SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))

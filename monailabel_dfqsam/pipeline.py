@@ -243,6 +243,7 @@ def pack(
         "source_sha256": checkpoint.sha256,
         "source_name": checkpoint.path.name,
         "config": asdict(config),
+        "preset": None if config.preset is None else config.preset.value,
         "key": config.key(checkpoint.sha256),
         "seed": config.seed,
         "images_sha256": [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images],

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from monailabel_dfqsam.artifact import read_artifact, write_artifact
-from monailabel_dfqsam.config import Calibration, Policy, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.config import Calibration, Policy, Preset, QuantizationConfig, Recipe, SynthesisConfig
 from monailabel_dfqsam.pipeline import QuantizationResult, quantize
 from monailabel_dfqsam.quantization.cost import encoder_cost
 from monailabel_dfqsam.sam import VARIANTS, read_checkpoint
@@ -122,6 +122,19 @@ def test_quantizes_with_the_network_cut(tmp_path: Path) -> None:
 def test_configuration_is_checked_once(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SHORT, **change)  # type: ignore[arg-type]
+
+
+def test_a_configuration_knows_its_preset() -> None:
+    for preset in Preset:
+        assert preset.config.preset is preset
+        assert replace(preset.config, seed=5, bits=8).preset is preset
+        assert replace(preset.config, images=9).preset is None
+    assert QuantizationConfig().preset is None
+
+
+def test_views_are_counted() -> None:
+    with pytest.raises(ValueError, match="views must be 0 to 256"):
+        Recipe(views=-1)
 
 
 def test_key_depends_on_every_choice() -> None:

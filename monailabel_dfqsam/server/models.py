@@ -74,6 +74,7 @@ class Served:
         identity: tells its embeddings from another's: the artifact's key, or `FULL_PRECISION`.
         engine: what runs its image encoder.
         fidelity: mean mask IoU with full precision, None for full precision itself.
+        preset: by which it was quantized, None for any other way.
         speed: of its answers since the server began.
     """
 
@@ -81,6 +82,7 @@ class Served:
     identity: str
     engine: str
     fidelity: float | None = None
+    preset: str | None = None
     speed: Speed = field(default_factory=Speed)
 
 
@@ -164,11 +166,12 @@ class Models:
         """What `/info/` says about the model served; it does not wait for the first one to load."""
         served = self.served()
         if served is None:
-            return {"model": "loading", "engine": "", "fidelity": None, "key": None}
+            return {"model": "loading", "engine": "", "fidelity": None, "preset": None, "key": None}
         return {
             "model": served.segmenter.name,
             "engine": served.engine,
             "fidelity": served.fidelity,
+            "preset": served.preset,
             "key": None if served.identity == FULL_PRECISION else served.identity,
         }
 
@@ -215,12 +218,14 @@ class Models:
             ValueError, KeyError, TypeError: when it cannot be read or run.
         """
         path = self.folder.artifact(key)
-        fidelity = float(read_header(path)["fidelity"]["mean_iou"])
+        header = read_header(path)
+        fidelity = float(header["fidelity"]["mean_iou"])
         least = self._settings.min_fidelity
         if not fidelity >= least:
             raise _FidelityError(f"the fidelity of {path.name}, {fidelity:.3f}, is below {least:.3f}")
         segmenter, race = load_fastest(read_artifact(path), path.with_suffix(".engines.json"))
-        return Served(segmenter, key, race.winner.value, fidelity, self._speeds.setdefault(key, Speed()))
+        speed = self._speeds.setdefault(key, Speed())
+        return Served(segmenter, key, race.winner.value, fidelity, header.get("preset"), speed)
 
     def _try_artifact(self, key: str) -> Served | None:
         """The artifact's model; None, with one line in the log, when it cannot or must not be served."""
