@@ -34,6 +34,9 @@ from monailabel_dfqsam.sam.variants import VARIANTS
 
 ROUNDS = (0.55, 0.85, 1.0)
 """Cumulative shares of steps with one, two and three rounds of prompts."""
+ESTIMATE = 5.0
+"""Weight of the predicted IoUs' error: by them one of three candidates is chosen, where most of a click's
+quality is won or lost."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def prompted_loss(
         all_three = torch.where(open_to_doubt, 0.05, 0.3) * losses[:, 1:].mean(1)
         single = torch.where(open_to_doubt, 0.5, 1.0) * losses[:, 0]
         loss = loss + (losses[:, 1:].min(1).values + all_three + single).mean()
-        loss = loss + F.mse_loss(predicted.float(), ious)
+        loss = loss + ESTIMATE * F.mse_loss(predicted.float(), ious)
         best = predicted[:, 1:].argmax(1) + 1
         if turn == 0:
             iou = ious.gather(1, best[:, None])[:, 0]
