@@ -93,7 +93,8 @@ def test_pictures_are_those_of_the_report(running: Running) -> None:
     assert len(found["images"]) == 1
     assert found["images"][0]["caption"] == "synthetic image 1 of 1"
     assert steps
-    assert all(re.fullmatch(r"iteration \d+, score \d\.\d\d", step["caption"]) for step in steps)
+    caption = re.compile(r"iteration \d+, score \d\.\d\d, \d+ regions?, \d+%")
+    assert all(caption.fullmatch(step["caption"]) for step in steps)
     content = base64.b64decode(found["images"][0]["src"].partition(",")[2])
     assert Image.open(io.BytesIO(content)).size == (256, 256)
 
