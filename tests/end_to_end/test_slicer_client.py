@@ -256,8 +256,8 @@ def progress(panel: Panel) -> tuple[int, int]:
 def test_training_is_started_watched_and_stopped(server: Server, panel: Panel) -> None:
     client, options = panel.client, panel.config("trainers", MODEL)
     client.train_start(MODEL, options)
-    assert client.train_status(check_if_running=True)
-    assert client.train_status()["status"] == "RUNNING"
+    wait(lambda: client.train_status(check_if_running=True), WORK_SECONDS)
+    wait(lambda: client.train_status()["status"] == "RUNNING", WORK_SECONDS)
     wait(lambda: progress(panel)[1] == options["iterations"], WORK_SECONDS)
     early, _ = progress(panel)
     wait(lambda: progress(panel)[0] > early, WORK_SECONDS)
