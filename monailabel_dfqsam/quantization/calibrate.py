@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from monailabel_dfqsam.config import Policy, Progress, Recipe
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer
 from monailabel_dfqsam.quantization.compensate import compensate
+from monailabel_dfqsam.quantization.modules import run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, quantize_weight, search_affine
 from monailabel_dfqsam.quantization.reparameterize import keep_padding, reparameterize
 from monailabel_dfqsam.quantization.views import views
 from monailabel_dfqsam.sam.vit import AttentionCore, ImageEncoderViT
 
 CONVOLUTION_BITS = 8
-# Rows of an activation kept from each image for the range search.
+# Rows of an activation kept from each image for the range search, and its values from all of them.
 MAX_ROWS = 4096
+MAX_SAMPLES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class QuantizedEncoder:
     float_tensors: dict[str, Tensor]
 
 
-def quantizable(encoder: ImageEncoderViT) -> dict[str, nn.Module]:
-    """Every Linear and convolution of the encoder, by name."""
+def quantizable(encoder: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and convolution of the encoder, or of a part of it, by name."""
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     return {name: module for name, module in encoder.named_modules() if isinstance(module, kinds)}
 
@@ -56,20 +58,15 @@ def calibrate(
         bits: of Linears; `deploy` keeps convolutions at 8 and attention in floating point.
         recipe: what is done beside finding ranges.
     """
-    encoder = copy.deepcopy(encoder)
-    modules = quantizable(encoder)
     images = views(images, recipe.views)
-    samples, attention_samples = observe(encoder, images, policy is Policy.PAPER, progress)
-    after_norm = [name for name in modules if name.endswith(("attn.qkv", "mlp.lin1"))]
+    ranges, attention = _search(encoder, images, bits, policy, recipe.reparameterize, progress)
+    encoder = shared_copy(encoder)
     keep_padding(encoder)
-    ranges: dict[str, Affine] = {}
     if recipe.reparameterize:
-        ranges = reparameterize(encoder, {n: search_affine(samples[n], bits, True) for n in after_norm})
-    for name, module in modules.items():
-        if name not in ranges:
-            ranges[name] = search_affine(samples.pop(name), _bits(module, bits, policy), False)
+        ranges |= reparameterize(encoder, ranges)
     compensated = compensate(encoder, ranges, images, bits, progress) if recipe.compensate else {}
     layers = {}
+    modules = quantizable(encoder)
     for step, (name, module) in enumerate(modules.items()):
         if name in compensated:
             layers[name] = compensated[name]
@@ -77,8 +74,9 @@ def calibrate(
             layers[name] = quantize_layer(module, ranges[name], _bits(module, bits, policy))
         progress("quantization", step + 1, len(modules))
     quantized = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
-    floats = {key: value for key, value in _all_tensors(encoder).items() if key not in quantized}
-    attention = {name: _attention_ranges(parts, bits) for name, parts in attention_samples.items()}
+    # Buffers too: reparameterization leaves some that checkpoints do not have.
+    tensors = (*encoder.named_parameters(), *encoder.named_buffers())
+    floats = {name: tensor.detach().clone() for name, tensor in tensors if name not in quantized}
     return QuantizedEncoder(layers, attention, bits if attention else 0, floats)
 
 
@@ -86,57 +84,79 @@ def _bits(module: nn.Module, bits: int, policy: Policy) -> int:
     return bits if policy is Policy.PAPER or isinstance(module, nn.Linear) else CONVOLUTION_BITS
 
 
+def _search(
+    encoder: ImageEncoderViT, images: Tensor, bits: int, policy: Policy, by_channel: bool, progress: Progress
+) -> tuple[dict[str, Affine], dict[str, Tensor]]:
+    """Ranges of what layers read, by name, and those of attention cores as `QuantizedEncoder` has them.
+
+    Args:
+        by_channel: layers after a norm get a range for each channel, to reparameterize by.
+    """
+    modules = quantizable(encoder)
+    ranges: dict[str, Affine] = {}
+    attention: dict[str, Tensor] = {}
+    for rows, parts in observe(encoder, images, policy is Policy.PAPER, progress):
+        for name in list(rows):
+            channels = by_channel and name.endswith(("attn.qkv", "mlp.lin1"))
+            ranges[name] = search_affine(rows.pop(name), _bits(modules[name], bits, policy), channels)
+        attention.update({name: _attention_ranges(samples, bits) for name, samples in parts.items()})
+    return ranges, attention
+
+
+@torch.inference_mode()
 def observe(
     encoder: ImageEncoderViT, images: Tensor, attention: bool, progress: Progress
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Samples of what every layer reads while the encoder sees the images one by one.
+) -> Iterator[tuple[dict[str, Tensor], dict[str, list[Tensor]]]]:
+    """Samples of what every layer reads while the encoder sees the images, a part of the encoder at a time.
 
-    Returns:
-        rows [T, C] by layer name, images [., C, H, W] as rows too; and, if asked for, of q, k, v and the
-        probabilities of each attention core, flattened.
+    All images run through one part before any runs through the next, so that only its samples are held.
+
+    Yields:
+        of the patch embedding, of each block, and of the neck: rows [T, C] by layer name, images
+        [., C, H, W] as rows too; and, if asked for, of q, k, v and the probabilities of each attention core,
+        flattened. A row or value comes in so many, `MAX_SAMPLES` values at most.
     """
-    rows: dict[str, list[Tensor]] = {}
-    parts: dict[str, list[list[Tensor]]] = {}
+    flow = list(images.split(1))
+    parts = ["patch_embed", *(f"blocks.{index}" for index in range(len(encoder.blocks))), "neck"]
+    for step, part in enumerate(parts):
+        module = encoder.get_submodule(part)
+        layers = quantizable(module)
+        cores = [n for n, m in module.named_modules() if attention and isinstance(m, AttentionCore)]
+        rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+        samples: dict[str, list[list[Tensor]]] = {name: [] for name in cores}
+        for index, x in enumerate(flow):
+            x, calls = run(module, (*layers, *cores), x.permute(0, 3, 1, 2) if part == "neck" else x)
+            flow[index] = x + encoder.pos_embed if part == "patch_embed" else x
+            for name, layer in layers.items():
+                rows[name].append(_thinned(_rows(layer, calls[name].inputs[0]), index, len(flow)))
+            for name in cores:
+                kept = _attention_samples(*calls[name].inputs)
+                samples[name].append([_thinned(values, index, len(flow)) for values in kept])
+        progress("calibration", step + 1, len(parts))
+        yield (
+            {f"{part}.{name}": torch.cat(rows.pop(name)) for name in layers},
+            {f"{part}.{name}": [torch.cat(p) for p in zip(*samples[name], strict=True)] for name in cores},
+        )
 
-    def keep(x: Tensor) -> Tensor:
-        return x[:: -(-x.shape[0] // MAX_ROWS)].clone()
 
-    def record(name: str) -> None:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            x = x.permute(0, 2, 3, 1) if isinstance(modules[name], (nn.Conv2d, nn.ConvTranspose2d)) else x
-            rows.setdefault(name, []).append(keep(x.flatten(0, -2)))
+def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input as rows [T, C]."""
+    x = x.permute(0, 2, 3, 1) if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) else x
+    return x.flatten(0, -2)
 
-        handles.append(modules[name].register_forward_pre_hook(hook))
 
-    def record_attention(name: str, core: AttentionCore) -> None:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            q, k, v, bias = inputs
-            logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            probabilities = (logits if bias is None else logits + bias).softmax(-1)
-            kept = [keep(x.reshape(-1, 1)) for x in (q, k, v)] + [probabilities.amax().view(1, 1)]
-            parts.setdefault(name, []).append(kept)
+def _thinned(rows: Tensor, index: int, images: int) -> Tensor:
+    """Some of the rows [T, C] of one of several images, evenly spaced over the rows of all of them."""
+    rows = rows[:: -(-len(rows) // MAX_ROWS)]
+    step = -(-images * rows.numel() // MAX_SAMPLES)
+    return rows[-index * len(rows) % step :: step].clone()
 
-        handles.append(core.register_forward_pre_hook(hook))
 
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    modules = quantizable(encoder)
-    for name in modules:
-        record(name)
-    if attention:
-        for name, module in encoder.named_modules():
-            if isinstance(module, AttentionCore):
-                record_attention(name, module)
-    try:
-        with torch.inference_mode():
-            for index, image in enumerate(images):
-                encoder(image[None])
-                progress("calibration", index + 1, len(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    joined = {name: torch.cat(chunks) for name, chunks in rows.items()}
-    return joined, {name: [torch.cat(p) for p in zip(*chunks, strict=True)] for name, chunks in parts.items()}
+def _attention_samples(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """What an attention core reads as columns [., 1]: q, k, v, and its largest probability."""
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    probabilities = (logits if bias is None else logits + bias).softmax(-1)
+    return [*(x.reshape(-1, 1) for x in (q, k, v)), probabilities.amax().view(1, 1)]
 
 
 def quantize_layer(module: nn.Module, inputs: Affine, bits: int) -> QuantizedLayer:
@@ -163,8 +183,3 @@ def _attention_ranges(parts: list[Tensor], bits: int) -> Tensor:
         found = search_affine(part, bits, False)
         numbers += [float(found.scale), float(found.zero_point)]
     return torch.tensor([*numbers, float(parts[3].max())])
-
-
-def _all_tensors(encoder: ImageEncoderViT) -> dict[str, Tensor]:
-    """State dict and the buffers that reparameterization leaves, which checkpoints do not have."""
-    return {k: v.detach().clone() for k, v in (*encoder.named_parameters(), *encoder.named_buffers())}

@@ -23,7 +23,7 @@ from monailabel_dfqsam.sam.vit import Block, ImageEncoderViT
 def reparameterize_norm(
     norm: nn.LayerNorm, linear: nn.Linear, channels: Affine
 ) -> tuple[Affine, Tensor, Tensor]:
-    """Changes one LayerNorm and the Linear behind it in place.
+    """Gives one LayerNorm and the Linear behind it new tensors; the old ones, which others may share, stay.
 
     Args:
         channels: the ranges of the norm's output, one a channel.
@@ -38,11 +38,15 @@ def reparameterize_norm(
     zero_point = torch.round(z.mean()).clamp(0, (1 << channels.bits) - 1)
     r1, shift = s / scale, s * (z - zero_point)
     with torch.no_grad():
-        linear.bias.sub_(linear.weight @ shift)
-        linear.weight.mul_(r1)
-        norm.bias.add_(shift).div_(r1)
-        norm.weight.div_(r1)
+        linear.bias = _fixed(linear.bias - linear.weight @ shift)
+        linear.weight = _fixed(linear.weight * r1)
+        norm.bias = _fixed((norm.bias + shift) / r1)
+        norm.weight = _fixed(norm.weight / r1)
     return Affine(scale[None], zero_point[None], channels.bits), r1, shift
+
+
+def _fixed(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 def keep_padding(encoder: ImageEncoderViT) -> None:
@@ -54,10 +58,11 @@ def keep_padding(encoder: ImageEncoderViT) -> None:
 
 
 def reparameterize(encoder: ImageEncoderViT, ranges: Mapping[str, Affine]) -> dict[str, Affine]:
-    """Reparameterizes norm1 → qkv and norm2 → lin1 of every block, in place.
+    """Reparameterizes norm1 → qkv and norm2 → lin1 of every block.
 
     Args:
-        encoder: changed so that its output stays the same in floating point; `keep_padding` was called on it.
+        encoder: given new tensors so that its output stays the same in floating point; `keep_padding` was
+            called on it.
         ranges: per-channel ranges by the name of the Linear that reads them, 'blocks.0.attn.qkv' …
 
     Returns:
