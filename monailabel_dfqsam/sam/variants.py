@@ -22,7 +22,9 @@ class Variant:
 
     `input_size` is the side S of the square model input in pixels; the embedding has side S // 16 and
     `embed_channels` channels. `window_size` 0 means that every block attends globally. With `prompt_maps`,
-    prompts are also drawn into the mask prompt.
+    prompts are also drawn into the mask prompt. With `chosen_by_box`, the answer to a box is chosen out of
+    all the decoder's masks, and also by how well they fit the box; otherwise as the family's own evaluation
+    chooses.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Variant:
     embed_channels: int = 256
     decoder_mlp_dim: int = 2048
     prompt_maps: bool = False
+    chosen_by_box: bool = False
 
     @property
     def grid(self) -> int:
@@ -59,7 +62,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "tiny", 256, embed_dim=144, depth=6, num_heads=4, global_blocks=tuple(range(6)), window_size=0,
             preprocessing=Preprocessing.TINY, relative_position=False, embed_channels=128,
-            decoder_mlp_dim=256, prompt_maps=True,
+            decoder_mlp_dim=256, prompt_maps=True, chosen_by_box=True,
         ),
         Variant("sam_b_256", 256, preprocessing=Preprocessing.SAM_MED2D, **_SAM_B),
         Variant("sam_med2d_b", 256, preprocessing=Preprocessing.SAM_MED2D, adapters=True, **_SAM_B),

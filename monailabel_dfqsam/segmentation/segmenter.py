@@ -144,7 +144,8 @@ class Segmenter:
             embedding: from `embed` of the same model.
             prompts: at least a point or a box; `mask_logits` only refines.
             multimask: take the one with the best predicted IoU of the decoder's three candidates (outputs
-                1 to 3); otherwise its single answer (output 0).
+                1 to 3), or for a box to a variant that is `chosen_by_box`, as `OneMaskDecoder` says;
+                otherwise its single answer (output 0).
 
         Raises:
             ValueError: for prompts that are empty, misshapen or outside the image.
@@ -152,7 +153,9 @@ class Segmenter:
         _check(prompts, embedding.frame)
         points, boxes, masks = self._model_prompts(prompts, embedding.frame)
         sparse, dense = self._prompt_encoder(points, boxes, masks)
-        logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask)
+        by_box = multimask and boxes is not None and self.variant.chosen_by_box
+        box = boxes[0] + _PIXEL_CENTRE if by_box else None
+        logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask, box)
         logits = logits.cpu()
         mask = to_image(logits, embedding.frame)[0, 0] > 0
         return Prediction(mask.numpy(), score, logits)
