@@ -57,7 +57,9 @@ def read_by(module: nn.Module, name: str, x: Tensor) -> Tensor:
         raise _Enough
 
     handle = module.get_submodule(name).register_forward_pre_hook(hook)
-    with suppress(_Enough):
-        module(x)
-    handle.remove()
+    try:
+        with suppress(_Enough):
+            module(x)
+    finally:
+        handle.remove()
     return read[0]
