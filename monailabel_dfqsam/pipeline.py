@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -159,11 +159,19 @@ def folder_images(variant: Variant, folder: Path, count: int) -> Tensor:
 def layer_errors(float_encoder: ImageEncoderViT, artifact: Artifact, images: Tensor) -> dict[str, float]:
     """‖quantized − float‖ / ‖float‖ of each quantized layer's output, errors of earlier layers included."""
     names = list(quantizable(float_encoder))
-    expected = _outputs(float_encoder, names, images)
-    actual = _outputs(layer_by_layer(artifact), names, images)
-    return {
-        name: float((actual[name] - y).norm() / y.norm().clamp_min(1e-12)) for name, y in expected.items()
-    }
+    expected: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+
+    def keep(name: str, output: Tensor) -> None:
+        expected[name] = output.clone()
+
+    def compare(name: str, output: Tensor) -> None:
+        exact = expected.pop(name)
+        errors[name] = float((output - exact).norm() / exact.norm().clamp_min(1e-12))
+
+    _watch(float_encoder, names, images, keep)
+    _watch(layer_by_layer(artifact), names, images, compare)
+    return errors
 
 
 def _synthesize(
@@ -273,11 +281,13 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _outputs(encoder: ImageEncoderViT, names: list[str], images: Tensor) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def _watch(
+    encoder: ImageEncoderViT, names: list[str], images: Tensor, see: Callable[[str, Tensor], None]
+) -> None:
+    """Runs the encoder; `see` gets the name and the output of each of the named layers, one after another."""
     handles = [
         encoder.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, output, name=name: found.__setitem__(name, output.detach().clone())
+            lambda _module, _inputs, output, name=name: see(name, output)
         )
         for name in names
     ]
@@ -287,4 +297,3 @@ def _outputs(encoder: ImageEncoderViT, names: list[str], images: Tensor) -> dict
     finally:
         for handle in handles:
             handle.remove()
-    return found

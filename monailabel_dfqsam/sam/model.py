@@ -117,14 +117,14 @@ def build_decoder(variant: Variant) -> tuple[nn.Module, nn.Module]:
 
 
 def build(checkpoint: Checkpoint) -> Sam:
-    """A Sam in evaluation mode with the checkpoint's weights, loaded strictly.
+    """A Sam in evaluation mode with the checkpoint's weights, loaded strictly and shared with it, not copied.
 
     Raises:
         ValueError: when keys are missing, left over, or of another shape; the message names the first few.
     """
     sam = Sam(checkpoint.variant)
     try:
-        sam.load_state_dict(checkpoint.state_dict, strict=True)
+        sam.load_state_dict(checkpoint.state_dict, strict=True, assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
         raise ValueError(
