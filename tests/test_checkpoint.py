@@ -41,6 +41,16 @@ def test_every_wrapping_reads_the_same(tmp_path: Path, wrapper: str | None, pref
     assert all(torch.equal(read[key], value) for key, value in _state().items())
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_model_keeps_its_weights_when_its_file_changes(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    save_file(_state(), path) if suffix == ".safetensors" else torch.save(_state(), path)
+    sam = build(read_checkpoint(path))
+    with path.open("r+b") as file:  # in place: another file under this name would be no danger
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(sam.state_dict()[key], value) for key, value in _state().items())
+
+
 def test_pickled_adam_of_sam_med2d_is_skipped(tmp_path: Path) -> None:
     layer = torch.nn.Linear(2, 2)
     optimizer = torch.optim.Adam(layer.parameters())
