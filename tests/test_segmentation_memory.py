@@ -20,7 +20,7 @@ from monailabel_dfqsam.memory import MemoryShortage, group_available, require, s
 from monailabel_dfqsam.sam import VARIANTS, CheckpointError, Sam, read_checkpoint
 from monailabel_dfqsam.slicer_session import ServerAnswer
 from tests.memory_limits import HEADROOM
-from tests.server_fixtures import OBJECT, Server, new_server
+from tests.server_fixtures import OBJECT, WORK_SECONDS, Server, new_server, wait
 
 MB = 1 << 20
 # An estimate may be this much above a measured peak, beside the part that comes once.
@@ -154,6 +154,7 @@ def test_a_server_short_of_memory_answers_so_and_goes_on(tmp_path: Path) -> None
     server = new_server(tmp_path)
     try:
         server.start({"checkpoint": weights, "quantize": "false"})
+        wait(lambda: server.serving() != "loading", WORK_SECONDS)
         held = psutil.Process(server.pid).memory_info()
         # The one is known to the server, the other is not: then it tries.
         refused = _click_within(server, resource.RLIMIT_AS, held.vms + 1000 * MB)

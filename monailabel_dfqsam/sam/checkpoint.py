@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import Tensor
 
 from monailabel_dfqsam.memory import MemoryShortage, require
@@ -111,8 +111,8 @@ def file_sha256(path: Path) -> str:
 
 def _read_safetensors(path: Path) -> Any:
     try:
-        # Read, and not mapped as by `load_file`: the file may change or be cut short while a model uses it.
-        return load(path.read_bytes())
+        # Copies: the tensors of `load_file` lie in the file, which may change while a model uses them.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"'{path.name}' is not a readable safetensors file: {error}") from None
 
