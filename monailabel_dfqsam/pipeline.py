@@ -28,10 +28,10 @@ from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
 from monailabel_dfqsam.quantization.cost import encoder_cost
 from monailabel_dfqsam.sam.checkpoint import Checkpoint
+from monailabel_dfqsam.sam.encoder import ImageEncoder
 from monailabel_dfqsam.sam.model import Sam, build
 from monailabel_dfqsam.sam.preprocess import normalize, to_input
 from monailabel_dfqsam.sam.variants import Variant
-from monailabel_dfqsam.sam.vit import ImageEncoderViT
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary, embedded_auxiliary
 from monailabel_dfqsam.synthesis.measures import Measures, measure
 from monailabel_dfqsam.synthesis.patch_similarity import encoder_patch_entropies
@@ -149,7 +149,7 @@ def folder_images(variant: Variant, folder: Path, count: int) -> Tensor:
     return torch.cat([to_input(variant, np.array(Image.open(path).convert("RGB")))[0] for path in paths])
 
 
-def layer_errors(float_encoder: ImageEncoderViT, artifact: Artifact, images: Tensor) -> dict[str, float]:
+def layer_errors(float_encoder: ImageEncoder, artifact: Artifact, images: Tensor) -> dict[str, float]:
     """‖quantized − float‖ / ‖float‖ of each quantized layer's output, errors of earlier layers included."""
     names = list(quantizable(float_encoder))
     expected = _outputs(float_encoder, names, images)
@@ -271,7 +271,7 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _outputs(encoder: ImageEncoderViT, names: list[str], images: Tensor) -> dict[str, Tensor]:
+def _outputs(encoder: ImageEncoder, names: list[str], images: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     handles = [
         encoder.get_submodule(name).register_forward_hook(

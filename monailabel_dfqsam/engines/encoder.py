@@ -1,4 +1,4 @@
-"""The quantized image encoder, common to the engines on the CPU: SAM's ViT on integers.
+"""The quantized image encoder, common to the engines on the CPU: any family's on integers.
 
 What differs between them is `Kernels`: the integer matrix product, and what lies between two products.
 """
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, float_tensors
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.ops import QuantizedLayer, plain
+from monailabel_dfqsam.sam.encoder import AttentionCore, ImageEncoder, TransformerBlock, WindowedAttention
+from monailabel_dfqsam.sam.model import build_encoder
 from monailabel_dfqsam.sam.variants import VARIANTS
-from monailabel_dfqsam.sam.vit import LAYER_NORM_EPS, Attention, AttentionCore, Block, ImageEncoderViT
 
 # Rows at a time: what lies between two products, several times as wide and in float, then stays in cache.
 _MLP_ROWS = 512
@@ -46,7 +47,7 @@ class Kernels:
         [Tensor, Tensor, Tensor, float, QuantizedLayer, bool], tuple[Tensor, Tensor | None]
     ]
     gelu_quantize: Callable[[Tensor, QuantizedLayer], Tensor]
-    attend_quantize: Callable[[Attention, Tensor, QuantizedLayer], Tensor]
+    attend_quantize: Callable[[WindowedAttention, Tensor, QuantizedLayer], Tensor]
     core: Callable[[Tensor, int], nn.Module] | None = None
 
 
@@ -56,7 +57,7 @@ class Encoder(Protocol):
     kind: EngineKind
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] float32, normalised, to [B, C, S/16, S/16] float32.
+        """[B, 3, S, S] float32, normalised, to [B, C, grid, grid] float32.
 
         Raises:
             ValueError: for another shape.
@@ -98,33 +99,38 @@ class _Product(NamedTuple):
 class IntegerBlock(nn.Module):
     """A transformer block whose activations go from product to product as integers where they can."""
 
-    def __init__(self, block: Block, kernels: Kernels) -> None:
+    attn: WindowedAttention
+
+    def __init__(self, block: TransformerBlock, kernels: Kernels) -> None:
         super().__init__()
-        self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
-        self.mlp, self.Adapter = block.mlp, block.Adapter
-        layers: tuple[Any, ...] = (block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2)
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        layers: list[Any] = [block.get_submodule(name) for name in block.linears]
         self._qkv, self._proj, self._lin1, self._lin2 = (
             _Product(layer.layer, layer.kernel) for layer in layers
         )
-        self.norm2_restore = block.norm2_restore
+        norms: list[Any] = [block.get_submodule(block.norms[name]) for name in block.linears[::2]]
+        self._norms = tuple(norms)  # under their own names they are here already
+        self.between, self.beside = block.between, block.beside
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] float32, contiguous, to the same; x is overwritten."""
-        rows = x.view(-1, x.shape[-1])
         for part in _independent(x, self.attn.window):
             self._attend(part)
-        q, normed = self._normed(rows, self.norm2, self._lin1.layer, self.Adapter is not None)
+        x = self.between(x)
+        rows = x.view(-1, x.shape[-1])
+        q, normed = self._normed(rows, self._norms[1], self._lin1.layer, self.beside is not None)
         for part, target in zip(q.split(_MLP_ROWS), rows.split(_MLP_ROWS), strict=True):
             hidden = self.kernels.gelu_quantize(self._lin1.kernel(part), self._lin2.layer)
             self._lin2.kernel(hidden, target)
-        if self.Adapter is not None and normed is not None:
-            x += self.Adapter(self.norm2_restore(normed.view(x.shape)))
+        if self.beside is not None and normed is not None:
+            x += self.beside(normed.view(x.shape))
         return x
 
     def _attend(self, x: Tensor) -> None:
         rows = x.view(-1, x.shape[-1])
-        q, _ = self._normed(rows, self.norm1, self._qkv.layer, False)
+        q, _ = self._normed(rows, self._norms[0], self._qkv.layer, False)
         qkv = self._qkv.kernel(q).view(*x.shape[:-1], -1)
         q = self.kernels.attend_quantize(self.attn, qkv, self._proj.layer)
         self._proj.kernel(q.view(rows.shape), rows)
@@ -132,7 +138,7 @@ class IntegerBlock(nn.Module):
     def _normed(
         self, rows: Tensor, norm: nn.LayerNorm, reader: QuantizedLayer, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return self.kernels.layer_norm_quantize(rows, norm.weight, norm.bias, LAYER_NORM_EPS, reader, keep)
+        return self.kernels.layer_norm_quantize(rows, norm.weight, norm.bias, norm.eps, reader, keep)
 
 
 def _independent(x: Tensor, window: int) -> Iterator[Tensor]:
@@ -146,12 +152,12 @@ def _independent(x: Tensor, window: int) -> Iterator[Tensor]:
         yield from image.split(strip, dim=1)
 
 
-def attend_quantize(attention: Attention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
+def attend_quantize(attention: WindowedAttention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
     """`Kernels.attend_quantize` in plain torch."""
     return plain.quantize_input(attention.attend(qkv), reader)
 
 
-def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageEncoderViT:
+def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageEncoder:
     """The encoder of an artifact on an engine's kernels, under the checkpoint's names.
 
     Args:
@@ -165,7 +171,8 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
     if variant is None:
         raise ArtifactError(f"the artifact is of a model unknown here: '{artifact.header['variant']}'")
     with torch.device("meta"):
-        encoder = ImageEncoderViT(variant)
+        encoder = build_encoder(variant)
+        encoder.fold()
     for name in artifact.header["layers"]:
         _replace(encoder, name, IntegerLinear(decode_layer(artifact, name), kernels))
     floats = float_tensors(artifact, "image_encoder.")
@@ -183,18 +190,16 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
     for key, value in floats.items():
         parent, _, buffer = key.rpartition(".")
         encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
-    for index, block in enumerate(encoder.blocks if fused else []):
-        assert isinstance(block, Block)
-        products = (block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2)
-        if all(isinstance(layer, IntegerLinear) for layer in products):
-            encoder.blocks[index] = IntegerBlock(block, kernels)
+    for name, block in encoder.attention_blocks().items() if fused else ():
+        if all(isinstance(block.get_submodule(linear), IntegerLinear) for linear in block.linears):
+            _replace(encoder, name, IntegerBlock(block, kernels))
     return encoder.eval().requires_grad_(False)
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     owner = root.get_submodule(parent)
-    if isinstance(owner, nn.Sequential):
+    if isinstance(owner, (nn.Sequential, nn.ModuleList)):
         owner[int(child)] = module
     else:
         setattr(owner, child, module)

@@ -12,9 +12,9 @@ from monailabel_dfqsam.config import Policy, Progress, Recipe
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer
 from monailabel_dfqsam.quantization.compensate import compensate
 from monailabel_dfqsam.quantization.quantizer import Affine, quantize_weight, search_affine
-from monailabel_dfqsam.quantization.reparameterize import keep_padding, reparameterize
+from monailabel_dfqsam.quantization.reparameterize import after_norms, keep_padding, reparameterize
 from monailabel_dfqsam.quantization.views import views
-from monailabel_dfqsam.sam.vit import AttentionCore, ImageEncoderViT
+from monailabel_dfqsam.sam.encoder import AttentionCore, ImageEncoder
 
 CONVOLUTION_BITS = 8
 # Rows of an activation kept from each image for the range search.
@@ -39,32 +39,47 @@ class QuantizedEncoder:
     float_tensors: dict[str, Tensor]
 
 
-def quantizable(encoder: ImageEncoderViT) -> dict[str, nn.Module]:
-    """Every Linear and convolution of the encoder, by name."""
+def quantizable(encoder: ImageEncoder) -> dict[str, nn.Module]:
+    """Every Linear and convolution of the encoder, by name, but for depthwise convolutions.
+
+    Those stay in floating point: they have next to no weights and multiplications, and in a TinyViT's blocks
+    all that later layers see goes through them.
+    """
+    return {name: module for name, module in products(encoder).items() if not is_depthwise(module)}
+
+
+def products(encoder: ImageEncoder) -> dict[str, nn.Module]:
+    """Every module of the encoder that multiplies by weights, by name."""
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     return {name: module for name, module in encoder.named_modules() if isinstance(module, kinds)}
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether it is a convolution of each channel by itself."""
+    return isinstance(module, nn.Conv2d) and module.groups > 1
+
+
 def calibrate(
-    encoder: ImageEncoderViT, images: Tensor, bits: int, policy: Policy, recipe: Recipe, progress: Progress
+    encoder: ImageEncoder, images: Tensor, bits: int, policy: Policy, recipe: Recipe, progress: Progress
 ) -> QuantizedEncoder:
     """Finds ranges, reparameterizes, and quantizes weights.
 
     Args:
-        encoder: in full precision; left as it is.
+        encoder: in full precision; left as it is, while what is quantized has its batch norms folded.
         images: [N, 3, S, S] float32, normalised.
         bits: of Linears; `deploy` keeps convolutions at 8 and attention in floating point.
         recipe: what is done beside finding ranges.
     """
     encoder = copy.deepcopy(encoder)
+    encoder.fold()
     modules = quantizable(encoder)
     images = views(images, recipe.views)
     samples, attention_samples = observe(encoder, images, policy is Policy.PAPER, progress)
-    after_norm = [name for name in modules if name.endswith(("attn.qkv", "mlp.lin1"))]
     keep_padding(encoder)
     ranges: dict[str, Affine] = {}
     if recipe.reparameterize:
-        ranges = reparameterize(encoder, {n: search_affine(samples[n], bits, True) for n in after_norm})
+        channels = {name: search_affine(samples[name], bits, True) for name in after_norms(encoder)}
+        ranges = reparameterize(encoder, channels)
     for name, module in modules.items():
         if name not in ranges:
             ranges[name] = search_affine(samples.pop(name), _bits(module, bits, policy), False)
@@ -87,7 +102,7 @@ def _bits(module: nn.Module, bits: int, policy: Policy) -> int:
 
 
 def observe(
-    encoder: ImageEncoderViT, images: Tensor, attention: bool, progress: Progress
+    encoder: ImageEncoder, images: Tensor, attention: bool, progress: Progress
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Samples of what every layer reads while the encoder sees the images one by one.
 
@@ -165,6 +180,6 @@ def _attention_ranges(parts: list[Tensor], bits: int) -> Tensor:
     return torch.tensor([*numbers, float(parts[3].max())])
 
 
-def _all_tensors(encoder: ImageEncoderViT) -> dict[str, Tensor]:
+def _all_tensors(encoder: ImageEncoder) -> dict[str, Tensor]:
     """State dict and the buffers that reparameterization leaves, which checkpoints do not have."""
     return {k: v.detach().clone() for k, v in (*encoder.named_parameters(), *encoder.named_buffers())}

@@ -24,9 +24,8 @@ from monailabel_dfqsam.config import Progress
 from monailabel_dfqsam.ops import QuantizedLayer
 from monailabel_dfqsam.quantization.quantizer import Affine, weight_scale
 from monailabel_dfqsam.quantization.rounding import round_compensating
-from monailabel_dfqsam.sam.vit import Block, ImageEncoderViT
+from monailabel_dfqsam.sam.encoder import ImageEncoder, TransformerBlock
 
-LINEARS = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
 RIDGE = 0.3  # of the mean square of the inputs: how much the weight is held to what it was
 MAX_ROWS = 1024  # of a layer's inputs kept from each image
 
@@ -48,9 +47,9 @@ class _Simulated(nn.Module):
 
 
 def compensate(
-    encoder: ImageEncoderViT, ranges: Mapping[str, Affine], images: Tensor, bits: int, progress: Progress
+    encoder: ImageEncoder, ranges: Mapping[str, Affine], images: Tensor, bits: int, progress: Progress
 ) -> dict[str, QuantizedLayer]:
-    """Quantizes the four Linears of every block.
+    """Quantizes the four Linears of every transformer block; what else there is runs in full precision.
 
     Args:
         encoder: in full precision, reparameterized if it is to be; left as it is.
@@ -63,23 +62,25 @@ def compensate(
     """
     layers: dict[str, QuantizedLayer] = {}
     quantized = copy.deepcopy(encoder)
+    steps = encoder.steps()
     with torch.inference_mode():
-        tokens = [encoder.patch_embed(image[None]) + encoder.pos_embed for image in images]
-        expected, actual = tokens, tokens
-        for index, (exact, block) in enumerate(zip(encoder.blocks, quantized.blocks, strict=True)):
-            assert isinstance(exact, Block)
-            assert isinstance(block, Block)
-            wanted, expected = _run(exact, LINEARS, expected)
-            for part in LINEARS:
-                name = f"blocks.{index}.{part}"
-                linear = exact.get_submodule(part)
-                assert isinstance(linear, nn.Linear)
-                got, _ = _run(block, (part,), actual)
-                layers[name] = compensated(linear, ranges[name], wanted[part], got[part], bits)
-                parent, _, child = part.rpartition(".")
-                setattr(block.get_submodule(parent), child, _Simulated(layers[name]))
-            _, actual = _run(block, (), actual)
-            progress("compensation", index + 1, len(encoder.blocks))
+        expected = actual = list(images.split(1))
+        for done, ((name, exact), (_, step)) in enumerate(zip(steps, quantized.steps(), strict=True)):
+            if isinstance(exact, TransformerBlock):
+                assert isinstance(step, TransformerBlock)
+                wanted, expected = _run(exact, exact.linears, expected)
+                for part in exact.linears:
+                    linear = exact.get_submodule(part)
+                    assert isinstance(linear, nn.Linear)
+                    got, _ = _run(step, (part,), actual)
+                    layer = compensated(linear, ranges[f"{name}.{part}"], wanted[part], got[part], bits)
+                    layers[f"{name}.{part}"] = layer
+                    parent, _, child = part.rpartition(".")
+                    setattr(step.get_submodule(parent), child, _Simulated(layer))
+                _, actual = _run(step, (), actual)
+            else:
+                expected, actual = [exact(x) for x in expected], [step(x) for x in actual]
+            progress("compensation", done + 1, len(steps))
     return layers
 
 
@@ -113,7 +114,7 @@ def compensated(
 
 
 def _run(
-    block: Block, parts: tuple[str, ...], tokens: list[Tensor]
+    block: TransformerBlock, parts: tuple[str, ...], tokens: list[Tensor]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What some Linears of a block read, [T, K] each, rows the same for every block; and what it puts out."""
     rows: dict[str, list[Tensor]] = {part: [] for part in parts}

@@ -144,7 +144,7 @@ class Segmenter:
             embedding: from `embed` of the same model.
             prompts: at least a point or a box; `mask_logits` only refines.
             multimask: take the one with the best predicted IoU of the decoder's three candidates (outputs
-                1 to 3); otherwise its single answer (output 0).
+                1 to 3); otherwise, and where nothing else was trained, its single answer (output 0).
 
         Raises:
             ValueError: for prompts that are empty, misshapen or outside the image.
@@ -152,6 +152,7 @@ class Segmenter:
         _check(prompts, embedding.frame)
         points, boxes, masks = self._model_prompts(prompts, embedding.frame)
         sparse, dense = self._prompt_encoder(points, boxes, masks)
+        multimask = multimask and not self.variant.one_mask
         logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask)
         logits = logits.cpu()
         mask = to_image(logits, embedding.frame)[0, 0] > 0
@@ -173,7 +174,7 @@ class Segmenter:
             ValueError: for points that are misshapen or outside the image.
         """
         points = np.asarray(points, dtype=np.float64)
-        side = self.variant.input_size // 4
+        side = self.variant.mask_side
         if len(points) == 0:
             return torch.zeros(0, 1, side, side), torch.zeros(0)
         _check(Prompts(points, np.ones(len(points), dtype=np.int64)), embedding.frame)
@@ -187,7 +188,7 @@ class Segmenter:
         for some in xy.split(max(1, _BATCH_NUMBERS // image.numel())):
             labels = torch.ones(len(some), 1, dtype=torch.int64, device=self._device)
             sparse, dense = self._prompt_encoder((some[:, None], labels), None, None)
-            parts.append(self._decode.each(image, sparse, dense))
+            parts.append(self._decode.each(image, sparse, dense, not self.variant.one_mask))
         logits, scores = zip(*parts, strict=True)
         return torch.cat(logits).cpu(), torch.cat(scores).cpu()
 

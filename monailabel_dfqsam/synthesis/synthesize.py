@@ -43,7 +43,6 @@ from monailabel_dfqsam.synthesis.patch_similarity import attention_outputs, patc
 ADAM_BETAS = (0.5, 0.9)
 WARMUP = 100
 CYCLE = 500
-MASK_CELL = 4  # model-input pixels per cell of the low-resolution masks
 ROLL = 15 / 256  # largest roll, as a share of the input's side
 COLOUR = 0.03  # of the channels' differences that is kept, see `mute`; compared in docs/accuracy
 BOX_JITTER = 0.1  # of a box's extent
@@ -180,16 +179,19 @@ def learning_rate(step: int, config: SynthesisConfig) -> float:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A roll (down, right) in whole mask cells, so that label maps follow exactly, and a horizontal flip."""
+    """A roll (down, right) and a horizontal flip.
+
+    The roll is in whole cells of the low-resolution masks, so that label maps follow exactly.
+    """
 
     down: int
     right: int
     flip: bool
 
     @classmethod
-    def draw(cls, generator: Generator, size: int) -> Augmentation:
-        """A random one for `size`² pixels."""
-        reach = int(ROLL * size) // MASK_CELL
+    def draw(cls, generator: Generator, size: int, cell: int) -> Augmentation:
+        """A random one for `size`² pixels, `cell` of them along a mask cell's side."""
+        reach = int(ROLL * size) // cell
         down, right = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
         return cls(down, right, bool(torch.randint(2, (), generator=generator)))
 
@@ -217,7 +219,7 @@ class _Painter:
     ) -> None:
         self.sam, self.config, self.auxiliary, self.generator = sam, config, auxiliary, generator
         self.size = sam.variant.input_size
-        self.grid = self.size // MASK_CELL
+        self.grid, self.cell = sam.variant.mask_side, sam.variant.mask_cell
         self.rules = EvolutionRules.of(config, self.grid)
         device = next(sam.parameters()).device
         self.ceiling = None if ceiling is None else ceiling.to(device)
@@ -257,9 +259,9 @@ class _Painter:
 
     def _loss(self, step: int) -> Tensor:
         """Eq. 11 for one augmented view of the image; evolves the labels by what the model saw in it."""
-        view = Augmentation.draw(self.generator, self.size)
+        view = Augmentation.draw(self.generator, self.size, self.cell)
         image = self._muted()
-        seen = view.apply(image, MASK_CELL)
+        seen = view.apply(image, self.cell)
         with attention_outputs(self.sam.image_encoder) as outputs:
             embedding = self.sam.image_encoder(to_model(self.sam.variant, seen))
         entropies = torch.stack([patch_entropy(tokens[0]) for tokens in outputs])
@@ -298,7 +300,7 @@ class _Painter:
 
     def _decode(self, embedding: Tensor, chosen: list[Region]) -> tuple[Tensor, Tensor]:
         """Mask logits [K, 4, g, g], the single mask first, and predicted IoU [K, 4] for jittered boxes."""
-        boxes = torch.tensor([region.box for region in chosen], dtype=torch.float32) * MASK_CELL
+        boxes = torch.tensor([region.box for region in chosen], dtype=torch.float32) * self.cell
         boxes = jitter_boxes(boxes, BOX_JITTER, self.size, self.generator).to(embedding.device)
         prompts: Any = self.sam.prompt_encoder
         decoder: Any = self.sam.mask_decoder
@@ -329,12 +331,13 @@ class _Painter:
             scores: [C, g, g] float, the auxiliary model's, in the frame of the image.
         """
         probability = view.undo(logits.sigmoid())
-        alternatives = probability[:, 1:].flatten(0, 1)
+        trained = slice(0, 1) if self.sam.variant.one_mask else slice(1, None)
+        alternatives = probability[:, trained].flatten(0, 1)
         if scores is not None:
             candidates = class_candidates(alternatives > 0.5, scores, self.kinds)
             confidence = label_confidence(self.labels, scores)
         else:
-            candidates = own_candidates(alternatives, iou[:, 1:].flatten(), self.kinds[0])
+            candidates = own_candidates(alternatives, iou[:, trained].flatten(), self.kinds[0])
             confidence = torch.full_like(probability[0, 0], math.nan)
             for index, region in enumerate(chosen):
                 mask = view.undo(region.mask)
