@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer, pack_int4, unpack_int4
 
 FORMAT_VERSION = 1
@@ -120,23 +121,20 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_artifact(artifact: Artifact, path: Path) -> None:
-    """Writes to a temporary file beside `path` and renames: a reader sees the old file or the whole new one.
+    """Writes an artifact: a reader sees the old file or the whole new one.
 
     Raises:
         OSError: when the disk is full or the folder cannot be written; nothing is left behind.
     """
     header = {**artifact.header, "tensors_sha256": tensors_sha256(artifact.tensors)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     text = json.dumps(header, sort_keys=True)
     try:
-        save_file(dict(artifact.tensors), partial, metadata={_METADATA_KEY: text})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(dict(artifact.tensors), partial, metadata={_METADATA_KEY: text})
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
     except SafetensorError as error:
         raise OSError(f"the artifact could not be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_header(path: Path) -> dict[str, Any]:

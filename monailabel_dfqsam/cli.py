@@ -345,7 +345,7 @@ def evaluate(
         from monailabel_dfqsam.benchmark.machine import describe_run
         from monailabel_dfqsam.evaluation import evaluate as score
         from monailabel_dfqsam.evaluation.models import load_groups
-        from monailabel_dfqsam.evaluation.page import Gallery, write_page
+        from monailabel_dfqsam.evaluation.page import Gallery, run_facts, write_page
         from monailabel_dfqsam.evaluation.table import print_rows as print_scores
 
         run, begin = describe_run(), time.monotonic()
@@ -358,24 +358,9 @@ def evaluate(
             json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         cost = f"{in_seconds(time.monotonic() - begin)}, at most {in_bytes(own_memory('VmHWM'))} of memory"
         if html is not None:
-            write_page(html, rows, gallery, _facts(run, data, cost))
+            write_page(html, rows, gallery, run_facts(run, data, cost))
     print_scores(rows)
     output.print(f"The whole took {cost}.")
-
-
-def _facts(run: dict[str, Any], data: Path, cost: str) -> dict[str, str]:
-    """What an evaluation was made of, on and with, as a page names it."""
-    machine, versions = run["machine"], run["versions"]
-    return {
-        "data": data.resolve().name,
-        "command": run["command"],
-        "date": run["date"],
-        "time and memory": f"{cost} (load before: {run['load_average_before'][0]:.1f})",
-        "machine": f"{machine['cpu']}, {machine['cores_usable']} cores, {in_bytes(machine['memory_bytes'])}"
-        + "".join(f", {gpu}" for gpu in machine["gpus"]),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "commit": f"{run['commit']}{' with changes' if run['dirty'] else ''}" if run["commit"] else "unknown",
-    }
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -134,6 +135,12 @@ def gaussian_images(variant: Variant, count: int, seed: int) -> Tensor:
     return torch.randn(count, 3, variant.input_size, variant.input_size, generator=generator)
 
 
+def phantom_images(variant: Variant, seeds: Iterable[int]) -> Tensor:
+    """[N, 3, S, S] float32, normalised: a drawn phantom for each seed."""
+    drawn = [make_example(torch.Generator().manual_seed(s), variant.input_size).image for s in seeds]
+    return to_model(variant, normalize(torch.stack(drawn) * 255))
+
+
 def folder_images(variant: Variant, folder: Path, count: int) -> Tensor:
     """[N, 3, S, S] of the first `count` pictures of a folder in the order of names, normalised.
 
@@ -196,13 +203,8 @@ def phantom_entropies(sam: Sam) -> Tensor:
     Returns:
         [blocks] float32 on the CPU, patch-similarity entropies, means over the same few phantoms each time.
     """
-    seeds = range(PHANTOM_SEED, PHANTOM_SEED + PHANTOMS)
-    device = next(sam.parameters()).device
-    found = []
-    for seed in seeds:
-        drawn = make_example(torch.Generator().manual_seed(seed), sam.variant.input_size).image
-        image = to_model(sam.variant, normalize(drawn[None] * 255)).to(device)
-        found.append(encoder_patch_entropies(sam.image_encoder, image))
+    images = phantom_images(sam.variant, range(PHANTOM_SEED, PHANTOM_SEED + PHANTOMS))
+    found = [encoder_patch_entropies(sam.image_encoder, image[None]) for image in images]
     return torch.cat(found).mean(0)
 
 

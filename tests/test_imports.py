@@ -18,7 +18,7 @@ PACKAGE = Path(monailabel_dfqsam.__file__).parent
 ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(group.split())
     for group in (
-        "config machine numbers ops",
+        "config files machine numbers ops",
         "memory",
         "console",
         "sam",

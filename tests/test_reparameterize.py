@@ -21,9 +21,14 @@ BROKEN = 1e-3
 
 
 def _ranges(encoder: ImageEncoderViT, images: Tensor) -> dict[str, Affine]:
-    samples, _ = observe(encoder, images, False, silent)
+    samples = _samples(encoder, images)
     names = [name for name in samples if name.endswith(("attn.qkv", "mlp.lin1"))]
     return {name: search_affine(samples[name], 4, per_channel=True) for name in names}
+
+
+def _samples(encoder: ImageEncoderViT, images: Tensor) -> dict[str, Tensor]:
+    """Rows [T, C] by layer name."""
+    return {name: rows for part, _ in observe(encoder, images, False, silent) for name, rows in part.items()}
 
 
 def _images(variant_size: int) -> Tensor:
@@ -59,7 +64,7 @@ def test_channels_share_one_range_afterwards(
     pair: tuple[ImageEncoderViT, ImageEncoderViT, Tensor, Tensor],
 ) -> None:
     original, changed, x, _ = pair
-    before, after = (observe(e, x, False, silent)[0]["blocks.1.attn.qkv"] for e in (original, changed))
+    before, after = (_samples(e, x)["blocks.1.attn.qkv"] for e in (original, changed))
 
     def spread(rows: Tensor) -> float:
         width = rows.amax(0) - rows.amin(0)

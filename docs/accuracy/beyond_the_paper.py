@@ -11,7 +11,6 @@ is kept there too: a run that was cut off goes on. --quick runs the same on next
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from calibration_study import PROMPT_NAMES, Settings, Study, over_seeds
+from calibration_study import PROMPT_NAMES, Settings, Study, over_seeds, record_tables
 from PIL import Image
 from torch import Tensor
 
@@ -122,15 +121,8 @@ def main(
     # The study leaves some out of the evaluation, for calibrations on real images.
     write_phantoms(settings.data, phantoms + settings.images * len(settings.seeds))
     study, run = Study(settings), describe_run()
-    file = out / "beyond_the_paper.json"
-    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    for name in TABLES if table == "all" else [table]:
-        started = time.monotonic()
-        rows = TABLES[name][1](study)
-        seconds = round(time.monotonic() - started, 1)
-        facts = {"weights_sha256": study.checkpoint.sha256, "evaluated": len(study.items)}
-        record[name] = {**run, **facts, "seeds": settings.seeds, "seconds": seconds, "rows": rows}
-        file.write_text(json.dumps(record, indent=1) + "\n")
+    chosen = {name: TABLES[name][1] for name in (TABLES if table == "all" else [table])}
+    record = record_tables(out / "beyond_the_paper.json", study, run, chosen)
     page = out / "beyond_the_paper.md"
     words = page.read_text().partition(LINE)[0] if page.is_file() else ""
     page.write_text(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +25,18 @@ import monailabel_dfqsam
 from monailabel_dfqsam.config import Policy, QuantizationConfig, Recipe, SynthesisConfig, silent
 from monailabel_dfqsam.engines import load_encoder
 from monailabel_dfqsam.evaluation import PROMPTS, Item, iou, read_items
-from monailabel_dfqsam.pipeline import PHANTOM_SEED, PHANTOMS, gaussian_images, pack, phantom_entropies
-from monailabel_dfqsam.pretraining.targets import make_example
+from monailabel_dfqsam.files import replacing
+from monailabel_dfqsam.pipeline import (
+    PHANTOM_SEED,
+    PHANTOMS,
+    gaussian_images,
+    pack,
+    phantom_entropies,
+    phantom_images,
+)
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam import build, read_checkpoint
-from monailabel_dfqsam.sam.preprocess import normalize, to_input
+from monailabel_dfqsam.sam.preprocess import to_input
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Segmenter, full_precision_segmenter
 from monailabel_dfqsam.synthesis.auxiliary import embedded_auxiliary
 from monailabel_dfqsam.synthesis.synthesize import synthesize
@@ -94,7 +102,8 @@ class Study:
 
     def phantoms(self, seed: int, count: int) -> Tensor:
         """Procedural phantoms, as the embedded model was trained on; no patient is in them either."""
-        return torch.stack([_phantom(PHANTOM_SEED + PHANTOMS + 1000 * seed + i) for i in range(count)])
+        first = PHANTOM_SEED + PHANTOMS + 1000 * seed
+        return phantom_images(self.sam.variant, range(first, first + count))
 
     def synthetic(self, seed: int, count: int, **options: Any) -> Tensor:
         """Images of `synthesize`; `options` are `SynthesisConfig`'s."""
@@ -124,7 +133,8 @@ class Study:
                 ceiling=self._ceiling if config.bounded else None,
                 progress=silent,
             )
-            _write(path, lambda partial: save_file({"image": made.images}, partial))
+            with replacing(path) as partial:
+                save_file({"image": made.images}, partial)
         return load_file(path)["image"]
 
     # Scores
@@ -154,7 +164,8 @@ class Study:
             quantized = calibrate(self.sam.image_encoder, images, bits, policy, recipe, silent)
             encoder = load_encoder(pack(self.checkpoint, config, self.sam, quantized, images))
             found = self._compare(self._masks(self._reference[0], encoder.embed))
-            _write(path, lambda partial: partial.write_text(json.dumps(found)))
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(found))
         result: dict[str, dict[str, float]] = json.loads(path.read_text())
         return result
 
@@ -237,11 +248,36 @@ def code_sha256(packages: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def _phantom(seed: int) -> Tensor:
-    return normalize(make_example(torch.Generator().manual_seed(seed)).image * 255)
+def record_tables(
+    file: Path,
+    study: Study,
+    run: dict[str, Any],
+    tables: Mapping[str, Callable[[Study], list[dict[str, Any]]]],
+) -> dict[str, Any]:
+    """Computes tables and writes each into a file of record as soon as it is there.
 
+    Args:
+        file: JSON, made where it is missing; its other tables stay.
+        run: as `describe_run` returns it.
+        tables: what computes the rows, by name.
 
-def _write(path: Path, write: Any) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    write(partial)
-    os.replace(partial, path)
+    Returns:
+        all tables in the file, by name.
+    """
+    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    for name, rows in tables.items():
+        started = time.monotonic()
+        found = rows(study)
+        record[name] = {
+            **run,
+            "weights_sha256": study.checkpoint.sha256,
+            "seeds": study.settings.seeds,
+            "images": study.settings.images,
+            "iterations": study.settings.iterations,
+            "evaluated": len(study.items),
+            "seconds": round(time.monotonic() - started, 1),
+            "rows": found,
+        }
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n")
+    return record

@@ -26,12 +26,11 @@ from PIL import Image
 from monailabel_dfqsam.config import QuantizationConfig, SynthesisConfig, silent
 from monailabel_dfqsam.engines import load_encoder
 from monailabel_dfqsam.fidelity import mask_agreement
-from monailabel_dfqsam.pipeline import pack, phantom_entropies
-from monailabel_dfqsam.pretraining.targets import make_example
+from monailabel_dfqsam.pipeline import pack, phantom_entropies, phantom_images
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.report import REAL_IMAGES
-from monailabel_dfqsam.sam import build, read_checkpoint
-from monailabel_dfqsam.sam.preprocess import normalize, to_input
+from monailabel_dfqsam.sam import VARIANTS, build, read_checkpoint
+from monailabel_dfqsam.sam.preprocess import to_input
 from monailabel_dfqsam.synthesis import synthesize
 from monailabel_dfqsam.synthesis.auxiliary import embedded_auxiliary
 from monailabel_dfqsam.synthesis.measures import mean_overlap, measure
@@ -101,9 +100,7 @@ class Bench:
 
 def phantoms(first: int, count: int) -> torch.Tensor:
     """[N, 3, S, S] float32, as the model takes them, of seeds far from those of training."""
-    seeds = range(PHANTOM_SEED + first, PHANTOM_SEED + first + count)
-    drawn = [make_example(torch.Generator().manual_seed(seed)).image for seed in seeds]
-    return normalize(torch.stack(drawn) * 255)
+    return phantom_images(VARIANTS["tiny"], range(PHANTOM_SEED + first, PHANTOM_SEED + first + count))
 
 
 def colour() -> None:

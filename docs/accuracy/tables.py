@@ -12,8 +12,6 @@ that was cut off goes on. --quick runs the same on next to nothing, to see that 
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from calibration_study import PROMPT_NAMES, Settings, Study, over_seeds, summary
+from calibration_study import PROMPT_NAMES, Settings, Study, over_seeds, record_tables, summary
 
 from monailabel_dfqsam.benchmark.machine import describe_run
 from monailabel_dfqsam.config import Policy, Preset, Recipe
@@ -164,23 +162,10 @@ def main(
     if quick:
         settings = Settings(data, work, (0,), 2, 2, limit=6)
     study = Study(settings)
-    file = out / "tables.json"
-    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    for name in TABLES if table == "all" else [table]:
-        started = time.monotonic()
-        rows = TABLES[name](study)
-        record[name] = {
-            **run,
-            "weights_sha256": study.checkpoint.sha256,
-            "seeds": settings.seeds,
-            "images": settings.images,
-            "iterations": settings.iterations,
-            "evaluated": len(study.items),
-            "seconds": round(time.monotonic() - started, 1),
-            "rows": rows,
-        }
-        file.write_text(json.dumps(record, indent=1) + "\n")
-        (out / "tables.md").write_text(markdown(record))
+    chosen = TABLES if table == "all" else {table: TABLES[table]}
+    record = record_tables(out / "tables.json", study, run, chosen)
+    (out / "tables.md").write_text(markdown(record))
+    for name in chosen:
         typer.echo(section(name, record[name]))
 
 

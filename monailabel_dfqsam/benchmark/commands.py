@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from monailabel_dfqsam.benchmark.plan import ENGINES, VARIANTS, EncoderPlan, Place
 from monailabel_dfqsam.console import plain_errors, progress_bars
+from monailabel_dfqsam.files import replacing
 
 benchmark = typer.Typer(
     help="Measures speed and memory, beside what one would use instead.", no_args_is_help=True
@@ -132,9 +132,6 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
-    """Writes beside and renames, so that an interrupted write leaves the earlier rows."""
-    if path is None:
-        return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    if path is not None:
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

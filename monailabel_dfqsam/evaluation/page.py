@@ -6,7 +6,6 @@ go only where they may.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,6 +19,8 @@ from monailabel_dfqsam.evaluation.measures import NSD_TOLERANCE
 from monailabel_dfqsam.evaluation.picture import Picture, draw
 from monailabel_dfqsam.evaluation.scoring import NAMES, Scored
 from monailabel_dfqsam.evaluation.table import title
+from monailabel_dfqsam.files import replacing
+from monailabel_dfqsam.numbers import in_bytes
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,27 @@ class Gallery:
         return found
 
 
+def run_facts(run: Mapping[str, Any], data: Path, cost: str) -> dict[str, str]:
+    """What an evaluation was of, made on and with, as names and texts for `write_page`.
+
+    Args:
+        run: as `describe_run` returns it.
+        data: what was evaluated on.
+        cost: in time and memory.
+    """
+    machine, versions = run["machine"], run["versions"]
+    return {
+        "data": data.resolve().name,
+        "command": run["command"],
+        "date": run["date"],
+        "time and memory": f"{cost} (load before: {run['load_average_before'][0]:.1f})",
+        "machine": f"{machine['cpu']}, {machine['cores_usable']} cores, {in_bytes(machine['memory_bytes'])}"
+        + "".join(f", {gpu}" for gpu in machine["gpus"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "commit": f"{run['commit']}{' with changes' if run['dirty'] else ''}" if run["commit"] else "unknown",
+    }
+
+
 def write_page(
     path: Path, rows: Sequence[Mapping[str, Any]], gallery: Gallery, facts: Mapping[str, str]
 ) -> None:
@@ -114,6 +136,5 @@ def write_page(
         tolerance=f"{NSD_TOLERANCE:g}",
         facts=facts,
     )
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(html, encoding="utf-8")

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from monailabel_dfqsam.pretraining.phantoms import PhantomClass
 from monailabel_dfqsam.pretraining.targets import PhantomDataset
-from monailabel_dfqsam.pretraining.train import PretrainConfig
+from monailabel_dfqsam.pretraining.train import PretrainConfig, export, load_state, save_state
 from monailabel_dfqsam.sam.preprocess import normalize
 
 NETWORK = "UNet"
@@ -37,6 +35,11 @@ NETWORK_KWARGS: dict[str, Any] = {
 }
 # Half the model's input: what a region is shows in its shape, and four times as many phantoms fit in an hour.
 INPUT_SIZE = 128
+_CONSTRUCTION = {
+    "network": NETWORK,
+    "network_kwargs": json.dumps(NETWORK_KWARGS),
+    "input_size": str(INPUT_SIZE),
+}
 
 AUXILIARY_CONFIG = PretrainConfig(
     steps=1500, batch=8, lr=3e-3, warmup=50, weight_decay=0.01, seed=1, save_every=50
@@ -62,8 +65,9 @@ def train_auxiliary(
     torch.manual_seed(config.seed)
     network: nn.Module = getattr(monai.networks.nets, NETWORK)(**NETWORK_KWARGS).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    parts = {"network": network, "optimizer": optimizer}
     state_file, weights_file = out / "auxiliary.pt", out / "dfqsam-tiny-auxiliary.safetensors"
-    first = _resume(state_file, network, optimizer, device)
+    first = load_state(state_file, device, parts)
     data = PhantomDataset(config.seed, first * config.batch, INPUT_SIZE)
     weight = 1 / torch.tensor(_CLASS_SHARE, device=device).sqrt()
     average = torch.zeros(2)
@@ -83,8 +87,9 @@ def train_auxiliary(
         if done % 10 == 0:
             progress(done, config.steps, f"loss {average[0]:.3f}, mean recall of classes {average[1]:.3f}")
         if done % config.save_every == 0 or done == config.steps:
-            _save(state_file, network, optimizer, done)
-            _export(network, weights_file, f"phantoms, {done} steps, seed {config.seed}")
+            save_state(state_file, done, parts)
+            made_from = f"phantoms, {done} steps, seed {config.seed}"
+            export(network, weights_file, {"made_from": made_from, **_CONSTRUCTION})
     return weights_file
 
 
@@ -102,35 +107,3 @@ def mean_recall(predicted: Tensor, target: Tensor) -> float:
     truth = torch.bincount(target.flatten(), minlength=count)
     hit = torch.bincount(target[predicted == target].flatten(), minlength=count)
     return float((hit[truth > 0] / truth[truth > 0]).mean())
-
-
-def _resume(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    """Steps already done according to the state file, after loading it; 0 without one."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location=device, weights_only=True)
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def _save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    partial = path.with_suffix(".tmp")
-    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _export(network: nn.Module, path: Path, made_from: str) -> None:
-    """Writes float16 weights whose metadata name the network, whole or not at all."""
-    tensors = {key: value.detach().cpu().half().contiguous() for key, value in network.state_dict().items()}
-    metadata = {
-        "format": "pt",
-        "made_from": made_from,
-        "network": NETWORK,
-        "network_kwargs": json.dumps(NETWORK_KWARGS),
-        "input_size": str(INPUT_SIZE),
-    }
-    partial = path.with_suffix(".tmp")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)

@@ -117,13 +117,14 @@ def make_example(g: Generator, size: int = 256) -> Example:
     """One random example; the same generator state gives the same example."""
     labels = label_map(g, size)
     image = render(g, labels)
-    return _prompted(g, image, labels.regions, labels.semantic, _objects(g, labels))
+    regions = labels.regions[2::4, 2::4].contiguous()
+    return _prompted(g, image, regions, labels.semantic, _objects(g, labels))
 
 
 def _prompted(g: Generator, image: Tensor, regions: Tensor, semantic: Tensor, masks: NDArray[Any]) -> Example:
     return Example(
         image=image,
-        regions=regions[2::4, 2::4].contiguous() if len(regions) == image.shape[-1] else regions,
+        regions=regions,
         semantic=semantic,
         masks=torch.from_numpy(masks.astype(np.uint8)),
         boxes=torch.tensor([_box(g, m) for m in masks]),

@@ -11,7 +11,6 @@ steps: its rate then rises again.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.pretraining.prompting import corrected, decode, first_prompts
 from monailabel_dfqsam.pretraining.targets import PhantomDataset
 from monailabel_dfqsam.sam.model import Sam
@@ -41,13 +41,13 @@ quality is won or lost."""
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Training settings; the defaults made the embedded weights.
+    """Training settings; those of the embedded weights, but for the number of steps.
 
     `batch` is of each process; `average` is the weight that the exported average keeps at a step; `cooldown`
     is the share of the steps, at the end, over which the rate falls.
     """
 
-    steps: int = 1900
+    steps: int
     batch: int = 8
     lr: float = 1e-3
     warmup: int = 200
@@ -168,7 +168,7 @@ def train_sam(
     averaged = AveragedModel(sam, multi_avg_fn=get_ema_multi_avg_fn(config.average))  # type: ignore[no-untyped-call]
     parts = {"sam": sam, "dense": dense, "optimizer": optimizer, "averaged": averaged}
     state_file, weights_file = out / "sam.pt", out / "dfqsam-tiny.safetensors"
-    first = _resume(state_file, device, parts)
+    first = load_state(state_file, device, parts)
     data = PhantomDataset(config.seed * world + rank, first * config.batch)
     shown = {"box": 0.0, "point": 0.0, "contrast": 0.0}
     started = time.monotonic()
@@ -200,11 +200,10 @@ def train_sam(
             text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
             progress(done, config.steps, f"{text} loss {float(loss.detach()):.3f} {seconds:.2f} s/step")
         if done % config.save_every == 0 or done == config.steps:
-            _save(state_file, done, parts)
+            save_state(state_file, done, parts)
             views = done * config.batch * world
-            export(
-                averaged.module, weights_file, f"phantoms, {done} steps, {views} views, seed {config.seed}"
-            )
+            made_from = f"phantoms, {done} steps, {views} views, seed {config.seed}"
+            export(averaged.module, weights_file, {"made_from": made_from})
     return weights_file
 
 
@@ -214,12 +213,31 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
     return config.lr * min(1.0, (step + 1) / config.warmup, max(left, 0.02))
 
 
-def export(model: nn.Module, path: Path, made_from: str) -> None:
+def load_state(path: Path, device: torch.device, parts: dict[str, Any]) -> int:
+    """Loads what `save_state` saved; returns the steps done, 0 without a file.
+
+    Args:
+        parts: what has a `load_state_dict`, by name.
+    """
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=device, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return int(state["step"])
+
+
+def save_state(path: Path, step: int, parts: dict[str, Any]) -> None:
+    """Saves everything needed to resume, whole or not at all."""
+    with replacing(path) as partial:
+        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, partial)
+
+
+def export(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Writes a model's weights as float16 safetensors, whole or not at all."""
     tensors = {key: value.detach().cpu().half().contiguous() for key, value in model.state_dict().items()}
-    partial = path.with_suffix(".tmp")
-    save_file(tensors, partial, metadata={"format": "pt", "made_from": made_from})
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", **metadata})
 
 
 def _join() -> tuple[int, int]:
@@ -250,19 +268,3 @@ def _initialise(sam: Sam) -> None:
             nn.init.trunc_normal_(parameter, std=0.02)
         elif name == "pos_embed":
             nn.init.trunc_normal_(parameter, std=0.2)
-
-
-def _resume(path: Path, device: torch.device, parts: dict[str, Any]) -> int:
-    """Steps already done according to the state file, after loading it; 0 without one."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location=device, weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return int(state["step"])
-
-
-def _save(path: Path, step: int, parts: dict[str, Any]) -> None:
-    partial = path.with_suffix(".tmp")
-    torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, partial)
-    os.replace(partial, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from monailabel_dfqsam.config import Policy, Progress, Recipe
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer
 from monailabel_dfqsam.quantization.compensate import compensate
+from monailabel_dfqsam.quantization.modules import run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, quantize_weight, search_affine
 from monailabel_dfqsam.quantization.reparameterize import after_norms, keep_padding, reparameterize
 from monailabel_dfqsam.quantization.views import views
 from monailabel_dfqsam.sam.encoder import AttentionCore, ImageEncoder
 
 CONVOLUTION_BITS = 8
-# Rows of an activation kept from each image for the range search.
+# Rows of an activation kept from each image for the range search, and its values from all of them.
 MAX_ROWS = 4096
+MAX_SAMPLES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,23 @@ class QuantizedEncoder:
     float_tensors: dict[str, Tensor]
 
 
-def quantizable(encoder: ImageEncoder) -> dict[str, nn.Module]:
-    """Every Linear and convolution of the encoder, by name, but for depthwise convolutions.
+def quantizable(encoder: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and convolution of the encoder, or of a part of it, by name, but the depthwise ones.
 
     Those stay in floating point: they have next to no weights and multiplications, and in a TinyViT's blocks
     all that later layers see goes through them.
     """
-    return {name: module for name, module in products(encoder).items() if not is_depthwise(module)}
+    return {
+        name: module
+        for name, module in products(encoder).items()
+        if not (isinstance(module, nn.Conv2d) and module.groups > 1)
+    }
 
 
-def products(encoder: ImageEncoder) -> dict[str, nn.Module]:
-    """Every module of the encoder that multiplies by weights, by name."""
+def products(encoder: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the encoder, or of a part of it, that multiplies by weights, by name."""
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     return {name: module for name, module in encoder.named_modules() if isinstance(module, kinds)}
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether it is a convolution of each channel by itself."""
-    return isinstance(module, nn.Conv2d) and module.groups > 1
 
 
 def calibrate(
@@ -70,21 +71,16 @@ def calibrate(
         bits: of Linears; `deploy` keeps convolutions at 8 and attention in floating point.
         recipe: what is done beside finding ranges.
     """
-    encoder = copy.deepcopy(encoder)
-    encoder.fold()
-    modules = quantizable(encoder)
     images = views(images, recipe.views)
-    samples, attention_samples = observe(encoder, images, policy is Policy.PAPER, progress)
+    encoder = shared_copy(encoder)
+    encoder.fold()
+    ranges, attention = _search(encoder, images, bits, policy, recipe.reparameterize, progress)
     keep_padding(encoder)
-    ranges: dict[str, Affine] = {}
     if recipe.reparameterize:
-        channels = {name: search_affine(samples[name], bits, True) for name in after_norms(encoder)}
-        ranges = reparameterize(encoder, channels)
-    for name, module in modules.items():
-        if name not in ranges:
-            ranges[name] = search_affine(samples.pop(name), _bits(module, bits, policy), False)
+        ranges |= reparameterize(encoder, ranges)
     compensated = compensate(encoder, ranges, images, bits, progress) if recipe.compensate else {}
     layers = {}
+    modules = quantizable(encoder)
     for step, (name, module) in enumerate(modules.items()):
         if name in compensated:
             layers[name] = compensated[name]
@@ -92,8 +88,9 @@ def calibrate(
             layers[name] = quantize_layer(module, ranges[name], _bits(module, bits, policy))
         progress("quantization", step + 1, len(modules))
     quantized = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
-    floats = {key: value for key, value in _all_tensors(encoder).items() if key not in quantized}
-    attention = {name: _attention_ranges(parts, bits) for name, parts in attention_samples.items()}
+    # Buffers too: reparameterization leaves some that checkpoints do not have.
+    tensors = (*encoder.named_parameters(), *encoder.named_buffers())
+    floats = {name: tensor.detach().clone() for name, tensor in tensors if name not in quantized}
     return QuantizedEncoder(layers, attention, bits if attention else 0, floats)
 
 
@@ -101,57 +98,79 @@ def _bits(module: nn.Module, bits: int, policy: Policy) -> int:
     return bits if policy is Policy.PAPER or isinstance(module, nn.Linear) else CONVOLUTION_BITS
 
 
+def _search(
+    encoder: ImageEncoder, images: Tensor, bits: int, policy: Policy, by_channel: bool, progress: Progress
+) -> tuple[dict[str, Affine], dict[str, Tensor]]:
+    """Ranges of what layers read, by name, and those of attention cores as `QuantizedEncoder` has them.
+
+    Args:
+        by_channel: layers after a norm get a range for each channel, to reparameterize by.
+    """
+    modules = quantizable(encoder)
+    to_reparameterize = set(after_norms(encoder)) if by_channel else set()
+    ranges: dict[str, Affine] = {}
+    attention: dict[str, Tensor] = {}
+    for rows, parts in observe(encoder, images, policy is Policy.PAPER, progress):
+        for name in list(rows):
+            bits_of_it = _bits(modules[name], bits, policy)
+            ranges[name] = search_affine(rows.pop(name), bits_of_it, name in to_reparameterize)
+        attention.update({name: _attention_ranges(samples, bits) for name, samples in parts.items()})
+    return ranges, attention
+
+
+@torch.inference_mode()
 def observe(
     encoder: ImageEncoder, images: Tensor, attention: bool, progress: Progress
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Samples of what every layer reads while the encoder sees the images one by one.
+) -> Iterator[tuple[dict[str, Tensor], dict[str, list[Tensor]]]]:
+    """Samples of what every layer reads while the encoder sees the images, a step of the encoder at a time.
 
-    Returns:
-        rows [T, C] by layer name, images [., C, H, W] as rows too; and, if asked for, of q, k, v and the
-        probabilities of each attention core, flattened.
+    All images run through one step before any runs through the next, so that only its samples are held.
+
+    Yields:
+        of each step: rows [T, C] by layer name, images
+        [., C, H, W] as rows too; and, if asked for, of q, k, v and the probabilities of each attention core,
+        flattened. A row or value comes in so many, `MAX_SAMPLES` values at most.
     """
-    rows: dict[str, list[Tensor]] = {}
-    parts: dict[str, list[list[Tensor]]] = {}
+    flow = list(images.split(1))
+    parts = encoder.steps()
+    for step, (part, module) in enumerate(parts):
+        layers = quantizable(module)
+        cores = [n for n, m in module.named_modules() if attention and isinstance(m, AttentionCore)]
+        rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+        samples: dict[str, list[list[Tensor]]] = {name: [] for name in cores}
+        for index, x in enumerate(flow):
+            x, calls = run(module, (*layers, *cores), x)
+            flow[index] = encoder.after(part, x)
+            for name, layer in layers.items():
+                rows[name].append(_thinned(_rows(layer, calls[name].inputs[0]), index, len(flow)))
+            for name in cores:
+                kept = _attention_samples(*calls[name].inputs)
+                samples[name].append([_thinned(values, index, len(flow)) for values in kept])
+        progress("calibration", step + 1, len(parts))
+        yield (
+            {f"{part}.{name}": torch.cat(rows.pop(name)) for name in layers},
+            {f"{part}.{name}": [torch.cat(p) for p in zip(*samples[name], strict=True)] for name in cores},
+        )
 
-    def keep(x: Tensor) -> Tensor:
-        return x[:: -(-x.shape[0] // MAX_ROWS)].clone()
 
-    def record(name: str) -> None:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            x = x.permute(0, 2, 3, 1) if isinstance(modules[name], (nn.Conv2d, nn.ConvTranspose2d)) else x
-            rows.setdefault(name, []).append(keep(x.flatten(0, -2)))
+def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input as rows [T, C]."""
+    x = x.permute(0, 2, 3, 1) if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) else x
+    return x.flatten(0, -2)
 
-        handles.append(modules[name].register_forward_pre_hook(hook))
 
-    def record_attention(name: str, core: AttentionCore) -> None:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            q, k, v, bias = inputs
-            logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            probabilities = (logits if bias is None else logits + bias).softmax(-1)
-            kept = [keep(x.reshape(-1, 1)) for x in (q, k, v)] + [probabilities.amax().view(1, 1)]
-            parts.setdefault(name, []).append(kept)
+def _thinned(rows: Tensor, index: int, images: int) -> Tensor:
+    """Some of the rows [T, C] of one of several images, evenly spaced over the rows of all of them."""
+    rows = rows[:: -(-len(rows) // MAX_ROWS)]
+    step = -(-images * rows.numel() // MAX_SAMPLES)
+    return rows[-index * len(rows) % step :: step].clone()
 
-        handles.append(core.register_forward_pre_hook(hook))
 
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    modules = quantizable(encoder)
-    for name in modules:
-        record(name)
-    if attention:
-        for name, module in encoder.named_modules():
-            if isinstance(module, AttentionCore):
-                record_attention(name, module)
-    try:
-        with torch.inference_mode():
-            for index, image in enumerate(images):
-                encoder(image[None])
-                progress("calibration", index + 1, len(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    joined = {name: torch.cat(chunks) for name, chunks in rows.items()}
-    return joined, {name: [torch.cat(p) for p in zip(*chunks, strict=True)] for name, chunks in parts.items()}
+def _attention_samples(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """What an attention core reads as columns [., 1]: q, k, v, and its largest probability."""
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    probabilities = (logits if bias is None else logits + bias).softmax(-1)
+    return [*(x.reshape(-1, 1) for x in (q, k, v)), probabilities.amax().view(1, 1)]
 
 
 def quantize_layer(module: nn.Module, inputs: Affine, bits: int) -> QuantizedLayer:
@@ -178,8 +197,3 @@ def _attention_ranges(parts: list[Tensor], bits: int) -> Tensor:
         found = search_affine(part, bits, False)
         numbers += [float(found.scale), float(found.zero_point)]
     return torch.tensor([*numbers, float(parts[3].max())])
-
-
-def _all_tensors(encoder: ImageEncoder) -> dict[str, Tensor]:
-    """State dict and the buffers that reparameterization leaves, which checkpoints do not have."""
-    return {k: v.detach().clone() for k, v in (*encoder.named_parameters(), *encoder.named_buffers())}

@@ -13,7 +13,6 @@ All of it is linear algebra: no gradient, and nothing that runs later changes bu
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.config import Progress
 from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.quantization.modules import run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, weight_scale
 from monailabel_dfqsam.quantization.rounding import round_compensating
 from monailabel_dfqsam.sam.encoder import ImageEncoder, TransformerBlock
@@ -61,49 +61,72 @@ def compensate(
         the layers by name, 'blocks.0.attn.qkv' …
     """
     layers: dict[str, QuantizedLayer] = {}
-    quantized = copy.deepcopy(encoder)
-    steps = encoder.steps()
     with torch.inference_mode():
-        expected = actual = list(images.split(1))
-        for done, ((name, exact), (_, step)) in enumerate(zip(steps, quantized.steps(), strict=True)):
-            if isinstance(exact, TransformerBlock):
-                assert isinstance(step, TransformerBlock)
-                wanted, expected = _run(exact, exact.linears, expected)
-                for part in exact.linears:
-                    linear = exact.get_submodule(part)
-                    assert isinstance(linear, nn.Linear)
-                    got, _ = _run(step, (part,), actual)
-                    layer = compensated(linear, ranges[f"{name}.{part}"], wanted[part], got[part], bits)
-                    layers[f"{name}.{part}"] = layer
-                    parent, _, child = part.rpartition(".")
-                    setattr(step.get_submodule(parent), child, _Simulated(layer))
-                _, actual = _run(step, (), actual)
+        expected, actual = list(images.split(1)), list(images.split(1))
+        *steps, _ = encoder.steps()
+        for done, (name, step) in enumerate(steps):
+            if isinstance(step, TransformerBlock):
+                layers |= _block(name, step, ranges, expected, actual, bits)
             else:
-                expected, actual = [exact(x) for x in expected], [step(x) for x in actual]
+                _move_on(step, expected)
+                if layers:
+                    _move_on(step, actual)
+                else:  # nothing is quantized so far
+                    actual = list(expected)
+            for flow in (expected, actual):
+                flow[:] = [encoder.after(name, x) for x in flow]
             progress("compensation", done + 1, len(steps))
     return layers
 
 
-def compensated(
-    linear: nn.Linear, inputs: Affine, exact: Tensor, actual: Tensor, bits: int
-) -> QuantizedLayer:
-    """One Linear whose quantized form, on `actual`, comes near to what it gives in full precision on `exact`.
+def _block(
+    place: str,
+    exact: TransformerBlock,
+    ranges: Mapping[str, Affine],
+    expected: list[Tensor],
+    actual: list[Tensor],
+    bits: int,
+) -> dict[str, QuantizedLayer]:
+    """Quantizes a block's Linears, by name; tokens in full precision and as quantized move on past it."""
+    layers = {}
+    block = shared_copy(exact)
+    wanted = _outputs(exact, expected)
+    for part in exact.linears:
+        linear = exact.get_submodule(part)
+        assert isinstance(linear, nn.Linear)
+        layer = compensated(
+            linear.weight,
+            ranges[f"{place}.{part}"],
+            torch.cat(wanted.pop(part)),
+            _inputs(block, part, actual),
+            bits,
+        )
+        layers[f"{place}.{part}"] = layer
+        parent, _, child = part.rpartition(".")
+        setattr(block.get_submodule(parent), child, _Simulated(layer))
+    _move_on(block, actual)
+    return layers
+
+
+def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, actual: Tensor, bits: int) -> QuantizedLayer:
+    """One Linear whose quantized form, on `actual`, comes near to what it gives in full precision.
 
     Args:
+        weight: [N, K] float32.
         inputs: the range that quantizes `actual`.
-        exact: [T, K] float32, inputs in full precision.
-        actual: [T, K] float32, the same as the layers before give them once they are quantized.
+        wanted: [T, N] float32, its outputs in full precision, bias added.
+        actual: [T, K] float32, its inputs as the layers before give them once they are quantized.
         bits: of the weight.
     """
-    weight, bias = linear.weight.detach(), linear.bias.detach()
     seen = inputs.fake(actual)
     centre = seen.mean(0)
-    seen = seen - centre
-    target = F.linear(exact, weight, bias)
-    mean = target.mean(0)
+    seen -= centre
+    mean = wanted.mean(0)
+    missing = wanted - mean
+    missing -= seen @ weight.T
     gram = seen.T @ seen
-    held = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-    missing = (target - mean) - seen @ weight.T
+    held = gram.clone()
+    held.diagonal().add_(RIDGE * gram.diagonal().mean())
     moved = weight + torch.linalg.solve(held, seen.T @ missing).T
     scale = weight_scale(moved, bits)
     integers = round_compensating(moved, gram, scale, bits)
@@ -113,23 +136,28 @@ def compensated(
     )
 
 
-def _run(
-    block: TransformerBlock, parts: tuple[str, ...], tokens: list[Tensor]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """What some Linears of a block read, [T, K] each, rows the same for every block; and what it puts out."""
-    rows: dict[str, list[Tensor]] = {part: [] for part in parts}
+def _move_on(step: nn.Module, flow: list[Tensor]) -> None:
+    """Runs all images' tokens through a step, one image at a time."""
+    for index, x in enumerate(flow):
+        flow[index] = step(x)
 
-    def keep(part: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2)
-            rows[part].append(x[:: -(-len(x) // MAX_ROWS)].clone())
 
-        return block.get_submodule(part).register_forward_pre_hook(hook)
+def _outputs(block: TransformerBlock, flow: list[Tensor]) -> dict[str, list[Tensor]]:
+    """What a block's Linears put out, [T, N] of each image; the images' tokens in `flow` move on past it."""
+    rows: dict[str, list[Tensor]] = {part: [] for part in block.linears}
+    for index, x in enumerate(flow):
+        flow[index], calls = run(block, block.linears, x)
+        for part in block.linears:
+            rows[part].append(_thinned(calls[part].output))
+    return rows
 
-    handles = [keep(part) for part in parts]
-    try:
-        outputs = [block(x) for x in tokens]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {part: torch.cat(chunks) for part, chunks in rows.items()}, outputs
+
+def _inputs(block: TransformerBlock, part: str, flow: list[Tensor]) -> Tensor:
+    """What one Linear of a block reads, [T, K], of the same rows."""
+    return torch.cat([_thinned(run(block, (part,), x)[1][part].inputs[0]) for x in flow])
+
+
+def _thinned(x: Tensor) -> Tensor:
+    """Some of an image's rows [T, .] of [1, H, W, .], evenly spaced."""
+    rows = x.flatten(0, -2)
+    return rows[:: -(-len(rows) // MAX_ROWS)].clone()

@@ -14,7 +14,6 @@ MIN_SCALE = 1e-8
 MIN_CHANNEL_SCALE = 1e-2
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.999)
 WEIGHT_SHRINK = tuple(1.0 - 0.05 * i for i in range(11))
-_MAX_SAMPLES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,9 @@ class Affine:
 
     def fake(self, x: Tensor) -> Tensor:
         """x after a round trip through the integers; the last dimension is C."""
-        q = (torch.round(x / self.scale) + self.zero_point).clamp(0, (1 << self.bits) - 1)
-        return self.scale * (q - self.zero_point)
+        # In place, for x may take a large part of the memory.
+        q = (x / self.scale).round_().add_(self.zero_point).clamp_(0, (1 << self.bits) - 1)
+        return q.sub_(self.zero_point).mul_(self.scale)
 
 
 def tensor_affine(low: Tensor, high: Tensor, bits: int) -> Affine:
@@ -60,8 +60,6 @@ def search_affine(x: Tensor, bits: int, per_channel: bool) -> Affine:
         per_channel: one range a column of x, else one range.
     """
     x = x.float()
-    if x.numel() > _MAX_SAMPLES:
-        x = x[:: -(-x.numel() // _MAX_SAMPLES)]
     columns, affine = (x, channel_affine) if per_channel else (x.reshape(-1, 1), tensor_affine)
     last = columns.shape[0] - 1
     indices = [round(percentile * last) for percentile in PERCENTILES]

@@ -23,7 +23,7 @@ from monailabel_dfqsam.sam.encoder import ImageEncoder
 def reparameterize_norm(
     norm: nn.LayerNorm, linear: nn.Linear, channels: Affine
 ) -> tuple[Affine, Tensor, Tensor]:
-    """Changes one LayerNorm and the Linear behind it in place.
+    """Gives one LayerNorm and the Linear behind it new tensors; the old ones, which others may share, stay.
 
     Args:
         channels: the ranges of the norm's output, one a channel.
@@ -38,11 +38,15 @@ def reparameterize_norm(
     zero_point = torch.round(z.mean()).clamp(0, (1 << channels.bits) - 1)
     r1, shift = s / scale, s * (z - zero_point)
     with torch.no_grad():
-        linear.bias.sub_(linear.weight @ shift)
-        linear.weight.mul_(r1)
-        norm.bias.add_(shift).div_(r1)
-        norm.weight.div_(r1)
+        linear.bias = _fixed(linear.bias - linear.weight @ shift)
+        linear.weight = _fixed(linear.weight * r1)
+        norm.bias = _fixed((norm.bias + shift) / r1)
+        norm.weight = _fixed(norm.weight / r1)
     return Affine(scale[None], zero_point[None], channels.bits), r1, shift
+
+
+def _fixed(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 def keep_padding(encoder: ImageEncoder) -> None:
@@ -53,25 +57,25 @@ def keep_padding(encoder: ImageEncoder) -> None:
 
 def after_norms(encoder: ImageEncoder) -> list[str]:
     """The Linears that read a LayerNorm's output, by name: 'blocks.0.attn.qkv' …"""
-    return [
-        f"{name}.{linear}" for name, block in encoder.attention_blocks().items() for linear in block.norms
-    ]
+    blocks = encoder.attention_blocks()
+    return [f"{name}.{linear}" for name, block in blocks.items() for linear in block.norms]
 
 
 def reparameterize(encoder: ImageEncoder, ranges: Mapping[str, Affine]) -> dict[str, Affine]:
-    """Reparameterizes the two LayerNorms of every block and the Linears behind them, in place.
+    """Reparameterizes the two LayerNorms of every transformer block and the Linears behind them.
 
     Args:
-        encoder: changed so that its output stays the same in floating point; `keep_padding` was called on it.
+        encoder: given new tensors so that its output stays the same in floating point; `keep_padding` was
+            called on it.
         ranges: per-channel ranges by the name of the Linear that reads them, those of `after_norms`.
 
     Returns:
         the common ranges under the same names.
     """
     common: dict[str, Affine] = {}
-    for index, block in encoder.attention_blocks().items():
+    for place, block in encoder.attention_blocks().items():
         for linear, norm in block.norms.items():
-            name = f"{index}.{linear}"
+            name = f"{place}.{linear}"
             before, behind = block.get_submodule(norm), block.get_submodule(linear)
             assert isinstance(before, nn.LayerNorm)
             assert isinstance(behind, nn.Linear)

@@ -30,10 +30,10 @@ def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -
     Returns:
         [N, K] int8 within −2^(bits−1) … 2^(bits−1) − 1.
     """
-    damped = gram.double() + torch.eye(len(gram), dtype=torch.float64) * _damping(gram)
+    damped = gram.double()
+    damped.diagonal().add_(_damping(gram))
     order = torch.argsort(damped.diagonal(), descending=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
-    spread = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    spread = _inverse_factor(damped[order][:, order]).to(weight.dtype)
     left = weight[:, order].clone()
     rounded = torch.empty_like(left)
     for first in range(0, len(gram), _COLUMNS):
@@ -50,6 +50,16 @@ def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -
     compensated[:, order] = rounded
     better = _error(weight, compensated, scale, gram) < _error(weight, nearest, scale, gram)
     return torch.where(better[:, None], compensated, nearest).to(torch.int8)
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor:
+    """The upper triangular U with UᵀU = matrix⁻¹, of a positive definite matrix [K, K].
+
+    It is the inverse of the upper triangular R with RRᵀ = matrix, which is Cholesky's factor of the matrix
+    turned around: half the work of factoring the inverse, and fewer matrices at once.
+    """
+    upper = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
 
 
 def _error(weight: Tensor, integers: Tensor, scale: Tensor, gram: Tensor) -> Tensor:

@@ -34,13 +34,11 @@ def views(images: Tensor, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     low, high = images.amin((0, 2, 3)).view(3, 1, 1), images.amax((0, 2, 3)).view(3, 1, 1)
     width = (high - low).clamp_min(torch.finfo(images.dtype).tiny)
-    return torch.cat(
-        [
-            low + _view((image - low) / width, generator, cut_out=bool(index % 2)) * width
-            for image in images
-            for index in range(count)
-        ]
-    )
+    found = images.new_empty(len(images) * count, *images.shape[1:])
+    for index in range(len(found)):
+        unit = (images[index // count] - low) / width
+        found[index] = low + _view(unit, generator, cut_out=bool(index % count % 2))[0] * width
+    return found
 
 
 def _view(unit: Tensor, generator: Generator, cut_out: bool) -> Tensor:

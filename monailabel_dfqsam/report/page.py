@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import jinja2
 import numpy as np
 
 from monailabel_dfqsam.config import Calibration, Policy
+from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 from monailabel_dfqsam.report.charts import Chart, line_chart, range_strip
 from monailabel_dfqsam.report.pictures import calibration_pictures, class_key, class_names, evolution_strips
@@ -63,9 +63,8 @@ def write_report(result: QuantizationResult, checkpoint: Checkpoint, path: Path)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     html = environment.get_template("report.html.j2").render(_context(result, checkpoint))
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(html, encoding="utf-8")
 
 
 def _context(result: QuantizationResult, checkpoint: Checkpoint) -> dict[str, Any]:

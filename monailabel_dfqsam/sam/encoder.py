@@ -1,8 +1,8 @@
 """What every image encoder has, whatever its family: all that synthesis, quantization and engines ask of one.
 
-An encoder is a row of steps from the image to the last tokens, and a neck behind them. Some steps are
-transformer blocks: attention, then an MLP, a LayerNorm before each, and four Linears in the same order. Token
-tensors are [B, H, W, C] float; images [B, 3, S, S] float, normalised as the variant wants.
+An encoder is a row of steps from the image to the embedding. Some are transformer blocks: attention, then an
+MLP, a LayerNorm before each, and four Linears in the same order. Token tensors are [B, H, W, C] float; images
+[B, 3, S, S] float, normalised as the variant wants.
 
 Windows are cut from q, k and v, not from the normalised tokens. The published encoders pad their windows
 with zeros before that, so a padded token's q, k and v are a constant, which `pad_qkv` holds; it stays right
@@ -142,15 +142,17 @@ class TransformerBlock(nn.Module):
 class ImageEncoder(nn.Module):
     """[B, 3, S, S] float to an embedding [B, embed_channels, grid, grid] float."""
 
-    neck: nn.Sequential
-
     def __init__(self, size: int) -> None:
         super().__init__()
         self.img_size = size
 
-    def steps(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-        """What runs one after another before the neck, by name: the image first, tokens from then on."""
+    def steps(self) -> list[tuple[str, nn.Module]]:
+        """What runs one after another, by name: from the image by tokens to the last, the neck."""
         raise NotImplementedError
+
+    def after(self, step: str, x: Tensor) -> Tensor:
+        """What the next step reads where a step gives x."""
+        return x
 
     def attention_blocks(self) -> dict[str, TransformerBlock]:
         """The transformer blocks by name, in the order of their running."""
@@ -165,17 +167,24 @@ class ImageEncoder(nn.Module):
             raise ValueError(
                 f"the encoder takes [B, 3, {self.img_size}, {self.img_size}], not {list(x.shape)}"
             )
-        for _, step in self.steps():
-            x = step(x)
-        embedding: Tensor = self.neck(x.permute(0, 3, 1, 2))
-        return embedding
+        for name, step in self.steps():
+            x = self.after(name, step(x))
+        return x
 
 
-def neck(dim: int, channels: int) -> nn.Sequential:
-    """From tokens' [B, dim, H, W] to the embedding's [B, channels, H, W]."""
-    return nn.Sequential(
-        nn.Conv2d(dim, channels, 1, bias=False),
-        LayerNorm2d(channels),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        LayerNorm2d(channels),
-    )
+class Neck(nn.Sequential):
+    """From tokens [B, H, W, dim] to the embedding [B, channels, H, W], both float."""
+
+    def __init__(self, dim: int, channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(dim, channels, 1, bias=False),
+            LayerNorm2d(channels),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            LayerNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        for part in self:
+            x = part(x)
+        return x

@@ -6,8 +6,9 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from monailabel_dfqsam.sam import efficient_sam
@@ -64,6 +65,33 @@ class Sam(nn.Module):
         """The image embedding; prompts go to `prompt_encoder` and `mask_decoder`."""
         embedding: Tensor = self.image_encoder(x)
         return embedding
+
+    def predict(
+        self, embedding: Tensor, *, points: Tensor | None = None, boxes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Masks of N objects of one image, for a click into each, for a box around each, or for both.
+
+        Args:
+            embedding: [1, C, S/16, S/16] float32.
+            points: [N, 2] float32, (x, y) in pixels of the model's input.
+            boxes: [N, 4] float32, (x0, y0, x1, y1) in the same.
+
+        Returns:
+            logits [N, 4, S/4, S/4], the single answer and then the three candidates, and their predicted IoUs
+            [N, 4].
+        """
+        decoder: Any = self.mask_decoder
+        clicks = None
+        if points is not None:
+            clicks = points[:, None], torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
+        sparse, dense = self.prompt_encoder(clicks, boxes, None)
+        logits, iou = decoder.predict_masks(
+            image_embeddings=embedding,
+            image_pe=self.prompt_encoder.get_dense_pe(),  # type: ignore[operator]
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+        )
+        return logits, iou
 
 
 def build_encoder(variant: Variant) -> ImageEncoder:

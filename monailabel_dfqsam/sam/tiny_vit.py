@@ -11,14 +11,13 @@ Every step takes and gives tokens [B, H, W, C]; convolutions see them as images 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monailabel_dfqsam.sam.encoder import ImageEncoder, TransformerBlock, WindowedAttention, neck
+from monailabel_dfqsam.sam.encoder import ImageEncoder, Neck, TransformerBlock, WindowedAttention
 from monailabel_dfqsam.sam.variants import Stage, Variant
 
 EXPANSION = 4
@@ -199,17 +198,17 @@ class ImageEncoderTinyViT(ImageEncoder):
         self.layers = nn.ModuleList(
             Layer(stage, following) for stage, following in zip(stages, (*stages[1:], None), strict=True)
         )
-        self.neck = neck(stages[-1].dim, variant.embed_channels)
+        self.neck = Neck(stages[-1].dim, variant.embed_channels)
 
-    def steps(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-        found: list[tuple[str, Callable[[Tensor], Tensor]]] = [("patch_embed", self.patch_embed)]
+    def steps(self) -> list[tuple[str, nn.Module]]:
+        found: list[tuple[str, nn.Module]] = [("patch_embed", self.patch_embed)]
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             name = f"layers.{number}"
             found += [(f"{name}.blocks.{index}", block) for index, block in enumerate(layer.blocks)]
             if layer.downsample is not None:
                 found.append((f"{name}.downsample", layer.downsample))
-        return found
+        return [*found, ("neck", self.neck)]
 
     def fold(self) -> None:
         for module in self.modules():

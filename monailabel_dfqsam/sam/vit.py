@@ -19,9 +19,9 @@ from monailabel_dfqsam.sam.adapter import Adapter
 from monailabel_dfqsam.sam.encoder import (
     LAYER_NORM_EPS,
     ImageEncoder,
+    Neck,
     TransformerBlock,
     WindowedAttention,
-    neck,
 )
 from monailabel_dfqsam.sam.variants import Variant
 
@@ -154,13 +154,11 @@ class ImageEncoderViT(ImageEncoder):
         self.patch_embed = PatchEmbed(variant.patch_size, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
         self.blocks = nn.ModuleList(Block(variant, i) for i in range(variant.depth))
-        self.neck = neck(dim, variant.embed_channels)
+        self.neck = Neck(dim, variant.embed_channels)
 
-    def steps(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    def steps(self) -> list[tuple[str, nn.Module]]:
         blocks = ((f"blocks.{index}", block) for index, block in enumerate(self.blocks))
-        return [("patch_embed", self.tokens), *blocks]
+        return [("patch_embed", self.patch_embed), *blocks, ("neck", self.neck)]
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """What the first block reads: [B, 3, S, S] float to [B, H, W, C]."""
-        tokens: Tensor = self.patch_embed(x) + self.pos_embed
-        return tokens
+    def after(self, step: str, x: Tensor) -> Tensor:
+        return x + self.pos_embed if step == "patch_embed" else x

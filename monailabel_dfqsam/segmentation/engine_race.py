@@ -19,7 +19,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from monailabel_dfqsam import __version__
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines import working
+from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.machine import cpu
 from monailabel_dfqsam.ops import compiled, cuda_library
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
@@ -249,12 +249,8 @@ def _remembered(record: Path, conditions: dict[str, Any]) -> Race | None:
 
 def _remember(record: Path, conditions: dict[str, Any], race: Race) -> None:
     text = json.dumps({"conditions": conditions, **asdict(race)}, indent=1) + "\n"
-    partial = record.with_name(f".{record.name}.{os.getpid()}.partial")
     try:
-        try:
+        with replacing(record) as partial:
             partial.write_text(text, encoding="utf-8")
-            os.replace(partial, record)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         logger.info("The race of engines is run again at the next start: %s", error.strerror)

@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 from filelock import FileLock
 from monailabel.datastore import local
 from monailabel.datastore.local import LocalDatastore
+
+from monailabel_dfqsam.files import replacing
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -44,7 +45,7 @@ def is_full_disk(error: Exception) -> bool:
 
 
 def _copy(source: str, target: str) -> str:
-    with _replacing(Path(target)) as partial:
+    with replacing(Path(target)) as partial:
         shutil.copy(source, partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -55,17 +56,6 @@ def _write_record(self: Any, lock: bool = True) -> None:
     with FileLock(self._lock_file) if lock else contextlib.nullcontext():
         text = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
         path = Path(self._datastore_config_path)
-        with _replacing(path) as partial:
+        with replacing(path) as partial:
             partial.write_text(text)
         self._config_ts = path.stat().st_mtime
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes its place when the block ends without an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -18,15 +18,15 @@ process is gone without having said how it ended.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from monailabel_dfqsam.files import replacing
 
 HISTORY = 50
 STOPPED = "it ended before it was done: stopped by somebody, with its server, or for want of memory"
@@ -133,15 +133,9 @@ class ModelFolder:
 
     def _replace(self, name: str, values: Any) -> tuple[int, int]:
         """Writes a file in one step; returns its stamp, which renaming does not change."""
-        path = self.path / name
-        partial = path.with_name(f".{name}.{os.getpid()}-{threading.get_ident()}.partial")
-        try:
+        with replacing(self.path / name) as partial:
             partial.write_text(json.dumps(values))
-            stamp = _stamp(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return stamp
+            return _stamp(partial)
 
     def _read(self, name: str) -> Any:
         """A file's JSON value; None for one that is missing or damaged."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,20 +116,9 @@ def _clicked_masks(sam: Sam, embedding: Tensor) -> Tensor:
     """[16, S/4, S/4] bool: for clicks on a regular grid, of the three masks the one the model rates best."""
     size = sam.variant.input_size
     place = (torch.arange(_POINTS, device=embedding.device) + 0.5) * size / _POINTS
-    points = torch.cartesian_prod(place, place)[:, None]
-    prompts: Any = sam.prompt_encoder
-    decoder: Any = sam.mask_decoder
-    labels = torch.ones(points.shape[:2], dtype=torch.int64, device=embedding.device)
-    sparse, dense = prompts(points=(points, labels), boxes=None, masks=None)
-    logits, iou = decoder.predict_masks(
-        image_embeddings=embedding,
-        image_pe=prompts.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-    )
+    logits, iou = sam.predict(embedding, points=torch.cartesian_prod(place, place))
     best = 1 + iou[:, 1:].argmax(1)
-    masks: Tensor = logits[torch.arange(len(logits), device=logits.device), best] > 0
-    return masks
+    return logits[torch.arange(len(logits), device=logits.device), best] > 0
 
 
 def _range_of(name: str, found: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

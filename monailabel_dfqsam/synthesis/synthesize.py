@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 from monailabel_dfqsam.config import Progress, SynthesisConfig
 from monailabel_dfqsam.sam import Sam, Variant
+from monailabel_dfqsam.sam.encoder import ImageEncoder
 from monailabel_dfqsam.sam.preprocess import input_range, normalize
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary
 from monailabel_dfqsam.synthesis.label_evolution import (
@@ -47,6 +48,8 @@ ROLL = 15 / 256  # largest roll, as a share of the input's side
 COLOUR = 0.03  # of the channels' differences that is kept, see `mute`; compared in docs/accuracy
 BOX_JITTER = 0.1  # of a box's extent
 PROMPTS = 4  # boxes an iteration; a decoder run costs about as much as a block of the encoder
+# Of an input whose blocks keep all that gradients need: at 1024 pixels, one map of attention is 0.8 GB.
+KEPT_TOKENS = 1024
 SNAPSHOTS = 10  # label maps kept of an evolution
 LOSSES = ("total", "mask", "class", "similarity", "variation")
 
@@ -179,9 +182,9 @@ def learning_rate(step: int, config: SynthesisConfig) -> float:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A roll (down, right) and a horizontal flip.
+    """A roll (down, right) in whole mask cells, so that label maps follow exactly, and a horizontal flip.
 
-    The roll is in whole cells of the low-resolution masks, so that label maps follow exactly.
+    Those cells are the pixels of the low-resolution masks.
     """
 
     down: int
@@ -204,6 +207,24 @@ class Augmentation:
         """The inverse of `apply` for maps [..., g, g] on the mask grid."""
         x = x.flip(-1) if self.flip else x
         return torch.roll(x, (-self.down, -self.right), (-2, -1))
+
+
+def embed(encoder: ImageEncoder, images: Tensor) -> Tensor:
+    """What the encoder makes of images, to be differentiated, in bounded memory.
+
+    With more than `KEPT_TOKENS` tokens, steps between patch embedding and neck keep only their inputs and run
+    again in the backward pass.
+    """
+    (first, patches), *between, (_, neck) = encoder.steps()
+    tokens = encoder.after(first, patches(images))
+    for name, step in between:
+        if tokens.shape[1] * tokens.shape[2] > KEPT_TOKENS:
+            tokens = checkpoint(step, tokens, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens = step(tokens)
+        tokens = encoder.after(name, tokens)
+    embedding: Tensor = neck(tokens)
+    return embedding
 
 
 class _Painter:
@@ -263,12 +284,12 @@ class _Painter:
         image = self._muted()
         seen = view.apply(image, self.cell)
         with attention_outputs(self.sam.image_encoder) as outputs:
-            embedding = self.sam.image_encoder(to_model(self.sam.variant, seen))
+            embedding = embed(self.sam.image_encoder, to_model(self.sam.variant, seen))
         entropies = torch.stack([patch_entropy(tokens[0]) for tokens in outputs])
         similarity = similarity_loss(entropies, self.ceiling)
         labels = view.apply(self.labels)
         chosen = self._choose(labels)
-        logits, iou = self._decode(embedding, chosen)
+        logits, iou = self.sam.predict(embedding, boxes=self._boxes(chosen).to(embedding.device))
         masks = torch.stack([region.mask for region in chosen]).to(logits.device)
         terms = {"mask": mask_loss(logits[:, 0], masks), "similarity": similarity}
         scores = None
@@ -298,20 +319,10 @@ class _Painter:
         order = torch.randperm(len(found), generator=self.generator).tolist()
         return [found[index] for index in order[:PROMPTS]]
 
-    def _decode(self, embedding: Tensor, chosen: list[Region]) -> tuple[Tensor, Tensor]:
-        """Mask logits [K, 4, g, g], the single mask first, and predicted IoU [K, 4] for jittered boxes."""
+    def _boxes(self, chosen: list[Region]) -> Tensor:
+        """[K, 4] float32, the regions' boxes in pixels of the model's input, jittered."""
         boxes = torch.tensor([region.box for region in chosen], dtype=torch.float32) * self.cell
-        boxes = jitter_boxes(boxes, BOX_JITTER, self.size, self.generator).to(embedding.device)
-        prompts: Any = self.sam.prompt_encoder
-        decoder: Any = self.sam.mask_decoder
-        sparse, dense = prompts(points=None, boxes=boxes, masks=None)
-        logits, iou = decoder.predict_masks(
-            image_embeddings=embedding,
-            image_pe=prompts.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-        )
-        return logits, iou
+        return jitter_boxes(boxes, BOX_JITTER, self.size, self.generator)
 
     def _evolve(
         self,
