@@ -66,28 +66,28 @@ def compensate(
         *steps, _ = encoder.steps()
         for done, (name, step) in enumerate(steps):
             if isinstance(step, TransformerBlock):
-                layers |= _block(name, step, ranges, expected, actual, bits)
+                block, found = _quantized(step, name, ranges, expected, actual, bits)
+                layers |= found
+                _move_on(encoder, name, block, actual)
             else:
-                _move_on(step, expected)
+                _move_on(encoder, name, step, expected)
                 if layers:
-                    _move_on(step, actual)
+                    _move_on(encoder, name, step, actual)
                 else:  # nothing is quantized so far
                     actual = list(expected)
-            for flow in (expected, actual):
-                flow[:] = [encoder.after(name, x) for x in flow]
             progress("compensation", done + 1, len(steps))
     return layers
 
 
-def _block(
-    place: str,
+def _quantized(
     exact: TransformerBlock,
+    place: str,
     ranges: Mapping[str, Affine],
     expected: list[Tensor],
     actual: list[Tensor],
     bits: int,
-) -> dict[str, QuantizedLayer]:
-    """Quantizes a block's Linears, by name; tokens in full precision and as quantized move on past it."""
+) -> tuple[TransformerBlock, dict[str, QuantizedLayer]]:
+    """A block as quantized, and its layers by name; the tokens in full precision move on past it."""
     layers = {}
     block = shared_copy(exact)
     wanted = _outputs(exact, expected)
@@ -104,8 +104,7 @@ def _block(
         layers[f"{place}.{part}"] = layer
         parent, _, child = part.rpartition(".")
         setattr(block.get_submodule(parent), child, _Simulated(layer))
-    _move_on(block, actual)
-    return layers
+    return block, layers
 
 
 def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, actual: Tensor, bits: int) -> QuantizedLayer:
@@ -136,10 +135,10 @@ def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, actual: Tensor, 
     )
 
 
-def _move_on(step: nn.Module, flow: list[Tensor]) -> None:
+def _move_on(encoder: ImageEncoder, name: str, step: nn.Module, flow: list[Tensor]) -> None:
     """Runs all images' tokens through a step, one image at a time."""
     for index, x in enumerate(flow):
-        flow[index] = step(x)
+        flow[index] = encoder.after(name, step(x))
 
 
 def _outputs(block: TransformerBlock, flow: list[Tensor]) -> dict[str, list[Tensor]]:
