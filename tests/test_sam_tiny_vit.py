@@ -100,7 +100,11 @@ def test_it_agrees_with_timm() -> None:
     # The one difference: in a SAM the last merging keeps the resolution.
     other.stages[3].downsample.conv2.conv.stride = (1, 1)
     missing, left = other.load_state_dict(
-        {_timm_name(key): value for key, value in encoder.state_dict().items() if key.split(".")[0] != "neck"},
+        {
+            _timm_name(key): value
+            for key, value in encoder.state_dict().items()
+            if key.split(".")[0] != "neck"
+        },
         strict=False,
     )
     assert not left
@@ -115,6 +119,8 @@ def test_it_agrees_with_timm() -> None:
 
 def _timm_name(key: str) -> str:
     key = re.sub(r"\.c\.", ".conv.", key)
-    key = key.replace("patch_embed.seq.0", "patch_embed.conv1").replace("patch_embed.seq.2", "patch_embed.conv2")
+    key = key.replace("patch_embed.seq.0", "patch_embed.conv1").replace(
+        "patch_embed.seq.2", "patch_embed.conv2"
+    )
     key = re.sub(r"^layers\.(\d)\.downsample", lambda found: f"stages.{int(found[1]) + 1}.downsample", key)
     return re.sub(r"^layers", "stages", key)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from monailabel_dfqsam.sam import VARIANTS
+from monailabel_dfqsam.pipeline import phantom_images
+from monailabel_dfqsam.sam import VARIANTS, build, read_checkpoint
 from monailabel_dfqsam.sam.model import build_decoder
-from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, channels_last
+from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, box_fits, channels_last
+from monailabel_dfqsam.segmentation.prompts import tight_box
 
 ROUNDING = 1e-5  # of float32, relative to the largest logit
 
@@ -23,9 +28,9 @@ def lively(module: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("best", [0, 1, 2, 3])
 @pytest.mark.parametrize("prompt", ["point", "box", "point and mask"])
-@pytest.mark.parametrize("name", ["tiny", "sam_b_256"])
+@pytest.mark.parametrize("name", ["tiny", "sam_b_256", "efficient_sam_ti"])
 def test_it_is_segment_anythings_mask(name: str, prompt: str, best: int) -> None:
-    variant = VARIANTS[name]
+    variant = replace(VARIANTS[name], input_size=256)
     prompt_encoder, decoder = (lively(module) for module in build_decoder(variant))
     # Output 0 is asked for alone; of the others, this decides which one wins.
     decoder.iou_prediction_head.layers[-1].bias.data[best] += 100.0
@@ -55,3 +60,43 @@ def test_it_is_segment_anythings_mask(name: str, prompt: str, best: int) -> None
         error = float((found - logits[:, chosen : chosen + 1]).abs().max())
         assert error < ROUNDING * float(logits.abs().max())
         assert score == pytest.approx(float(scores[0, chosen]), abs=1e-3)  # about 100
+
+
+def test_a_box_chooses_the_mask_that_fits_it() -> None:
+    """The embedded model on a phantom, with boxes of all sizes and places."""
+    sam = build(read_checkpoint())
+    with torch.inference_mode():
+        image = sam.image_encoder(phantom_images(sam.variant, [900_000]))
+        one = OneMaskDecoder(sam.mask_decoder, sam.prompt_encoder.get_dense_pe())
+        generator = torch.Generator().manual_seed(0)
+        by_box = 0
+        for _ in range(40):
+            corners = 256 * torch.rand(2, 2, generator=generator).sort(0).values
+            box = corners.flatten() + torch.tensor([0.0, 0.0, 4.0, 4.0])
+            logits, scores = sam.predict(image, boxes=box[None])
+            fits = torch.tensor([overlap(mask, box) for mask in logits[0]])
+            torch.testing.assert_close(box_fits(logits[0], box), fits)
+            best = int((scores[0] + fits).argmax())
+            by_box += best != int(scores[0].argmax())
+            found, score = one(image, *sam.prompt_encoder(None, box[None], None), True, box)
+            torch.testing.assert_close(found[0, 0], logits[0, best], rtol=0, atol=1e-3)
+            assert found.is_contiguous()
+            assert score == pytest.approx(float(scores[0, best]), abs=1e-4)
+    assert by_box > 5
+
+
+def test_an_empty_mask_fits_no_box() -> None:
+    logits = torch.full((2, 8, 8), -1.0)
+    logits[1, 2:4, 2:6] = 1.0
+    assert box_fits(logits, torch.tensor([8.0, 8.0, 24.0, 16.0])).tolist() == [0.0, 1.0]
+
+
+def overlap(logits: torch.Tensor, box: torch.Tensor) -> float:
+    """IoU of a box and of the tight box of a mask [h, w], four times enlarged; 0 without a mask."""
+    mask = F.interpolate(logits[None, None], scale_factor=4.0, mode="bilinear")[0, 0] > 0
+    if not mask.any():
+        return 0.0
+    x0, y0, x1, y1 = tight_box(mask.numpy())
+    width, height = min(x1, box[2]) - max(x0, box[0]), min(y1, box[3]) - max(y0, box[1])
+    shared = float(max(width, 0) * max(height, 0))
+    return shared / float((x1 - x0) * (y1 - y0) + (box[2] - box[0]) * (box[3] - box[1]) - shared)

@@ -9,12 +9,14 @@ import torch
 from monailabel_dfqsam.config import SynthesisConfig, silent
 from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam.preprocess import input_range
+from monailabel_dfqsam.synthesis import synthesize as module
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary
 from monailabel_dfqsam.synthesis.synthesize import (
     COLOUR,
     LOSSES,
     Augmentation,
     Synthesis,
+    embed,
     from_model,
     image_generator,
     learning_rate,
@@ -62,6 +64,33 @@ def test_same_seed_same_bytes_whatever_the_number_of_images(sam: Sam) -> None:
     assert torch.equal(two.images[:1], again.images)
     assert two.losses[0] == again.losses[0]
     assert not torch.equal(two.images[0], two.images[1])
+
+
+def test_blocks_that_run_again_for_the_gradient_give_the_same_bytes_and_keep_less(
+    sam: Sam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, kept = short(sam), _kept(sam)
+    monkeypatch.setattr(module, "KEPT_TOKENS", 255)  # it has 256
+    again = short(sam)
+    assert torch.equal(made.images, again.images)
+    assert made.losses == again.losses
+    assert _kept(sam) < 0.25 * kept
+
+
+def _kept(sam: Sam) -> int:
+    """Bytes that an encoder run holds for its gradient."""
+    sizes: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    weights = {value.untyped_storage().data_ptr() for value in sam.image_encoder.parameters()}
+    image = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = embed(sam.image_encoder, image)
+    assert result.requires_grad
+    return sum(size for place, size in sizes.items() if place not in weights)
 
 
 def test_another_seed_another_image(sam: Sam) -> None:

@@ -56,10 +56,13 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
     """The upper triangular U with UᵀU = matrix⁻¹, of a positive definite matrix [K, K].
 
     It is the inverse of the upper triangular R with RRᵀ = matrix, which is Cholesky's factor of the matrix
-    turned around: half the work of factoring the inverse, and fewer matrices at once.
+    turned around: less work than factoring the inverse, and fewer matrices at once.
     """
     upper = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(
+        upper, torch.eye(len(upper), dtype=upper.dtype), upper=True
+    )
+    return factor
 
 
 def _error(weight: Tensor, integers: Tensor, scale: Tensor, gram: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ POINTS = 6
 _OWN = "prompt_encoder.bbox_top_left_embeddings.weight"
 _POSITIONS = "image_encoder.pos_embed"
 _PATCHES = "image_encoder.patch_embed.proj.weight"
-_INPUT_SIZE = 1024
 _NAMES = (
     (r"^(image_encoder\.blocks\.\d+\.mlp)\.fc(\d)\.", r"\1.lin\2."),
     (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.layers\.0\.0\.", r"\1.lin1."),
@@ -44,11 +43,15 @@ _NAMES = (
 )
 
 
-def adopted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def adopted(tensors: Mapping[str, Tensor], size: int = 1024) -> dict[str, Tensor]:
     """A checkpoint under the names used here; one that is not EfficientSAM's comes back as it is.
 
     Positions are brought to the input's grid as EfficientSAM does it, by cubics; that of the class token,
     which no image has, is left out.
+
+    Args:
+        tensors: by published name.
+        size: side of the input in pixels.
     """
     if _OWN not in tensors:
         return dict(tensors)
@@ -62,7 +65,7 @@ def adopted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         logger.info("not used of the checkpoint: %s[:, 0], the class token's", _POSITIONS)
         side = math.isqrt(positions.shape[1] - 1)
         table = positions[:, 1 : 1 + side * side].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = _INPUT_SIZE // patches.shape[-1]
+        grid = size // patches.shape[-1]
         table = F.interpolate(table, (grid, grid), mode="bicubic", align_corners=False)
         found[_POSITIONS] = table.permute(0, 2, 3, 1).contiguous()
     return found

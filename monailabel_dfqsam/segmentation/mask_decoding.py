@@ -2,7 +2,8 @@
 
 The modules and their weights are segment-anything's, and so is the result, up to the rounding of float32. The
 way differs: channels come last throughout, so that no product needs a copy; the upscaling, whose kernels do
-not overlap, is two products; and only the mask that is chosen is computed, of four.
+not overlap, is two products; and only the mask that is chosen is computed, of four, unless the masks have a
+say in the choice.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class OneMaskDecoder:
         first, self._norm, self._activation, second, self._last_activation = stages
         self._first, self._second = _as_product(first), _as_product(second)
 
-    def __call__(self, image: Tensor, sparse: Tensor, dense: Tensor, multimask: bool) -> tuple[Tensor, float]:
+    def __call__(
+        self, image: Tensor, sparse: Tensor, dense: Tensor, multimask: bool, box: Tensor | None = None
+    ) -> tuple[Tensor, float]:
         """The mask and its predicted IoU.
 
         Args:
@@ -38,6 +41,8 @@ class OneMaskDecoder:
             sparse: [1, N, C] float32, points and boxes.
             dense: [1, C, h, w] float32, the mask prompt.
             multimask: take the best of outputs 1 to 3, otherwise output 0.
+            box: [4] float32, (x0, y0, x1, y1) on a grid of 16h × 16w pixels: then, of all outputs, take the
+                one with the greatest sum of predicted IoU and `box_fits`.
 
         Returns:
             [1, 1, 4h, 4w] float32 logits, and the IoU that the decoder expects, about 0 … 1.
@@ -47,11 +52,17 @@ class OneMaskDecoder:
         queries, keys = decoder.transformer(image + dense, self._positions, tokens)
         scores = decoder.iou_prediction_head(queries[:, 0])[0]
         best = 1 + int(scores[1:].argmax()) if multimask else 0
-        weights = decoder.output_hypernetworks_mlps[best](queries[0, 1 + best])
+        outputs = [best] if box is None else list(range(len(scores)))
+        mlps = decoder.output_hypernetworks_mlps
+        weights = torch.stack([mlps[n](queries[0, 1 + n]) for n in outputs], dim=1)
         height, width = image.shape[2:]
-        # Axes: row, column, then row and column within each of the two enlargements.
-        logits = (self._upscaled(keys)[0] @ weights).view(height, width, 2, 2, 2, 2)
-        return logits.permute(0, 2, 4, 1, 3, 5).reshape(1, 1, 4 * height, 4 * width), float(scores[best])
+        # Axes: row, column, row and column within each of the two enlargements, output.
+        logits = (self._upscaled(keys)[0] @ weights).view(height, width, 2, 2, 2, 2, len(outputs))
+        logits = logits.permute(6, 0, 2, 4, 1, 3, 5).reshape(1, len(outputs), 4 * height, 4 * width)
+        if box is not None:
+            best = int((scores + box_fits(logits[0], box)).argmax())
+            logits = logits[:, best : best + 1].contiguous()
+        return logits, float(scores[best])
 
     def each(self, image: Tensor, sparse: Tensor, dense: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
         """Many objects of one image.
@@ -91,6 +102,33 @@ class OneMaskDecoder:
         x = F.linear(self._activation(x), *self._second)
         pixels: Tensor = self._last_activation(x.view(len(keys), -1, x.shape[2] // 4))
         return pixels
+
+
+def box_fits(logits: Tensor, box: Tensor) -> Tensor:
+    """IoU of a box and of the tight boxes of masks, 0 for an empty mask.
+
+    Whoever draws a box means that the object reaches its sides; predicted IoUs take little account of that.
+
+    Args:
+        logits: [K, h, w] float32.
+        box: [4] float32, (x0, y0, x1, y1) on a grid of 4h × 4w pixels, on which the masks are looked at.
+
+    Returns:
+        [K] float32.
+    """
+    size = (4 * logits.shape[1], 4 * logits.shape[2])
+    masks = F.interpolate(logits[None], size, mode="bilinear")[0] > 0
+    fits = torch.zeros(len(masks))
+    for n, mask in enumerate(masks):
+        columns, rows = mask.any(0).nonzero().cpu(), mask.any(1).nonzero().cpu()
+        if len(rows) == 0:
+            continue
+        low = torch.tensor([float(columns[0]), float(rows[0])])
+        high = torch.tensor([float(columns[-1]) + 1, float(rows[-1]) + 1])
+        shared = (torch.minimum(high, box[2:].cpu()) - torch.maximum(low, box[:2].cpu())).clamp_min(0).prod()
+        both = (high - low).prod() + (box[2:] - box[:2]).prod().cpu()
+        fits[n] = shared / (both - shared)
+    return fits.to(logits.device)
 
 
 def channels_last(grid: Tensor) -> Tensor:

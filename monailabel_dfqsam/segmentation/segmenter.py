@@ -144,7 +144,8 @@ class Segmenter:
             embedding: from `embed` of the same model.
             prompts: at least a point or a box; `mask_logits` only refines.
             multimask: take the one with the best predicted IoU of the decoder's three candidates (outputs
-                1 to 3); otherwise, and where nothing else was trained, its single answer (output 0).
+                1 to 3), or for a box to a variant that is `chosen_by_box`, as `OneMaskDecoder` says;
+                otherwise, and where nothing else was trained, its single answer (output 0).
 
         Raises:
             ValueError: for prompts that are empty, misshapen or outside the image.
@@ -153,7 +154,10 @@ class Segmenter:
         points, boxes, masks = self._model_prompts(prompts, embedding.frame)
         sparse, dense = self._prompt_encoder(points, boxes, masks)
         multimask = multimask and not self.variant.one_mask
-        logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask)
+        box = None
+        if multimask and boxes is not None and self.variant.chosen_by_box:
+            box = boxes[0] + _PIXEL_CENTRE
+        logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask, box)
         logits = logits.cpu()
         mask = to_image(logits, embedding.frame)[0, 0] > 0
         return Prediction(mask.numpy(), score, logits)
