@@ -161,7 +161,7 @@ def test_area_means_are_weighted_by_what_is_covered(length: int, size: int, seed
 
 
 def test_lite_medsam_spans_zero_to_one_and_pads_with_zeros() -> None:
-    """Longest side to 256 by means of areas, of 8 bit; least to 0 and greatest to 1; then zeros below or right."""
+    """Longest side to 256 by areas' means, in 8 bit; least to 0, greatest to 1; zeros below or right."""
     rgb = np.random.default_rng(0).integers(100, 151, (512, 300, 3), dtype=np.uint8)
     x, frame = to_input(VARIANTS["lite_medsam"], rgb)
     assert (frame.resized_height, frame.resized_width, frame.mask_cell) == (256, 150, 1)

@@ -112,8 +112,7 @@ class Attention(WindowedAttention):
 
     def padded_qkv(self) -> Tensor:
         # The published encoder pads with zeros before the norm, which gives its bias for them.
-        padded: Tensor = self.qkv(self.norm.bias)
-        return padded
+        return F.linear(self.norm.bias, self.qkv.weight, self.qkv.bias)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Each head's q, k and v stand side by side, unlike in SAM's ViT.
