@@ -1,12 +1,9 @@
-"""The quantized image encoder, common to the engines on the CPU: any family's on integers.
-
-What differs between them is `Kernels`: the integer matrix product, and what lies between two products.
-"""
+"""The quantized image encoder, common to the engines on the CPU: any family's on integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,41 +11,17 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, float_tensors
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.ops import QuantizedLayer, plain
+from monailabel_dfqsam.engines.kernels import Kernel, Kernels
+from monailabel_dfqsam.engines.tiny_vit import IntegerConvolutions
+from monailabel_dfqsam.ops import QuantizedLayer
 from monailabel_dfqsam.sam.encoder import AttentionCore, ImageEncoder, TransformerBlock, WindowedAttention
 from monailabel_dfqsam.sam.model import build_encoder
+from monailabel_dfqsam.sam.tiny_vit import Bottleneck, Merging
 from monailabel_dfqsam.sam.variants import VARIANTS
 
 # Rows at a time: what lies between two products, several times as wide and in float, then stays in cache.
 _MLP_ROWS = 512
 _ATTENTION_ROWS = 512
-
-
-class Kernel(Protocol):
-    """The integer product of one layer, dequantized, bias added."""
-
-    def __call__(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Rows [M, K] uint8 to [M, N] float32; added to `residual` in place where there is one."""
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """An engine's parts; `ops.plain` defines the middle three.
-
-    Attributes:
-        attend_quantize: an attention's qkv [B, H, W, 3C] float32 to the integers [B, H, W, C] uint8 that the
-            layer behind it multiplies; `attend_quantize` below defines it.
-        core: for policy `paper`: an attention core from its ranges [7] and bits.
-    """
-
-    linear: Callable[[QuantizedLayer], Kernel]
-    quantize_input: Callable[[Tensor, QuantizedLayer], Tensor]
-    layer_norm_quantize: Callable[
-        [Tensor, Tensor, Tensor, float, QuantizedLayer, bool], tuple[Tensor, Tensor | None]
-    ]
-    gelu_quantize: Callable[[Tensor, QuantizedLayer], Tensor]
-    attend_quantize: Callable[[WindowedAttention, Tensor, QuantizedLayer], Tensor]
-    core: Callable[[Tensor, int], nn.Module] | None = None
 
 
 class Encoder(Protocol):
@@ -111,6 +84,7 @@ class IntegerBlock(nn.Module):
         )
         norms: list[Any] = [block.get_submodule(block.norms[name]) for name in block.linears[::2]]
         self._norms = tuple(norms)  # under their own names they are here already
+        block.attn.settle()
         self.between, self.beside = block.between, block.beside
         self.kernels = kernels
 
@@ -152,11 +126,6 @@ def _independent(x: Tensor, window: int) -> Iterator[Tensor]:
         yield from image.split(strip, dim=1)
 
 
-def attend_quantize(attention: WindowedAttention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
-    """`Kernels.attend_quantize` in plain torch."""
-    return plain.quantize_input(attention.attend(qkv), reader)
-
-
 def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageEncoder:
     """The encoder of an artifact on an engine's kernels, under the checkpoint's names.
 
@@ -190,10 +159,16 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
     for key, value in floats.items():
         parent, _, buffer = key.rpartition(".")
         encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
-    for name, block in encoder.attention_blocks().items() if fused else ():
-        if all(isinstance(block.get_submodule(linear), IntegerLinear) for linear in block.linears):
-            _replace(encoder, name, IntegerBlock(block, kernels))
+    for name, step in encoder.steps() if fused else ():
+        if isinstance(step, TransformerBlock) and _all_integer(step, step.linears):
+            _replace(encoder, name, IntegerBlock(step, kernels))
+        elif isinstance(step, (Bottleneck, Merging)) and _all_integer(step, ("conv1.c", "conv3.c")):
+            _replace(encoder, name, IntegerConvolutions(step, kernels))
     return encoder.eval().requires_grad_(False)
+
+
+def _all_integer(step: nn.Module, names: Iterable[str]) -> bool:
+    return all(isinstance(step.get_submodule(name), IntegerLinear) for name in names)
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

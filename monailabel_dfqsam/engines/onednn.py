@@ -11,7 +11,8 @@ from torch import Tensor
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble, attend_quantize
+from monailabel_dfqsam.engines.encoder import assemble
+from monailabel_dfqsam.engines.kernels import Kernel, Kernels, attend_quantize
 from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain
 from monailabel_dfqsam.sam.encoder import WindowedAttention
 from monailabel_dfqsam.sam.vit import Attention

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble, attend_quantize
+from monailabel_dfqsam.engines.encoder import assemble
+from monailabel_dfqsam.engines.kernels import Kernel, Kernels, attend_quantize
 from monailabel_dfqsam.ops import QuantizedLayer, plain
 from monailabel_dfqsam.ops.integer import multiplied
 from monailabel_dfqsam.quantization.quantizer import Affine, fake_log_sqrt2

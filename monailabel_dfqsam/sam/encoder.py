@@ -87,6 +87,9 @@ class WindowedAttention(nn.Module):
         if self.window:
             self.pad_qkv = self.padded_qkv().detach().clone()
 
+    def settle(self) -> None:
+        """Computes once what depends on weights alone, which must not change or move from then on."""
+
     def attend(self, qkv: Tensor) -> Tensor:
         """What lies between the two Linears: [B, H, W, 3C] float to [B, H, W, C] float."""
         _, h, w, _ = qkv.shape

@@ -50,9 +50,9 @@ def _segment_anything_modeling() -> ModuleType:
 class Sam(nn.Module):
     """A SAM in full precision; attributes and call signatures are segment-anything's.
 
-    `image_encoder(x [B, 3, S, S]) -> [B, C, grid, grid]`, `prompt_encoder(points, boxes, masks)`,
+    `image_encoder(x [B, 3, S, S]) -> [B, C, G, G]`, `prompt_encoder(points, boxes, masks)`,
     `mask_decoder(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings,
-    multimask_output)`; all float32.
+    multimask_output)`; all float32. S is the variant's `input_size`, G its `grid`, M its `mask_side`.
     """
 
     def __init__(self, variant: Variant) -> None:
@@ -72,12 +72,12 @@ class Sam(nn.Module):
         """Masks of N objects of one image, for a click into each, for a box around each, or for both.
 
         Args:
-            embedding: [1, C, S/16, S/16] float32.
+            embedding: [1, C, G, G] float32.
             points: [N, 2] float32, (x, y) in pixels of the model's input.
             boxes: [N, 4] float32, (x0, y0, x1, y1) in the same.
 
         Returns:
-            logits [N, 4, S/4, S/4], the single answer and then the three candidates, and their predicted IoUs
+            logits [N, 4, M, M], the single answer and then the three candidates, and their predicted IoUs
             [N, 4].
         """
         decoder: Any = self.mask_decoder

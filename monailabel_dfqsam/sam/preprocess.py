@@ -93,8 +93,9 @@ def to_input(variant: Variant, rgb: NDArray[np.uint8]) -> tuple[Tensor, Frame]:
         x = F.interpolate(x, size=target, mode="bicubic", align_corners=False, antialias=True)
         return _min_max(x.clamp(darkest, brightest)), frame
     if kind is Preprocessing.LITE_MEDSAM:
-        # Its evaluation resizes images of 8 bit to such.
-        x = _min_max(area_resized(area_resized(x, target[0], 2), target[1], 3).round())
+        # Its evaluation resizes images of 8 bit to such, halves up where sides are halved.
+        x = area_resized(area_resized(x, target[0], 2), target[1], 3)
+        x = _min_max((x + 0.5).floor())
     else:
         smooth = kind is not Preprocessing.EFFICIENT_SAM
         x = normalize(F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=smooth))

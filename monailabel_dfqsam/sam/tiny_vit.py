@@ -109,6 +109,7 @@ class Attention(WindowedAttention):
         super().__init__(dim, heads, window)
         self.norm = nn.LayerNorm(dim)
         self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
+        self._position: Tensor | None = None
 
     def padded_qkv(self) -> Tensor:
         # The published encoder pads with zeros before the norm, which gives its bias for them.
@@ -120,7 +121,13 @@ class Attention(WindowedAttention):
         return q, k, v
 
     def position(self, q: Tensor, side: int) -> Tensor | None:
+        if self._position is not None:
+            return self._position
         return self.attention_biases[:, distances(side, q.device)][None]
+
+    def settle(self) -> None:
+        biases = self.attention_biases.detach()
+        self._position = biases[:, distances(self.window, biases.device)][None]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] float to the same."""

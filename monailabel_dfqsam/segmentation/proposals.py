@@ -80,7 +80,7 @@ def surest(logits: Tensor, scores: Tensor, frame: Frame) -> list[int]:
     laxer threshold.
 
     Args:
-        logits: [N, 1, S/4, S/4] float.
+        logits: [N, 1, M, M] float.
         scores: [N] float, predicted IoU.
         frame: where the image lies in the model's input; what is beyond does not count.
     """
