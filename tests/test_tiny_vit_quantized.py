@@ -16,17 +16,13 @@ from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact, w
 from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, Recipe, SynthesisConfig, silent
 from monailabel_dfqsam.engines import (
     cutlass,
-    layer_by_layer,
     load_encoder,
     onednn,
-    reference,
     why_not,
     working,
 )
-from monailabel_dfqsam.engines import tiny_vit as tiny_vit_module
 from monailabel_dfqsam.engines.cutlass import GraphlessForward
 from monailabel_dfqsam.engines.encoder import IntegerBlock
-from monailabel_dfqsam.engines.tiny_vit import IntegerConvolutions
 from monailabel_dfqsam.pipeline import QuantizationResult, gaussian_images, quantize
 from monailabel_dfqsam.quantization.calibrate import observe
 from monailabel_dfqsam.quantization.cost import encoder_cost
@@ -34,7 +30,7 @@ from monailabel_dfqsam.quantization.quantizer import Affine, search_affine
 from monailabel_dfqsam.quantization.reparameterize import after_norms, keep_padding, reparameterize
 from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam.encoder import ImageEncoder
-from monailabel_dfqsam.sam.tiny_vit import Block, Bottleneck, Merging
+from monailabel_dfqsam.sam.tiny_vit import Block
 from monailabel_dfqsam.segmentation.segmenter import load_segmenter
 from monailabel_dfqsam.synthesis.patch_similarity import attention_outputs
 from tests.models import relative_error, seeded_checkpoint, seeded_sam
@@ -200,23 +196,3 @@ def test_synthesis_sees_every_transformer_block_over_the_whole_image(result: Qua
     shapes = [tuple(tokens.shape) for tokens in outputs]
     assert shapes == [(1, 1024, 32)] * 2 + [(1, 256, 32)] * 8
     assert len(result.measures["synthetic"].entropies) == 10
-
-
-@pytest.mark.parametrize("place", ["layers.0.blocks.1", "layers.0.downsample", "layers.2.downsample"])
-@pytest.mark.parametrize("rows", [1, 3, 1000])
-def test_convolutions_by_rows_are_those_of_the_whole(
-    place: str, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = layer_by_layer(made(FAMILIES[0])).get_submodule(place)
-    assert isinstance(step, (Bottleneck, Merging))
-    hidden = step.conv2.c.in_channels
-    side, channels = {"layers.0": (13, 64), "layers.2": (9, 160)}[place[:8]]
-    stride = step.conv2.c.stride[0]
-    x = torch.randn(2, side, side + 4, channels, generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(tiny_vit_module, "_HIDDEN", rows * (side + 4) * hidden * stride)
-    with torch.inference_mode():
-        expected = step(x)
-        found = IntegerConvolutions(step, reference._KERNELS)(x)
-    assert found.shape == expected.shape
-    # But for the rounding of float32, and another choice where a value lies halfway between two integers.
-    assert relative_error(found, expected) < 1e-3
