@@ -427,6 +427,14 @@ def pretrain(
     steps: Annotated[int, typer.Option(min=1, help="Training steps in all, those already done included.")],
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.CPU,
     what: Annotated[Trained, typer.Option(help="Which of the embedded networks.")] = Trained.SAM,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights of 'tiny' to begin with, unless the folder holds a state to resume from.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the phantoms; another one shows others.")] = 0,
 ) -> None:
     """Trains an embedded network on phantoms; resumes where the folder's last run stopped.
 
@@ -437,23 +445,32 @@ def pretrain(
 
         if device is Device.CUDA and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device here")
+        train = _trainer(what, steps, start, seed)
         out.mkdir(parents=True, exist_ok=True)
         with training_bar() as progress:
-            path = _trainer(what, steps)(out, torch.device(device.value), progress)
+            path = train(out, torch.device(device.value), progress)
     output.print(f"Wrote {path}", markup=False)
 
 
-def _trainer(what: Trained, steps: int) -> Callable[..., Path]:
+def _trainer(what: Trained, steps: int, start: Path | None, seed: int) -> Callable[..., Path]:
     """(out, device, progress) -> the file written."""
     if what is Trained.SAM:
         from monailabel_dfqsam.pretraining.train import PretrainConfig, train_sam
+        from monailabel_dfqsam.sam import read_checkpoint
 
+        begin = None if start is None else read_checkpoint(start)
         return lambda out, device, progress: train_sam(
-            out, PretrainConfig(steps=steps), device, lambda done, total, text: progress(text, done, total)
+            out,
+            PretrainConfig(steps=steps, seed=seed),
+            device,
+            lambda done, total, text: progress(text, done, total),
+            begin,
         )
+    if start is not None:
+        raise ValueError("--start is for --what sam alone")
     from monailabel_dfqsam.pretraining.auxiliary_network import AUXILIARY_CONFIG, train_auxiliary
 
-    config = replace(AUXILIARY_CONFIG, steps=steps)
+    config = replace(AUXILIARY_CONFIG, steps=steps, seed=AUXILIARY_CONFIG.seed + seed)
     return lambda out, device, progress: train_auxiliary(
         out, config, device, lambda done, total, text: progress(text, done, total)
     )

@@ -35,7 +35,7 @@ PROMISED = {
     },
     "evaluate": {"data", "model", "engine", "prompts", "json", "html"},
     "inspect": {"file", "json"},
-    "pretrain": {"out", "steps", "device", "what"},
+    "pretrain": {"out", "steps", "device", "what", "start", "seed"},
     "benchmark": set(),
 }  # fmt: skip
 
@@ -221,6 +221,18 @@ def test_pretrain_makes_weights_that_can_be_read(tmp_path: Path) -> None:
     assert (tmp_path / "weights" / "dfqsam-tiny-auxiliary.safetensors").is_file()
     if not torch.cuda.is_available():
         assert_refused(run("pretrain", "--out", tmp_path, "--steps", 1, "--device", "cuda"), "no CUDA device")
+    begun = (
+        "pretrain",
+        "--out",
+        tmp_path,
+        "--steps",
+        1,
+        "--what",
+        "auxiliary",
+        "--start",
+        tmp_path / "some.pth",
+    )
+    assert_refused(run(*begun), "--what sam alone")
 
 
 def test_serve_refuses_what_it_cannot_serve(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from monailabel_dfqsam.pretraining.phantoms import PhantomClass, label_map, rend
 from monailabel_dfqsam.pretraining.prompting import Prompted, corrected, decode, first_prompts
 from monailabel_dfqsam.pretraining.targets import GROUP, MASKS_PER_IMAGE, MIN_AREA, SHOWN, PhantomDataset
 from monailabel_dfqsam.pretraining.train import PretrainConfig, contrastive_loss, mask_losses, train_sam
-from monailabel_dfqsam.sam import Sam, build, read_checkpoint
+from monailabel_dfqsam.sam import VARIANTS, Sam, build, read_checkpoint
 from monailabel_dfqsam.sam.prompt_maps import BACKGROUND, FOREGROUND
 
 
@@ -147,6 +148,19 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates.index(max(rates)) in (9, 10)
     assert rates[0] == pytest.approx(0.1)
     assert rates[-1] < 0.03
+
+
+def test_training_begins_with_weights(tmp_path: Path) -> None:
+    """The rate of the first step is small: what comes out is nearly what went in."""
+    start = read_checkpoint()
+    config = PretrainConfig(steps=1, batch=1, lr=1e-6)
+    weights = train_sam(tmp_path, config, torch.device("cpu"), lambda *_: None, start)
+    trained = read_checkpoint(weights).state_dict
+    for name, value in start.state_dict.items():
+        torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-3)
+    other = replace(start, variant=VARIANTS["sam_b_256"])
+    with pytest.raises(ValueError, match="sam_b_256"):
+        train_sam(tmp_path / "other", config, torch.device("cpu"), lambda *_: None, other)
 
 
 def test_training_stops_resumes_and_exports(tmp_path: Path) -> None:

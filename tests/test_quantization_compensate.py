@@ -32,7 +32,9 @@ def case() -> tuple[nn.Linear, Affine, Tensor, Tensor]:
 
 def test_no_output_is_off_on_average(case: tuple[nn.Linear, Affine, Tensor, Tensor]) -> None:
     linear, inputs, exact, actual = case
-    off = _output(compensated(linear.weight, inputs, linear(exact), actual, 4), actual) - linear(exact)
+    off = _output(compensated(linear.weight, inputs, linear(exact), inputs.fake(actual), 4), actual) - linear(
+        exact
+    )
     nearest = _output(quantize_layer(linear, inputs, 4), actual) - linear(exact)
     assert float(off.mean(0).abs().max()) < 1e-4
     assert float(nearest.mean(0).abs().max()) > 0.1
@@ -40,7 +42,10 @@ def test_no_output_is_off_on_average(case: tuple[nn.Linear, Affine, Tensor, Tens
 
 def test_each_output_is_nearer_to_full_precision(case: tuple[nn.Linear, Affine, Tensor, Tensor]) -> None:
     linear, inputs, exact, actual = case
-    layers = (compensated(linear.weight, inputs, linear(exact), actual, 4), quantize_layer(linear, inputs, 4))
+    layers = (
+        compensated(linear.weight, inputs, linear(exact), inputs.fake(actual), 4),
+        quantize_layer(linear, inputs, 4),
+    )
     ours, nearest = ((_output(layer, actual) - linear(exact)).square().mean(0) for layer in layers)
     assert (ours < nearest).all()
 

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.pretraining.prompting import corrected, decode, first_prompts
 from monailabel_dfqsam.pretraining.targets import PhantomDataset
+from monailabel_dfqsam.sam.checkpoint import Checkpoint
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.preprocess import normalize
 from monailabel_dfqsam.sam.variants import VARIANTS
@@ -150,18 +151,30 @@ def prompted_loss(
 
 
 def train_sam(
-    out: Path, config: PretrainConfig, device: torch.device, progress: Callable[[int, int, str], None]
+    out: Path,
+    config: PretrainConfig,
+    device: torch.device,
+    progress: Callable[[int, int, str], None],
+    start: Checkpoint | None = None,
 ) -> Path:
     """Trains `dfqsam-tiny` and returns the safetensors file with its weights (float16).
 
     Args:
         out: folder for `sam.pt` (everything needed to resume) and `dfqsam-tiny.safetensors`.
         progress: called with (step, steps, text).
+        start: weights to begin with, when there is nothing to resume; random ones without it.
+
+    Raises:
+        ValueError: when `start` is of another model.
     """
     rank, world = _join()
     torch.manual_seed(config.seed)
     sam = Sam(VARIANTS["tiny"]).to(device).train()
     _initialise(sam)
+    if start is not None:
+        if start.variant != sam.variant:
+            raise ValueError(f"a checkpoint of '{start.variant.name}' cannot start '{sam.variant.name}'")
+        sam.load_state_dict(start.state_dict)
     dense = DenseHead(sam.variant.embed_channels).to(device)
     parameters = [*sam.parameters(), *dense.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)

@@ -128,8 +128,8 @@ def observe(
 
     Yields:
         of each step: rows [T, C] by layer name, images
-        [., C, H, W] as rows too; and, if asked for, of q, k, v and the probabilities of each attention core,
-        flattened. A row or value comes in so many, `MAX_SAMPLES` values at most.
+        [., C, H, W] as rows too, about `MAX_SAMPLES` values at most; and, if asked for, of q, k, v and the
+        probabilities of each attention core, flattened.
     """
     flow = list(images.split(1))
     parts = encoder.steps()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.config import Progress
 from monailabel_dfqsam.ops import QuantizedLayer
-from monailabel_dfqsam.quantization.modules import run, shared_copy
+from monailabel_dfqsam.quantization.modules import read_by, run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, weight_scale
 from monailabel_dfqsam.quantization.rounding import round_compensating
 from monailabel_dfqsam.sam.encoder import ImageEncoder, TransformerBlock
@@ -92,41 +92,35 @@ def _quantized(
     block = shared_copy(exact)
     wanted = _outputs(exact, expected)
     for part in exact.linears:
+        name = f"{place}.{part}"
         linear = exact.get_submodule(part)
         assert isinstance(linear, nn.Linear)
-        layer = compensated(
-            linear.weight,
-            ranges[f"{place}.{part}"],
-            torch.cat(wanted.pop(part)),
-            _inputs(block, part, actual),
-            bits,
-        )
-        layers[f"{place}.{part}"] = layer
+        seen = _inputs(block, part, ranges[name], actual)
+        layers[name] = compensated(linear.weight, ranges[name], wanted.pop(part), seen, bits)
         parent, _, child = part.rpartition(".")
-        setattr(block.get_submodule(parent), child, _Simulated(layer))
+        setattr(block.get_submodule(parent), child, _Simulated(layers[name]))
     return block, layers
 
 
-def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, actual: Tensor, bits: int) -> QuantizedLayer:
-    """One Linear whose quantized form, on `actual`, comes near to what it gives in full precision.
+def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, seen: Tensor, bits: int) -> QuantizedLayer:
+    """One Linear whose quantized form comes near to what it gives in full precision.
 
     Args:
         weight: [N, K] float32.
-        inputs: the range that quantizes `actual`.
-        wanted: [T, N] float32, its outputs in full precision, bias added.
-        actual: [T, K] float32, its inputs as the layers before give them once they are quantized.
+        inputs: the range that quantizes what it reads.
+        wanted: [T, N] float32, its outputs in full precision, bias added; overwritten.
+        seen: [T, K] float32, its inputs as the layers before give them once they are quantized, after a round
+            trip through the integers; overwritten.
         bits: of the weight.
     """
-    seen = inputs.fake(actual)
-    centre = seen.mean(0)
+    centre, mean = seen.mean(0), wanted.mean(0)
     seen -= centre
-    mean = wanted.mean(0)
-    missing = wanted - mean
-    missing -= seen @ weight.T
+    wanted -= mean
+    wanted -= seen @ weight.T
     gram = seen.T @ seen
     held = gram.clone()
     held.diagonal().add_(RIDGE * gram.diagonal().mean())
-    moved = weight + torch.linalg.solve(held, seen.T @ missing).T
+    moved = weight + torch.linalg.solve(held, seen.T @ wanted).T
     scale = weight_scale(moved, bits)
     integers = round_compensating(moved, gram, scale, bits)
     left = mean - (integers * scale[:, None]) @ centre
@@ -141,22 +135,37 @@ def _move_on(encoder: ImageEncoder, name: str, step: nn.Module, flow: list[Tenso
         flow[index] = encoder.after(name, step(x))
 
 
-def _outputs(block: TransformerBlock, flow: list[Tensor]) -> dict[str, list[Tensor]]:
-    """What a block's Linears put out, [T, N] of each image; the images' tokens in `flow` move on past it."""
-    rows: dict[str, list[Tensor]] = {part: [] for part in block.linears}
+class _Rows:
+    """Rows of several images, in one tensor as they come: joined at the end, they would be held twice."""
+
+    def __init__(self, images: int) -> None:
+        self._images, self._blocks = images, torch.empty(0)
+
+    def put(self, index: int, x: Tensor) -> None:
+        """Evenly spaced ones of an image's rows [1, H, W, C]."""
+        rows = x.flatten(0, -2)
+        rows = rows[:: -(-len(rows) // MAX_ROWS)]
+        if index == 0:
+            self._blocks = rows.new_empty(self._images, *rows.shape)
+        self._blocks[index] = rows
+
+    def joined(self) -> Tensor:
+        return self._blocks.flatten(0, 1)
+
+
+def _outputs(block: TransformerBlock, flow: list[Tensor]) -> dict[str, Tensor]:
+    """What a block's Linears put out, [T, N] each; the images' tokens in `flow` move on past the block."""
+    rows = {part: _Rows(len(flow)) for part in block.linears}
     for index, x in enumerate(flow):
         flow[index], calls = run(block, block.linears, x)
         for part in block.linears:
-            rows[part].append(_thinned(calls[part].output))
-    return rows
+            rows[part].put(index, calls[part].output)
+    return {part: rows[part].joined() for part in block.linears}
 
 
-def _inputs(block: TransformerBlock, part: str, flow: list[Tensor]) -> Tensor:
-    """What one Linear of a block reads, [T, K], of the same rows."""
-    return torch.cat([_thinned(run(block, (part,), x)[1][part].inputs[0]) for x in flow])
-
-
-def _thinned(x: Tensor) -> Tensor:
-    """Some of an image's rows [T, .] of [1, H, W, .], evenly spaced."""
-    rows = x.flatten(0, -2)
-    return rows[:: -(-len(rows) // MAX_ROWS)].clone()
+def _inputs(block: TransformerBlock, part: str, inputs: Affine, flow: list[Tensor]) -> Tensor:
+    """What one Linear of a block reads, [T, K], of the same rows, after a round trip through the integers."""
+    rows = _Rows(len(flow))
+    for index, x in enumerate(flow):
+        rows.put(index, inputs.fake(read_by(block, part, x)))
+    return rows.joined()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -41,3 +42,24 @@ def run(module: nn.Module, names: Iterable[str], x: Tensor) -> tuple[Tensor, dic
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Enough(Exception):
+    """Ends a run of which no more is wanted."""
+
+
+def read_by(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What a module within another reads when that one is given x; what would run after it does not."""
+    read: list[Tensor] = []
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read.extend(inputs)
+        raise _Enough
+
+    handle = module.get_submodule(name).register_forward_pre_hook(hook)
+    try:
+        with suppress(_Enough):
+            module(x)
+    finally:
+        handle.remove()
+    return read[0]

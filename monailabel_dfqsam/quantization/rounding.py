@@ -30,10 +30,7 @@ def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -
     Returns:
         [N, K] int8 within −2^(bits−1) … 2^(bits−1) − 1.
     """
-    damped = gram.double()
-    damped.diagonal().add_(_damping(gram))
-    order = torch.argsort(damped.diagonal(), descending=True)
-    spread = _inverse_factor(damped[order][:, order]).to(weight.dtype)
+    order, spread = _spread(gram, weight.dtype)
     left = weight[:, order].clone()
     rounded = torch.empty_like(left)
     for first in range(0, len(gram), _COLUMNS):
@@ -52,17 +49,20 @@ def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -
     return torch.where(better[:, None], compensated, nearest).to(torch.int8)
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor:
-    """The upper triangular U with UᵀU = matrix⁻¹, of a positive definite matrix [K, K].
+def _spread(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The order of columns, and U [K, K], upper triangular, with UᵀU the inverse of the matrix so ordered.
 
-    It is the inverse of the upper triangular R with RRᵀ = matrix, which is Cholesky's factor of the matrix
-    turned around: less work than factoring the inverse, and fewer matrices at once.
+    With LLᵀ the matrix in the opposite order, L⁻¹ turned around is U: one factor where the definition takes
+    an inverse and two, and few matrices at once, each of which takes much memory in float64.
     """
-    upper = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
-    factor: Tensor = torch.linalg.solve_triangular(
-        upper, torch.eye(len(upper), dtype=upper.dtype), upper=True
-    )
-    return factor
+    damping = _damping(gram)
+    order = torch.argsort(gram.diagonal().double() + damping, descending=True)
+    opposite = order.flip(0)
+    matrix = gram[opposite][:, opposite].double()
+    matrix.diagonal().add_(damping)
+    matrix = torch.linalg.cholesky(matrix)
+    unit = torch.eye(len(gram), dtype=torch.float64)
+    return order, torch.linalg.solve_triangular(matrix, unit, upper=False).to(dtype).flip(0, 1)
 
 
 def _error(weight: Tensor, integers: Tensor, scale: Tensor, gram: Tensor) -> Tensor:

@@ -155,9 +155,8 @@ class Segmenter:
         points, boxes, masks = self._model_prompts(prompts, embedding.frame)
         sparse, dense = self._prompt_encoder(points, boxes, masks)
         multimask = multimask and not self.variant.one_mask
-        box = None
-        if multimask and boxes is not None and self.variant.chosen_by_box:
-            box = boxes[0] + _PIXEL_CENTRE
+        by_box = multimask and self.variant.chosen_by_box
+        box = boxes[0] + _PIXEL_CENTRE if by_box and boxes is not None else None
         logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask, box)
         logits = logits.cpu()
         mask = to_image(logits, embedding.frame)[0, 0] > 0
