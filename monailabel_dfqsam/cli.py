@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -410,7 +411,10 @@ def _inspect(file: Path) -> dict[str, Any]:
         "variant": variant.name,
         "sha256": checkpoint.sha256,
         "input_size": variant.input_size,
-        "encoder": f"{variant.depth} blocks of width {variant.embed_dim}, {variant.num_heads} heads",
+        "encoder": ", ".join(
+            f"{len(list(equal))} blocks of width {dim}, {heads} heads"
+            for (dim, heads), equal in groupby(variant.blocks, lambda block: (block.dim, block.heads))
+        ),
         "tensors": len(checkpoint.state_dict),
         "parameters": sum(tensor.numel() for tensor in checkpoint.state_dict.values()),
         "bytes": file.stat().st_size,

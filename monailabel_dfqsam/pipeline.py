@@ -29,10 +29,10 @@ from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
 from monailabel_dfqsam.quantization.cost import encoder_cost
 from monailabel_dfqsam.sam.checkpoint import Checkpoint
+from monailabel_dfqsam.sam.encoder import ImageEncoder
 from monailabel_dfqsam.sam.model import Sam, build
 from monailabel_dfqsam.sam.preprocess import normalize, to_input
 from monailabel_dfqsam.sam.variants import Variant
-from monailabel_dfqsam.sam.vit import ImageEncoderViT
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary, embedded_auxiliary
 from monailabel_dfqsam.synthesis.measures import Measures, measure
 from monailabel_dfqsam.synthesis.patch_similarity import encoder_patch_entropies
@@ -156,7 +156,7 @@ def folder_images(variant: Variant, folder: Path, count: int) -> Tensor:
     return torch.cat([to_input(variant, np.array(Image.open(path).convert("RGB")))[0] for path in paths])
 
 
-def layer_errors(float_encoder: ImageEncoderViT, artifact: Artifact, images: Tensor) -> dict[str, float]:
+def layer_errors(float_encoder: ImageEncoder, artifact: Artifact, images: Tensor) -> dict[str, float]:
     """‖quantized − float‖ / ‖float‖ of each quantized layer's output, errors of earlier layers included."""
     names = list(quantizable(float_encoder))
     expected: dict[str, Tensor] = {}
@@ -282,7 +282,7 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def _watch(
-    encoder: ImageEncoderViT, names: list[str], images: Tensor, see: Callable[[str, Tensor], None]
+    encoder: ImageEncoder, names: list[str], images: Tensor, see: Callable[[str, Tensor], None]
 ) -> None:
     """Runs the encoder; `see` gets the name and the output of each of the named layers, one after another."""
     handles = [

@@ -25,8 +25,8 @@ from monailabel_dfqsam.engines.cutlass_layers import Layer, window_tables
 from monailabel_dfqsam.ops import cuda_library, int_linear
 from monailabel_dfqsam.pipeline import gaussian_images, quantize
 from monailabel_dfqsam.sam import VARIANTS, Sam, build, read_checkpoint
+from monailabel_dfqsam.sam.encoder import window_partition
 from monailabel_dfqsam.sam.preprocess import frame_of
-from monailabel_dfqsam.sam.vit import window_partition
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prompts, full_precision_segmenter
 from tests.models import relative_error
 from tests.test_engines import make_artifact

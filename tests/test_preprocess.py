@@ -9,14 +9,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from monailabel_dfqsam.sam import VARIANTS, Variant
-from monailabel_dfqsam.sam.preprocess import PIXEL_MEAN, PIXEL_STD, frame_of, input_range, to_image, to_input
+from monailabel_dfqsam.sam.preprocess import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    area_resized,
+    frame_of,
+    input_range,
+    to_image,
+    to_input,
+)
 from monailabel_dfqsam.sam.variants import Preprocessing
 
 relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 quick = settings(relaxed, max_examples=12)
 
 # One of each family; the large ones differ in weights alone.
-NAMES = ("tiny", "sam_med2d_b", "sam_b_1024", "medsam")
+NAMES = ("tiny", "sam_med2d_b", "sam_b_1024", "medsam", "lite_medsam", "efficient_sam_ti")
 FLOAT = 1e-4
 # Interpolation spreads an edge over a pixel of the coarser of the two grids, nearest neighbour shifts it.
 EDGE = 1.5
@@ -40,7 +48,7 @@ def test_a_frame_fits_the_input_and_sam_keeps_proportions(name: str, height: int
     assert 1 <= frame.resized_height <= size
     assert 1 <= frame.resized_width <= size
     assert max(frame.resized_height, frame.resized_width) == size
-    if variant.preprocessing is Preprocessing.SAM:
+    if variant.preprocessing in (Preprocessing.SAM, Preprocessing.LITE_MEDSAM):
         exact = np.array([height, width]) * size / max(height, width)
         assert np.abs([frame.resized_height, frame.resized_width] - exact.clip(1)).max() <= 0.5
     # The image's far corner is the resized image's.
@@ -97,9 +105,9 @@ def test_a_mask_comes_back_where_it_was(name: str, case: tuple[int, int, tuple[i
     height, width, box = case
     variant = VARIANTS[name]
     frame = frame_of(variant, height, width)
-    low_size = variant.input_size // 4
+    low_size = variant.mask_side
     # Signed distance to the box at the centres of low-resolution pixels, the mask a perfect model would draw.
-    sx, sy = (s / 4 for s in frame.scale)
+    sx, sy = (s / variant.mask_cell for s in frame.scale)
     x0, y0, x1, y1 = box
     centres = torch.arange(low_size) + 0.5
     dx = torch.minimum(centres - x0 * sx, x1 * sx - centres)
@@ -141,13 +149,44 @@ def test_medsam_spans_zero_to_one_and_an_edge_costs_no_contrast() -> None:
     assert (to_input(VARIANTS["medsam"], np.full((8, 8, 3), 9, dtype=np.uint8))[0] == 0).all()
 
 
+@quick
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))
+def test_area_means_are_weighted_by_what_is_covered(length: int, size: int, seed: int) -> None:
+    x = np.random.default_rng(seed).random((2, length))
+    found = area_resized(torch.from_numpy(x), size, 1).numpy()
+    for target in range(size):
+        low, high = target * length / size, (target + 1) * length / size
+        shares = np.array([max(0.0, min(high, i + 1) - max(low, i)) for i in range(length)])
+        assert found[:, target] == pytest.approx(x @ shares / shares.sum())
+
+
+def test_lite_medsam_spans_zero_to_one_and_pads_with_zeros() -> None:
+    """Longest side to 256 by areas' means, in 8 bit; least to 0, greatest to 1; zeros below or right."""
+    rgb = np.random.default_rng(0).integers(100, 151, (512, 300, 3), dtype=np.uint8)
+    x, frame = to_input(VARIANTS["lite_medsam"], rgb)
+    assert (frame.resized_height, frame.resized_width, frame.mask_cell) == (256, 150, 1)
+    means = rgb.reshape(256, 2, 150, 2, 3).mean((1, 3))
+    means = np.floor(means + 0.5)
+    expected = (means - means.min()) / (means.max() - means.min())
+    assert np.abs(x[0, :, :, :150].permute(1, 2, 0).numpy() - expected).max() < FLOAT
+    assert (x[..., 150:] == 0).all()
+
+
+def test_efficient_sam_squashes_without_smoothing() -> None:
+    rgb = np.zeros((4096, 16, 3), dtype=np.uint8)
+    rgb[1::4] = 200  # of four rows, the middle two count
+    x, _ = to_input(VARIANTS["efficient_sam_ti"], rgb)
+    expected = (100 - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    assert torch.allclose(x, expected.view(1, 3, 1, 1).expand_as(x), atol=FLOAT)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_of_the_inputs_own_size_is_only_normalised(name: str) -> None:
     variant: Variant = VARIANTS[name]
     rgb = np.random.default_rng(1).integers(0, 256, (variant.input_size,) * 2 + (3,), dtype=np.uint8)
     rgb[0, 0], rgb[0, 1] = 0, 255
     x, frame = to_input(variant, rgb)
-    if variant.preprocessing is Preprocessing.MEDSAM:
+    if variant.preprocessing in (Preprocessing.MEDSAM, Preprocessing.LITE_MEDSAM):
         expected = rgb / 255
     else:
         expected = (rgb - np.array(PIXEL_MEAN)) / PIXEL_STD

@@ -12,10 +12,10 @@ from monailabel_dfqsam.config import QuantizationConfig, Recipe, silent
 from monailabel_dfqsam.pipeline import gaussian_images, layer_errors, pack
 from monailabel_dfqsam.quantization import calibrate as calibration
 from monailabel_dfqsam.quantization.calibrate import calibrate, observe, quantizable
-from monailabel_dfqsam.quantization.compensate import LINEARS
 from monailabel_dfqsam.quantization.modules import shared_copy
 from monailabel_dfqsam.sam import VARIANTS, Sam, build
 from monailabel_dfqsam.sam.checkpoint import Checkpoint
+from monailabel_dfqsam.sam.vit import Block
 from tests.models import seeded_checkpoint
 
 SMALL = replace(
@@ -53,7 +53,7 @@ def test_compensation_brings_every_kind_of_layer_nearer_on_images_not_seen(
     images, unseen = gaussian_images(SMALL, 24, seed=0), gaussian_images(SMALL, 4, seed=99)
     plain = replace(COMPENSATED, recipe=Recipe())
     nearest, ours = (_errors(checkpoint, sam, config, images, unseen) for config in (plain, COMPENSATED))
-    for part in LINEARS:
+    for part in Block.linears:
         means = [sum(e[f"blocks.{i}.{part}"] for i in range(3)) for e in (ours, nearest)]
         assert means[0] < means[1], part
     assert ours["neck.2"] < 0.95 * nearest["neck.2"]

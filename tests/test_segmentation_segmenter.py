@@ -106,6 +106,20 @@ def test_it_answers_as_segment_anything_does(
     assert (found.mask == (logits[best] > 0).numpy())[clear].all()
 
 
+def test_where_one_mask_alone_was_trained_it_is_the_answer(
+    sam: Sam, segmenter: Segmenter, embedding: Embedding
+) -> None:
+    one = full_precision_segmenter(sam)
+    one.variant = replace(one.variant, one_mask=True)
+    found, expected = one.predict(embedding, click(), True), segmenter.predict(embedding, click(), False)
+    assert torch.equal(found.low_res_logits, expected.low_res_logits)
+    assert not torch.equal(found.low_res_logits, segmenter.predict(embedding, click()).low_res_logits)
+    logits, scores = one.predict_points(embedding, np.concatenate([click().points, [[40.5, 10.5]]]))
+    assert logits.shape == (2, 1, 64, 64)
+    assert torch.allclose(logits[:1], expected.low_res_logits, atol=EXACT)
+    assert float(scores[0]) == pytest.approx(expected.score, abs=EXACT)
+
+
 def test_the_previous_mask_changes_the_answer(segmenter: Segmenter, embedding: Embedding) -> None:
     first = segmenter.predict(embedding, click())
     assert first.low_res_logits.shape == (1, 1, 64, 64)

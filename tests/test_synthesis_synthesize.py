@@ -194,7 +194,7 @@ def test_steps_show_the_image_as_it_was(sam: Sam) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_augmentation_moves_image_and_labels_alike_and_undoes_it(seed: int) -> None:
-    view = Augmentation.draw(torch.Generator().manual_seed(seed), 256)
+    view = Augmentation.draw(torch.Generator().manual_seed(seed), 256, 4)
     assert max(abs(view.down), abs(view.right)) * 4 <= 15
     labels = torch.randint(0, 5, (64, 64), generator=torch.Generator().manual_seed(99))
     image = labels.repeat_interleave(4, 0).repeat_interleave(4, 1)[None, None].float()
@@ -203,7 +203,7 @@ def test_augmentation_moves_image_and_labels_alike_and_undoes_it(seed: int) -> N
 
 
 def test_augmentation_reaches_further_in_larger_images() -> None:
-    views = [Augmentation.draw(torch.Generator().manual_seed(s), 1024) for s in range(200)]
+    views = [Augmentation.draw(torch.Generator().manual_seed(s), 1024, 4) for s in range(200)]
     assert max(abs(view.down) for view in views) * 4 == 60
     assert {view.flip for view in views} == {True, False}
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from monailabel_dfqsam.quantization.calibrate import quantizable
+from monailabel_dfqsam.sam.model import build_encoder
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
-from monailabel_dfqsam.sam.vit import ImageEncoderViT
 
 _FLOAT_SIDE = 1024
 # Each shape is called again until this has passed; one call may be shorter than what a timer resolves.
@@ -61,7 +61,7 @@ def layer_shapes(variant: Variant, batch: int) -> dict[Shape, int]:
         shapes[shape] += 1
 
     with torch.device("meta"):
-        encoder = ImageEncoderViT(variant)
+        encoder = build_encoder(variant)
         for module in quantizable(encoder).values():
             module.register_forward_hook(count)
         encoder(torch.empty(batch, 3, variant.input_size, variant.input_size))
@@ -71,15 +71,14 @@ def layer_shapes(variant: Variant, batch: int) -> dict[Shape, int]:
 def attention_macs(variant: Variant, batch: int) -> int:
     """Multiplications of q·kᵀ, of probabilities·v and of the relative position, real tokens alone."""
     total = 0
-    for block in range(variant.depth):
-        side = variant.window_of(block) or variant.grid
-        cuts = [min(side, variant.grid - start) for start in range(0, variant.grid, side)]
+    for block in variant.blocks:
+        cuts = [min(block.window, block.grid - start) for start in range(0, block.grid, block.window)]
         for rows in cuts:
             for columns in cuts:
                 tokens = rows * columns
                 position = rows + columns if variant.relative_position else 0
-                total += tokens * (2 * tokens + position)
-    return batch * total * variant.embed_dim
+                total += tokens * (2 * tokens + position) * block.dim
+    return batch * total
 
 
 def floor_terms(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from monailabel_dfqsam.machine import usable_cores
 
-VARIANTS = ("tiny", "sam_b_256", "sam_med2d_b", "sam_b_1024")
+VARIANTS = (
+    "tiny", "sam_b_256", "sam_med2d_b", "sam_b_1024", "lite_medsam", "mobile_sam", "efficient_sam_ti",
+)  # fmt: skip
 FLOOR = "gemm-floor"
 TORCH_EAGER = "torch-eager"
 OPENVINO_INT8 = "openvino-int8"

@@ -163,15 +163,15 @@ def _import_libraries(family: Family) -> None:
     elif family is Family.OURS:
         import monailabel_dfqsam.engines
     else:
-        import monailabel_dfqsam.sam.vit  # noqa: F401
+        import monailabel_dfqsam.sam.model  # noqa: F401
 
 
 def _torch(request: Request, images: Any) -> _Loaded:
     import torch
     from safetensors.torch import load_file
 
+    from monailabel_dfqsam.sam.model import build_encoder
     from monailabel_dfqsam.sam.variants import VARIANTS
-    from monailabel_dfqsam.sam.vit import ImageEncoderViT
 
     torch.set_num_threads(request.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -179,7 +179,8 @@ def _torch(request: Request, images: Any) -> _Loaded:
     device = torch.device(request.place.value)
     dtype = getattr(torch, ENGINES[request.engine].dtype)
     with torch.device("meta"):
-        encoder: Any = ImageEncoderViT(VARIANTS[request.variant])
+        encoder: Any = build_encoder(VARIANTS[request.variant])
+        encoder.fold()
     encoder.load_state_dict(load_file(request.folder / "encoder.safetensors"), assign=True)
     encoder = encoder.eval().requires_grad_(False).to(device, dtype)
     x = torch.from_numpy(images).to(device, dtype)

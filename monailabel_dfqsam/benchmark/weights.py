@@ -15,10 +15,10 @@ from monailabel_dfqsam.config import Policy, Recipe, silent
 from monailabel_dfqsam.pretraining.phantoms import label_map, render
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam.checkpoint import read_checkpoint
-from monailabel_dfqsam.sam.model import build
+from monailabel_dfqsam.sam.encoder import ImageEncoder
+from monailabel_dfqsam.sam.model import build, build_encoder
 from monailabel_dfqsam.sam.preprocess import to_input
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
-from monailabel_dfqsam.sam.vit import ImageEncoderViT
 
 FLOAT_WEIGHTS = "encoder.safetensors"
 ARTIFACT = "artifact.safetensors"
@@ -84,13 +84,18 @@ class Preparation:
             write_float(self._folder, self._encoder, self._images[:1])
 
 
-def seeded_state(encoder: ImageEncoderViT) -> dict[str, Tensor]:
-    """Weights that depend on their names alone: matrices 0.02·n, norms 1 + 0.1·n, biases 0.1·n, n normal."""
+def seeded_state(encoder: ImageEncoder) -> dict[str, Tensor]:
+    """Weights that depend on their names alone: matrices 0.02·n, norms 1 + 0.1·n, biases 0.1·n, n normal.
+
+    Variances are 1 + 0.1·|n|.
+    """
     state = {}
     for name, value in encoder.state_dict().items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(value.shape, generator=generator)
-        if value.ndim > 1:
+        if name.endswith("running_var"):
+            state[name] = 1 + 0.1 * noise.abs()
+        elif value.ndim != 1:
             state[name] = 0.02 * noise
         else:
             state[name] = 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
@@ -108,11 +113,12 @@ def phantoms(variant: Variant, count: int) -> Tensor:
     return torch.cat(inputs)
 
 
-def _encoder(variant: Variant, checkpoint: Path | None) -> ImageEncoderViT:
+def _encoder(variant: Variant, checkpoint: Path | None) -> ImageEncoder:
     if checkpoint is not None:
         return build(read_checkpoint(checkpoint, variant.name)).image_encoder
-    encoder = ImageEncoderViT(variant)
+    encoder = build_encoder(variant)
     encoder.load_state_dict(seeded_state(encoder))
+    encoder.fold()
     return encoder.eval().requires_grad_(False)
 
 

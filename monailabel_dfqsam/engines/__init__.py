@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines import onednn
+from monailabel_dfqsam.engines import cutlass, onednn
 from monailabel_dfqsam.engines.cutlass import CutlassEncoder
 from monailabel_dfqsam.engines.encoder import Encoder
 from monailabel_dfqsam.engines.onednn import OnednnEncoder
 from monailabel_dfqsam.engines.reference import ReferenceEncoder, layer_by_layer
 from monailabel_dfqsam.ops import cuda_library
+from monailabel_dfqsam.sam.variants import VARIANTS
 
 __all__ = ["Encoder", "layer_by_layer", "load_encoder", "select", "why_not", "working"]
 
@@ -27,7 +28,12 @@ def why_not(kind: EngineKind, artifact: Artifact | None = None) -> str | None:
         return None
     if artifact is not None and artifact.header["attention_bits"]:
         return "policy 'paper' quantizes attention, which only the reference engine runs"
-    return cuda_library.why_unavailable() if kind is EngineKind.CUTLASS else onednn.why_unavailable()
+    if kind is EngineKind.ONEDNN:
+        return onednn.why_unavailable()
+    variant = None if artifact is None else VARIANTS.get(artifact.header["variant"])
+    if variant is not None and variant.stages:
+        return cutlass.NO_TINY_VIT
+    return cuda_library.why_unavailable()
 
 
 def working(artifact: Artifact) -> list[EngineKind]:

@@ -24,10 +24,11 @@ from monailabel_dfqsam.engines.cutlass_layers import Layer, Windows, window_tabl
 from monailabel_dfqsam.ops.cuda import layer_norm_quantize, linear_gelu_quantize, quantize_rows
 from monailabel_dfqsam.ops.cuda_attention import attention_inputs, attention_output
 from monailabel_dfqsam.ops.cuda_library import native_4bit, why_unavailable
+from monailabel_dfqsam.sam.encoder import LAYER_NORM_EPS
 from monailabel_dfqsam.sam.variants import VARIANTS
-from monailabel_dfqsam.sam.vit import LAYER_NORM_EPS
 
 ADAPTER_NORM_EPS = 1e-5
+NO_TINY_VIT = "the engine 'cutlass' runs ViT encoders, not TinyViT"
 _WARM_UPS = 2
 
 
@@ -105,7 +106,7 @@ class GraphlessForward:
         native: 4-bit layers stay packed and are multiplied as 4-bit integers; else in 8-bit containers.
 
     Raises:
-        ArtifactError: when the artifact is of policy `paper`, or does not fit its model.
+        ArtifactError: when the artifact is of policy `paper` or a TinyViT's, or does not fit its model.
     """
 
     def __init__(self, artifact: Artifact, device: torch.device, dtype: torch.dtype, native: bool) -> None:
@@ -114,6 +115,8 @@ class GraphlessForward:
         variant = VARIANTS.get(artifact.header["variant"])
         if variant is None:
             raise ArtifactError(f"the artifact is of a model unknown here: '{artifact.header['variant']}'")
+        if variant.stages:
+            raise ArtifactError(NO_TINY_VIT)
         self.variant, self.dtype, self.native, self._device = variant, dtype, native, device
         self._floats = float_tensors(artifact, "image_encoder.")
         self._layers = {

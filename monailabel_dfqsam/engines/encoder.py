@@ -1,12 +1,9 @@
-"""The quantized image encoder, common to the engines on the CPU: SAM's ViT on integers.
-
-What differs between them is `Kernels`: the integer matrix product, and what lies between two products.
-"""
+"""The quantized image encoder, common to the engines on the CPU: any family's on integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,40 +11,17 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, float_tensors
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.ops import QuantizedLayer, plain
+from monailabel_dfqsam.engines.kernels import Kernel, Kernels
+from monailabel_dfqsam.engines.tiny_vit import IntegerConvolutions
+from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.sam.encoder import AttentionCore, ImageEncoder, TransformerBlock, WindowedAttention
+from monailabel_dfqsam.sam.model import build_encoder
+from monailabel_dfqsam.sam.tiny_vit import Bottleneck, Merging
 from monailabel_dfqsam.sam.variants import VARIANTS
-from monailabel_dfqsam.sam.vit import LAYER_NORM_EPS, Attention, AttentionCore, Block, ImageEncoderViT
 
 # Rows at a time: what lies between two products, several times as wide and in float, then stays in cache.
 _MLP_ROWS = 512
 _ATTENTION_ROWS = 512
-
-
-class Kernel(Protocol):
-    """The integer product of one layer, dequantized, bias added."""
-
-    def __call__(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Rows [M, K] uint8 to [M, N] float32; added to `residual` in place where there is one."""
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """An engine's parts; `ops.plain` defines the middle three.
-
-    Attributes:
-        attend_quantize: an attention's qkv [B, H, W, 3C] float32 to the integers [B, H, W, C] uint8 that the
-            layer behind it multiplies; `attend_quantize` below defines it.
-        core: for policy `paper`: an attention core from its ranges [7] and bits.
-    """
-
-    linear: Callable[[QuantizedLayer], Kernel]
-    quantize_input: Callable[[Tensor, QuantizedLayer], Tensor]
-    layer_norm_quantize: Callable[
-        [Tensor, Tensor, Tensor, float, QuantizedLayer, bool], tuple[Tensor, Tensor | None]
-    ]
-    gelu_quantize: Callable[[Tensor, QuantizedLayer], Tensor]
-    attend_quantize: Callable[[Attention, Tensor, QuantizedLayer], Tensor]
-    core: Callable[[Tensor, int], nn.Module] | None = None
 
 
 class Encoder(Protocol):
@@ -56,7 +30,7 @@ class Encoder(Protocol):
     kind: EngineKind
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] float32, normalised, to [B, C, S/16, S/16] float32.
+        """[B, 3, S, S] float32, normalised, to [B, C, grid, grid] float32.
 
         Raises:
             ValueError: for another shape.
@@ -98,33 +72,39 @@ class _Product(NamedTuple):
 class IntegerBlock(nn.Module):
     """A transformer block whose activations go from product to product as integers where they can."""
 
-    def __init__(self, block: Block, kernels: Kernels) -> None:
+    attn: WindowedAttention
+
+    def __init__(self, block: TransformerBlock, kernels: Kernels) -> None:
         super().__init__()
-        self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
-        self.mlp, self.Adapter = block.mlp, block.Adapter
-        layers: tuple[Any, ...] = (block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2)
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        layers: list[Any] = [block.get_submodule(name) for name in block.linears]
         self._qkv, self._proj, self._lin1, self._lin2 = (
             _Product(layer.layer, layer.kernel) for layer in layers
         )
-        self.norm2_restore = block.norm2_restore
+        norms: list[Any] = [block.get_submodule(block.norms[name]) for name in block.linears[::2]]
+        self._norms = tuple(norms)  # under their own names they are here already
+        block.attn.settle()
+        self.between, self.beside = block.between, block.beside
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] float32, contiguous, to the same; x is overwritten."""
-        rows = x.view(-1, x.shape[-1])
         for part in _independent(x, self.attn.window):
             self._attend(part)
-        q, normed = self._normed(rows, self.norm2, self._lin1.layer, self.Adapter is not None)
+        x = self.between(x)
+        rows = x.view(-1, x.shape[-1])
+        q, normed = self._normed(rows, self._norms[1], self._lin1.layer, self.beside is not None)
         for part, target in zip(q.split(_MLP_ROWS), rows.split(_MLP_ROWS), strict=True):
             hidden = self.kernels.gelu_quantize(self._lin1.kernel(part), self._lin2.layer)
             self._lin2.kernel(hidden, target)
-        if self.Adapter is not None and normed is not None:
-            x += self.Adapter(self.norm2_restore(normed.view(x.shape)))
+        if self.beside is not None and normed is not None:
+            x += self.beside(normed.view(x.shape))
         return x
 
     def _attend(self, x: Tensor) -> None:
         rows = x.view(-1, x.shape[-1])
-        q, _ = self._normed(rows, self.norm1, self._qkv.layer, False)
+        q, _ = self._normed(rows, self._norms[0], self._qkv.layer, False)
         qkv = self._qkv.kernel(q).view(*x.shape[:-1], -1)
         q = self.kernels.attend_quantize(self.attn, qkv, self._proj.layer)
         self._proj.kernel(q.view(rows.shape), rows)
@@ -132,7 +112,7 @@ class IntegerBlock(nn.Module):
     def _normed(
         self, rows: Tensor, norm: nn.LayerNorm, reader: QuantizedLayer, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return self.kernels.layer_norm_quantize(rows, norm.weight, norm.bias, LAYER_NORM_EPS, reader, keep)
+        return self.kernels.layer_norm_quantize(rows, norm.weight, norm.bias, norm.eps, reader, keep)
 
 
 def _independent(x: Tensor, window: int) -> Iterator[Tensor]:
@@ -146,12 +126,7 @@ def _independent(x: Tensor, window: int) -> Iterator[Tensor]:
         yield from image.split(strip, dim=1)
 
 
-def attend_quantize(attention: Attention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
-    """`Kernels.attend_quantize` in plain torch."""
-    return plain.quantize_input(attention.attend(qkv), reader)
-
-
-def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageEncoderViT:
+def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageEncoder:
     """The encoder of an artifact on an engine's kernels, under the checkpoint's names.
 
     Args:
@@ -165,7 +140,8 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
     if variant is None:
         raise ArtifactError(f"the artifact is of a model unknown here: '{artifact.header['variant']}'")
     with torch.device("meta"):
-        encoder = ImageEncoderViT(variant)
+        encoder = build_encoder(variant)
+        encoder.fold()
     for name in artifact.header["layers"]:
         _replace(encoder, name, IntegerLinear(decode_layer(artifact, name), kernels))
     floats = float_tensors(artifact, "image_encoder.")
@@ -183,18 +159,22 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
     for key, value in floats.items():
         parent, _, buffer = key.rpartition(".")
         encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
-    for index, block in enumerate(encoder.blocks if fused else []):
-        assert isinstance(block, Block)
-        products = (block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2)
-        if all(isinstance(layer, IntegerLinear) for layer in products):
-            encoder.blocks[index] = IntegerBlock(block, kernels)
+    for name, step in encoder.steps() if fused else ():
+        if isinstance(step, TransformerBlock) and _all_integer(step, step.linears):
+            _replace(encoder, name, IntegerBlock(step, kernels))
+        elif isinstance(step, (Bottleneck, Merging)) and _all_integer(step, ("conv1.c", "conv3.c")):
+            _replace(encoder, name, IntegerConvolutions(step, kernels))
     return encoder.eval().requires_grad_(False)
+
+
+def _all_integer(step: nn.Module, names: Iterable[str]) -> bool:
+    return all(isinstance(step.get_submodule(name), IntegerLinear) for name in names)
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     owner = root.get_submodule(parent)
-    if isinstance(owner, nn.Sequential):
+    if isinstance(owner, (nn.Sequential, nn.ModuleList)):
         owner[int(child)] = module
     else:
         setattr(owner, child, module)

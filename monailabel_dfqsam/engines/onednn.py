@@ -11,8 +11,10 @@ from torch import Tensor
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble, attend_quantize
+from monailabel_dfqsam.engines.encoder import assemble
+from monailabel_dfqsam.engines.kernels import Kernel, Kernels, attend_quantize
 from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain
+from monailabel_dfqsam.sam.encoder import WindowedAttention
 from monailabel_dfqsam.sam.vit import Attention
 
 
@@ -49,7 +51,9 @@ def _kernels() -> Kernels:
     )
 
 
-def _attend_quantize(attention: Attention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
+def _attend_quantize(attention: WindowedAttention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
+    if not isinstance(attention, Attention):
+        return attend_quantize(attention, qkv, reader)  # the library knows SAM's relative position only
     tables = (attention.rel_pos_h, attention.rel_pos_w) if attention.relative_position else None
     return compiled.attention(qkv, attention.pad_qkv, tables, attention.heads, attention.window, reader)
 

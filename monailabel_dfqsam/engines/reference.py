@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines.encoder import Kernel, Kernels, assemble, attend_quantize
+from monailabel_dfqsam.engines.encoder import assemble
+from monailabel_dfqsam.engines.kernels import Kernel, Kernels, attend_quantize
 from monailabel_dfqsam.ops import QuantizedLayer, plain
 from monailabel_dfqsam.ops.integer import multiplied
 from monailabel_dfqsam.quantization.quantizer import Affine, fake_log_sqrt2
-from monailabel_dfqsam.sam.vit import ImageEncoderViT
+from monailabel_dfqsam.sam.encoder import ImageEncoder
 
 
 class QuantizedAttentionCore(nn.Module):
@@ -67,6 +68,6 @@ _KERNELS = Kernels(
 )
 
 
-def layer_by_layer(artifact: Artifact) -> ImageEncoderViT:
+def layer_by_layer(artifact: Artifact) -> ImageEncoder:
     """The encoder with each quantized layer a module from floats to floats, to look at their outputs."""
     return assemble(artifact, _KERNELS, fused=False)

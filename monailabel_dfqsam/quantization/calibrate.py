@@ -13,9 +13,9 @@ from monailabel_dfqsam.ops import Geometry, QuantizedLayer
 from monailabel_dfqsam.quantization.compensate import compensate
 from monailabel_dfqsam.quantization.modules import run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, quantize_weight, search_affine
-from monailabel_dfqsam.quantization.reparameterize import keep_padding, reparameterize
+from monailabel_dfqsam.quantization.reparameterize import after_norms, keep_padding, reparameterize
 from monailabel_dfqsam.quantization.views import views
-from monailabel_dfqsam.sam.vit import AttentionCore, ImageEncoderViT
+from monailabel_dfqsam.sam.encoder import AttentionCore, ImageEncoder
 
 CONVOLUTION_BITS = 8
 # Rows of an activation kept from each image for the range search, and its values from all of them.
@@ -42,25 +42,39 @@ class QuantizedEncoder:
 
 
 def quantizable(encoder: nn.Module) -> dict[str, nn.Module]:
-    """Every Linear and convolution of the encoder, or of a part of it, by name."""
+    """Every Linear and convolution of the encoder, or of a part of it, by name, but the depthwise ones.
+
+    Those stay in floating point: they have next to no weights and multiplications, and in a TinyViT's blocks
+    all that later layers see goes through them.
+    """
+    return {
+        name: module
+        for name, module in products(encoder).items()
+        if not (isinstance(module, nn.Conv2d) and module.groups > 1)
+    }
+
+
+def products(encoder: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the encoder, or of a part of it, that multiplies by weights, by name."""
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     return {name: module for name, module in encoder.named_modules() if isinstance(module, kinds)}
 
 
 def calibrate(
-    encoder: ImageEncoderViT, images: Tensor, bits: int, policy: Policy, recipe: Recipe, progress: Progress
+    encoder: ImageEncoder, images: Tensor, bits: int, policy: Policy, recipe: Recipe, progress: Progress
 ) -> QuantizedEncoder:
     """Finds ranges, reparameterizes, and quantizes weights.
 
     Args:
-        encoder: in full precision; left as it is.
+        encoder: in full precision; left as it is, while what is quantized has its batch norms folded.
         images: [N, 3, S, S] float32, normalised.
         bits: of Linears; `deploy` keeps convolutions at 8 and attention in floating point.
         recipe: what is done beside finding ranges.
     """
     images = views(images, recipe.views)
-    ranges, attention = _search(encoder, images, bits, policy, recipe.reparameterize, progress)
     encoder = shared_copy(encoder)
+    encoder.fold()
+    ranges, attention = _search(encoder, images, bits, policy, recipe.reparameterize, progress)
     keep_padding(encoder)
     if recipe.reparameterize:
         ranges |= reparameterize(encoder, ranges)
@@ -85,7 +99,7 @@ def _bits(module: nn.Module, bits: int, policy: Policy) -> int:
 
 
 def _search(
-    encoder: ImageEncoderViT, images: Tensor, bits: int, policy: Policy, by_channel: bool, progress: Progress
+    encoder: ImageEncoder, images: Tensor, bits: int, policy: Policy, by_channel: bool, progress: Progress
 ) -> tuple[dict[str, Affine], dict[str, Tensor]]:
     """Ranges of what layers read, by name, and those of attention cores as `QuantizedEncoder` has them.
 
@@ -93,40 +107,40 @@ def _search(
         by_channel: layers after a norm get a range for each channel, to reparameterize by.
     """
     modules = quantizable(encoder)
+    to_reparameterize = set(after_norms(encoder)) if by_channel else set()
     ranges: dict[str, Affine] = {}
     attention: dict[str, Tensor] = {}
     for rows, parts in observe(encoder, images, policy is Policy.PAPER, progress):
         for name in list(rows):
-            channels = by_channel and name.endswith(("attn.qkv", "mlp.lin1"))
-            ranges[name] = search_affine(rows.pop(name), _bits(modules[name], bits, policy), channels)
+            bits_of_it = _bits(modules[name], bits, policy)
+            ranges[name] = search_affine(rows.pop(name), bits_of_it, name in to_reparameterize)
         attention.update({name: _attention_ranges(samples, bits) for name, samples in parts.items()})
     return ranges, attention
 
 
 @torch.inference_mode()
 def observe(
-    encoder: ImageEncoderViT, images: Tensor, attention: bool, progress: Progress
+    encoder: ImageEncoder, images: Tensor, attention: bool, progress: Progress
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, list[Tensor]]]]:
-    """Samples of what every layer reads while the encoder sees the images, a part of the encoder at a time.
+    """Samples of what every layer reads while the encoder sees the images, a step of the encoder at a time.
 
-    All images run through one part before any runs through the next, so that only its samples are held.
+    All images run through one step before any runs through the next, so that only its samples are held.
 
     Yields:
-        of the patch embedding, of each block, and of the neck: rows [T, C] by layer name, images
+        of each step: rows [T, C] by layer name, images
         [., C, H, W] as rows too, about `MAX_SAMPLES` values at most; and, if asked for, of q, k, v and the
         probabilities of each attention core, flattened.
     """
     flow = list(images.split(1))
-    parts = ["patch_embed", *(f"blocks.{index}" for index in range(len(encoder.blocks))), "neck"]
-    for step, part in enumerate(parts):
-        module = encoder.get_submodule(part)
+    parts = encoder.steps()
+    for step, (part, module) in enumerate(parts):
         layers = quantizable(module)
         cores = [n for n, m in module.named_modules() if attention and isinstance(m, AttentionCore)]
         rows: dict[str, list[Tensor]] = {name: [] for name in layers}
         samples: dict[str, list[list[Tensor]]] = {name: [] for name in cores}
         for index, x in enumerate(flow):
-            x, calls = run(module, (*layers, *cores), x.permute(0, 3, 1, 2) if part == "neck" else x)
-            flow[index] = x + encoder.pos_embed if part == "patch_embed" else x
+            x, calls = run(module, (*layers, *cores), x)
+            flow[index] = encoder.after(part, x)
             for name, layer in layers.items():
                 rows[name].append(_thinned(_rows(layer, calls[name].inputs[0]), index, len(flow)))
             for name in cores:

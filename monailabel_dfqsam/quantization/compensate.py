@@ -24,9 +24,8 @@ from monailabel_dfqsam.ops import QuantizedLayer
 from monailabel_dfqsam.quantization.modules import read_by, run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, weight_scale
 from monailabel_dfqsam.quantization.rounding import round_compensating
-from monailabel_dfqsam.sam.vit import Block, ImageEncoderViT
+from monailabel_dfqsam.sam.encoder import ImageEncoder, TransformerBlock
 
-LINEARS = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
 RIDGE = 0.3  # of the mean square of the inputs: how much the weight is held to what it was
 MAX_ROWS = 1024  # of a layer's inputs kept from each image
 
@@ -48,9 +47,9 @@ class _Simulated(nn.Module):
 
 
 def compensate(
-    encoder: ImageEncoderViT, ranges: Mapping[str, Affine], images: Tensor, bits: int, progress: Progress
+    encoder: ImageEncoder, ranges: Mapping[str, Affine], images: Tensor, bits: int, progress: Progress
 ) -> dict[str, QuantizedLayer]:
-    """Quantizes the four Linears of every block.
+    """Quantizes the four Linears of every transformer block; what else there is runs in full precision.
 
     Args:
         encoder: in full precision, reparameterized if it is to be; left as it is.
@@ -63,24 +62,44 @@ def compensate(
     """
     layers: dict[str, QuantizedLayer] = {}
     with torch.inference_mode():
-        expected = [encoder.patch_embed(image[None]) + encoder.pos_embed for image in images]
-        actual = list(expected)
-        for index, exact in enumerate(encoder.blocks):
-            assert isinstance(exact, Block)
-            block = shared_copy(exact)
-            wanted = _outputs(exact, expected)
-            for part in LINEARS:
-                name = f"blocks.{index}.{part}"
-                linear = exact.get_submodule(part)
-                assert isinstance(linear, nn.Linear)
-                seen = _inputs(block, part, ranges[name], actual)
-                layers[name] = compensated(linear.weight, ranges[name], wanted.pop(part), seen, bits)
-                parent, _, child = part.rpartition(".")
-                setattr(block.get_submodule(parent), child, _Simulated(layers[name]))
-            for at, x in enumerate(actual):
-                actual[at] = block(x)
-            progress("compensation", index + 1, len(encoder.blocks))
+        expected, actual = list(images.split(1)), list(images.split(1))
+        *steps, _ = encoder.steps()
+        for done, (name, step) in enumerate(steps):
+            if isinstance(step, TransformerBlock):
+                block, found = _quantized(step, name, ranges, expected, actual, bits)
+                layers |= found
+                _move_on(encoder, name, block, actual)
+            else:
+                _move_on(encoder, name, step, expected)
+                if layers:
+                    _move_on(encoder, name, step, actual)
+                else:  # nothing is quantized so far
+                    actual = list(expected)
+            progress("compensation", done + 1, len(steps))
     return layers
+
+
+def _quantized(
+    exact: TransformerBlock,
+    place: str,
+    ranges: Mapping[str, Affine],
+    expected: list[Tensor],
+    actual: list[Tensor],
+    bits: int,
+) -> tuple[TransformerBlock, dict[str, QuantizedLayer]]:
+    """A block as quantized, and its layers by name; the tokens in full precision move on past it."""
+    layers = {}
+    block = shared_copy(exact)
+    wanted = _outputs(exact, expected)
+    for part in exact.linears:
+        name = f"{place}.{part}"
+        linear = exact.get_submodule(part)
+        assert isinstance(linear, nn.Linear)
+        seen = _inputs(block, part, ranges[name], actual)
+        layers[name] = compensated(linear.weight, ranges[name], wanted.pop(part), seen, bits)
+        parent, _, child = part.rpartition(".")
+        setattr(block.get_submodule(parent), child, _Simulated(layers[name]))
+    return block, layers
 
 
 def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, seen: Tensor, bits: int) -> QuantizedLayer:
@@ -110,6 +129,12 @@ def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, seen: Tensor, bi
     )
 
 
+def _move_on(encoder: ImageEncoder, name: str, step: nn.Module, flow: list[Tensor]) -> None:
+    """Runs all images' tokens through a step, one image at a time."""
+    for index, x in enumerate(flow):
+        flow[index] = encoder.after(name, step(x))
+
+
 class _Rows:
     """Rows of several images, in one tensor as they come: joined at the end, they would be held twice."""
 
@@ -128,17 +153,17 @@ class _Rows:
         return self._blocks.flatten(0, 1)
 
 
-def _outputs(block: Block, flow: list[Tensor]) -> dict[str, Tensor]:
+def _outputs(block: TransformerBlock, flow: list[Tensor]) -> dict[str, Tensor]:
     """What a block's Linears put out, [T, N] each; the images' tokens in `flow` move on past the block."""
-    rows = {part: _Rows(len(flow)) for part in LINEARS}
+    rows = {part: _Rows(len(flow)) for part in block.linears}
     for index, x in enumerate(flow):
-        flow[index], calls = run(block, LINEARS, x)
-        for part in LINEARS:
+        flow[index], calls = run(block, block.linears, x)
+        for part in block.linears:
             rows[part].put(index, calls[part].output)
-    return {part: rows[part].joined() for part in LINEARS}
+    return {part: rows[part].joined() for part in block.linears}
 
 
-def _inputs(block: Block, part: str, inputs: Affine, flow: list[Tensor]) -> Tensor:
+def _inputs(block: TransformerBlock, part: str, inputs: Affine, flow: list[Tensor]) -> Tensor:
     """What one Linear of a block reads, [T, K], of the same rows, after a round trip through the integers."""
     rows = _Rows(len(flow))
     for index, x in enumerate(flow):

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from monailabel_dfqsam.quantization.calibrate import quantizable
+from monailabel_dfqsam.quantization.calibrate import products
+from monailabel_dfqsam.sam.encoder import AttentionCore
+from monailabel_dfqsam.sam.model import build_encoder
 from monailabel_dfqsam.sam.variants import Variant
-from monailabel_dfqsam.sam.vit import AttentionCore, ImageEncoderViT
 
 FLOAT_BITS = 32
 
@@ -50,14 +51,16 @@ def encoder_cost(variant: Variant, layer_bits: Mapping[str, int], attention_bits
         module.register_forward_hook(hook)
 
     with torch.device("meta"):
-        encoder = ImageEncoderViT(variant)
-        for name, module in quantizable(encoder).items():
+        encoder = build_encoder(variant)
+        for name, module in products(encoder).items():
             count_layer(name, module)
         for name, module in encoder.named_modules():
             if isinstance(module, AttentionCore):
                 count_core(name, module)
         encoder(torch.empty(1, 3, variant.input_size, variant.input_size))
-    bits = {name: layer_bits.get(name, attention_bits or FLOAT_BITS) for name in macs}
+    weighted = products(encoder)
+    attention = attention_bits or FLOAT_BITS
+    bits = {name: layer_bits.get(name, FLOAT_BITS if name in weighted else attention) for name in macs}
     total = sum(macs.values())
     bops = sum(count * bits[name] ** 2 for name, count in macs.items())
     return Cost(total, bops, total * FLOAT_BITS**2)

@@ -4,9 +4,9 @@ DFQ-SAM Eq. 10 and 12–16. With per-channel scales s and zero-points z, s̃ = m
 r1 = s / s̃ and r2 = z − z̃, the norm becomes γ̃ = γ / r1, β̃ = (β + s⊙r2) / r1 and the linear map behind it
 W̃ = W·diag(r1), b̃ = b − W·(s⊙r2). In floating point the network is unchanged.
 
-Two consumers must not see the changed norm: SAM's window padding, which stands for zeros *after* norm1, and
-SAM-Med2D's adapter, which reads norm2 beside lin1. The encoder has a place for each: `Attention.pad_qkv` and
-`Block.norm2_restore`.
+Two consumers must not see the changed norm: windows' padding, which in SAM stands for zeros *after* norm1,
+and SAM-Med2D's adapter, which reads norm2 beside lin1. The encoder has a place for each: its attention's
+`pad_qkv` and `TransformerBlock.beside`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from monailabel_dfqsam.quantization.quantizer import Affine
-from monailabel_dfqsam.sam.vit import Block, ImageEncoderViT
+from monailabel_dfqsam.sam.encoder import ImageEncoder
 
 
 def reparameterize_norm(
@@ -49,32 +49,36 @@ def _fixed(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
 
 
-def keep_padding(encoder: ImageEncoderViT) -> None:
+def keep_padding(encoder: ImageEncoder) -> None:
     """Fixes what q, k and v of windows' padding are, before anything changes or replaces qkv; in place."""
-    for block in encoder.blocks:
-        assert isinstance(block, Block)
-        if block.attn.window:
-            block.attn.pad_qkv = block.attn.qkv.bias.detach().clone()
+    for block in encoder.attention_blocks().values():
+        block.attn.keep_padding()
 
 
-def reparameterize(encoder: ImageEncoderViT, ranges: Mapping[str, Affine]) -> dict[str, Affine]:
-    """Reparameterizes norm1 → qkv and norm2 → lin1 of every block.
+def after_norms(encoder: ImageEncoder) -> list[str]:
+    """The Linears that read a LayerNorm's output, by name: 'blocks.0.attn.qkv' …"""
+    blocks = encoder.attention_blocks()
+    return [f"{name}.{linear}" for name, block in blocks.items() for linear in block.norms]
+
+
+def reparameterize(encoder: ImageEncoder, ranges: Mapping[str, Affine]) -> dict[str, Affine]:
+    """Reparameterizes the two LayerNorms of every transformer block and the Linears behind them.
 
     Args:
         encoder: given new tensors so that its output stays the same in floating point; `keep_padding` was
             called on it.
-        ranges: per-channel ranges by the name of the Linear that reads them, 'blocks.0.attn.qkv' …
+        ranges: per-channel ranges by the name of the Linear that reads them, those of `after_norms`.
 
     Returns:
         the common ranges under the same names.
     """
     common: dict[str, Affine] = {}
-    for index, block in enumerate(encoder.blocks):
-        assert isinstance(block, Block)
-        name = f"blocks.{index}.attn.qkv"
-        common[name], _, _ = reparameterize_norm(block.norm1, block.attn.qkv, ranges[name])
-        name = f"blocks.{index}.mlp.lin1"
-        common[name], r1, shift = reparameterize_norm(block.norm2, block.mlp.lin1, ranges[name])
-        if block.Adapter is not None:
-            block.restore_scale, block.restore_shift = r1, -shift
+    for place, block in encoder.attention_blocks().items():
+        for linear, norm in block.norms.items():
+            name = f"{place}.{linear}"
+            before, behind = block.get_submodule(norm), block.get_submodule(linear)
+            assert isinstance(before, nn.LayerNorm)
+            assert isinstance(behind, nn.Linear)
+            common[name], r1, shift = reparameterize_norm(before, behind, ranges[name])
+            block.reparameterized(linear, r1, shift)
     return common

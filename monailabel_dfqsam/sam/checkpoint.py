@@ -8,6 +8,7 @@ SAM-Med2D's own file holds beside its weights (an Adam object and a defaultdict)
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from monailabel_dfqsam.memory import MemoryShortage, require
+from monailabel_dfqsam.sam.efficient_sam import adopted
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant, detect
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent / "weights" / "dfqsam-tiny.safetensors"
 
@@ -28,6 +32,9 @@ EMBEDDED = Path(__file__).parent / "weights" / "dfqsam-tiny.safetensors"
 _COPIES = 2
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+# MobileSAM's file holds what TinyViT classified pictures with before.
+_UNUSED = ("image_encoder.head.", "image_encoder.norm_head.")
 
 
 class CheckpointError(ValueError):
@@ -52,7 +59,9 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> Checkpoint:
-    """Reads a SAM ViT checkpoint; without arguments, the embedded default.
+    """Reads a checkpoint of a model of `VARIANTS`; without arguments, the embedded default.
+
+    Keys that the model has no use for are left out and named in the log.
 
     Args:
         path: `.pth`, `.pt` or `.safetensors`; bare, or wrapped in 'model', 'state_dict' or
@@ -73,7 +82,7 @@ def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> 
     except MemoryShortage as error:
         raise CheckpointError(str(error)) from None
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    tensors = _unwrap(raw, path.name)
+    tensors = adopted(_without_unused(_unwrap(raw, path.name)))
     try:
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         found = VARIANTS[variant] if variant else detect(shapes, hint=path.name)
@@ -164,3 +173,10 @@ def _unwrap(raw: Any, name: str) -> dict[str, Tensor]:
         for key, value in raw.items()
         if isinstance(value, Tensor) and str(key).removeprefix("module.") not in ("pixel_mean", "pixel_std")
     }
+
+
+def _without_unused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    unused = sorted(key for key in tensors if key.startswith(_UNUSED))
+    if unused:
+        logger.info("not used of the checkpoint: %s", ", ".join(unused))
+    return {key: value for key, value in tensors.items() if key not in unused}

@@ -1,4 +1,4 @@
-"""Full-precision SAM: our image encoder, segment-anything's prompt encoder and mask decoder."""
+"""Full-precision SAM: our image encoders, segment-anything's prompt encoder and mask decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from monailabel_dfqsam.sam import efficient_sam
+from monailabel_dfqsam.sam.encoder import ImageEncoder
 from monailabel_dfqsam.sam.prompt_maps import PromptMaps
+from monailabel_dfqsam.sam.tiny_vit import ImageEncoderTinyViT
 from monailabel_dfqsam.sam.variants import Variant
 from monailabel_dfqsam.sam.vit import ImageEncoderViT
 
@@ -47,15 +50,15 @@ def _segment_anything_modeling() -> ModuleType:
 class Sam(nn.Module):
     """A SAM in full precision; attributes and call signatures are segment-anything's.
 
-    `image_encoder(x [B, 3, S, S]) -> [B, C, S/16, S/16]`, `prompt_encoder(points, boxes, masks)`,
+    `image_encoder(x [B, 3, S, S]) -> [B, C, G, G]`, `prompt_encoder(points, boxes, masks)`,
     `mask_decoder(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings,
-    multimask_output)`; all float32.
+    multimask_output)`; all float32. S is the variant's `input_size`, G its `grid`, M its `mask_side`.
     """
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
         self.variant = variant
-        self.image_encoder = ImageEncoderViT(variant)
+        self.image_encoder = build_encoder(variant)
         self.prompt_encoder, self.mask_decoder = build_decoder(variant)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,12 +72,12 @@ class Sam(nn.Module):
         """Masks of N objects of one image, for a click into each, for a box around each, or for both.
 
         Args:
-            embedding: [1, C, S/16, S/16] float32.
+            embedding: [1, C, G, G] float32.
             points: [N, 2] float32, (x, y) in pixels of the model's input.
             boxes: [N, 4] float32, (x0, y0, x1, y1) in the same.
 
         Returns:
-            logits [N, 4, S/4, S/4], the single answer and then the three candidates, and their predicted IoUs
+            logits [N, 4, M, M], the single answer and then the three candidates, and their predicted IoUs
             [N, 4].
         """
         decoder: Any = self.mask_decoder
@@ -91,33 +94,53 @@ class Sam(nn.Module):
         return logits, iou
 
 
+def build_encoder(variant: Variant) -> ImageEncoder:
+    """The image encoder of a variant, untrained, its batch norms not folded."""
+    return ImageEncoderTinyViT(variant) if variant.stages else ImageEncoderViT(variant)
+
+
 def build_decoder(variant: Variant) -> tuple[nn.Module, nn.Module]:
     """Prompt encoder and mask decoder of a variant, untrained."""
     modeling = _segment_anything_modeling()
-    channels, grid, size = variant.embed_channels, variant.grid, variant.input_size
-    kind = modeling.PromptEncoder
-    if variant.prompt_maps:
-        kind = type("MappedPromptEncoder", (PromptMaps, kind), {})
-    prompt_encoder = kind(
-        embed_dim=channels,
-        image_embedding_size=(grid, grid),
-        input_image_size=(size, size),
-        mask_in_chans=16,
-    )
+    channels = variant.embed_channels
+    activation = nn.GELU if variant.gelu_decoder else nn.ReLU
     mask_decoder = modeling.MaskDecoder(
         num_multimask_outputs=3,
         transformer=modeling.TwoWayTransformer(
-            depth=2, embedding_dim=channels, mlp_dim=variant.decoder_mlp_dim, num_heads=8
+            depth=2,
+            embedding_dim=channels,
+            mlp_dim=variant.decoder_mlp_dim,
+            num_heads=8,
+            activation=activation,
         ),
         transformer_dim=channels,
         iou_head_depth=3,
         iou_head_hidden_dim=channels,
     )
-    return prompt_encoder, mask_decoder
+    if variant.gelu_decoder:
+        efficient_sam.adapt_decoder(mask_decoder)
+    return _prompt_encoder(modeling, variant), mask_decoder
+
+
+def _prompt_encoder(modeling: ModuleType, variant: Variant) -> nn.Module:
+    if variant.gelu_decoder:
+        return efficient_sam.PromptEncoder(modeling, variant)
+    kind = modeling.PromptEncoder
+    if variant.prompt_maps:
+        kind = type("MappedPromptEncoder", (PromptMaps, kind), {})
+    prompt_encoder: nn.Module = kind(
+        embed_dim=variant.embed_channels,
+        image_embedding_size=(variant.grid, variant.grid),
+        input_image_size=(variant.input_size, variant.input_size),
+        mask_in_chans=16,
+    )
+    return prompt_encoder
 
 
 def build(checkpoint: Checkpoint) -> Sam:
     """A Sam in evaluation mode with the checkpoint's weights, loaded strictly and shared with it, not copied.
+
+    Batch norms are folded.
 
     Raises:
         ValueError: when keys are missing, left over, or of another shape; the message names the first few.
@@ -130,4 +153,5 @@ def build(checkpoint: Checkpoint) -> Sam:
         raise ValueError(
             f"the checkpoint does not fit the model '{checkpoint.variant.name}': " + " ".join(lines)
         ) from None
+    sam.image_encoder.fold()
     return sam.eval().requires_grad_(False)

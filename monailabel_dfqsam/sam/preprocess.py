@@ -24,13 +24,17 @@ MASK_LOGIT = 10.0
 
 @dataclass(frozen=True)
 class Frame:
-    """Where an image lies in the model input: its size and the size it was resized to, in pixels."""
+    """Where an image lies in the model input: its size and the size it was resized to, in pixels.
+
+    `mask_cell` is the side of a mask prompt's pixel, and of the decoder's masks', in pixels of the input.
+    """
 
     height: int
     width: int
     resized_height: int
     resized_width: int
     input_size: int
+    mask_cell: int = 4
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -40,13 +44,12 @@ class Frame:
 
 def frame_of(variant: Variant, height: int, width: int) -> Frame:
     """The frame of an H×W image under a variant's preprocessing."""
-    size = variant.input_size
-    if variant.preprocessing is Preprocessing.SAM:
+    size = rows = columns = variant.input_size
+    if variant.preprocessing in (Preprocessing.SAM, Preprocessing.LITE_MEDSAM):
         scale = size / max(height, width)
         # A side that is shorter than half a pixel of the input still gets one.
         rows, columns = (max(1, int(side * scale + 0.5)) for side in (height, width))
-        return Frame(height, width, rows, columns, size)
-    return Frame(height, width, size, size, size)
+    return Frame(height, width, rows, columns, size, variant.mask_cell)
 
 
 def normalize(rgb: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ def normalize(rgb: Tensor) -> Tensor:
 def input_range(variant: Variant) -> tuple[Tensor, Tensor]:
     """Lowest and highest value a model input can take, each [3] float: black and white, preprocessed."""
     black, white = torch.zeros(3, 1, 1), torch.full((3, 1, 1), 255.0)
-    if variant.preprocessing is Preprocessing.MEDSAM:
+    if variant.preprocessing in (Preprocessing.MEDSAM, Preprocessing.LITE_MEDSAM):
         return torch.zeros(3), torch.ones(3)
     return normalize(black).flatten(), normalize(white).flatten()
 
@@ -88,19 +91,46 @@ def to_input(variant: Variant, rgb: NDArray[np.uint8]) -> tuple[Tensor, Frame]:
         # Cubics overshoot at edges; unclipped, that would narrow the contrast of everything else.
         darkest, brightest = x.min(), x.max()
         x = F.interpolate(x, size=target, mode="bicubic", align_corners=False, antialias=True)
-        x = x.clamp(darkest, brightest)
-        low, high = x.min(), x.max()
-        return (x - low) / (high - low).clamp_min(1e-8), frame
-    x = normalize(F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=True))
+        return _min_max(x.clamp(darkest, brightest)), frame
+    if kind is Preprocessing.LITE_MEDSAM:
+        # Its evaluation resizes images of 8 bit to such, halves up where sides are halved.
+        x = area_resized(area_resized(x, target[0], 2), target[1], 3)
+        x = _min_max((x + 0.5).floor())
+    else:
+        smooth = kind is not Preprocessing.EFFICIENT_SAM
+        x = normalize(F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=smooth))
     size = frame.input_size
     return F.pad(x, (0, size - target[1], 0, size - target[0])), frame
+
+
+def _min_max(x: Tensor) -> Tensor:
+    low, high = x.min(), x.max()
+    return (x - low) / (high - low).clamp_min(1e-8)
+
+
+def area_resized(x: Tensor, size: int, axis: int) -> Tensor:
+    """Resized along an axis: each new pixel is the mean of what it covers, parts of pixels by their share.
+
+    `torch.nn.functional.interpolate` with 'area' counts every pixel touched as a whole one.
+
+    Args:
+        x: float of any shape.
+        size: new pixels along the axis.
+    """
+    x = x.movedim(axis, -1)
+    length = x.shape[-1]
+    before = F.pad(x.double().cumsum(-1), (1, 0))
+    edges = torch.linspace(0, length, size + 1, dtype=torch.float64)
+    whole = edges.long().clamp_max(length - 1)
+    sums = before[..., whole] + (edges - whole) * x[..., whole]
+    return (sums.diff(dim=-1) * (size / length)).to(x.dtype).movedim(-1, axis)
 
 
 def to_image(low_res_masks: Tensor, frame: Frame) -> Tensor:
     """Mask logits in the image's frame.
 
     Args:
-        low_res_masks: [B, K, S/4, S/4] float logits.
+        low_res_masks: [B, K, M, M] float logits, M = S / `frame.mask_cell`.
 
     Returns:
         [B, K, H, W] float logits, bilinear.
@@ -118,7 +148,8 @@ def to_low_res(mask: NDArray[np.bool_], frame: Frame) -> Tensor:
         mask: [H, W] bool.
 
     Returns:
-        [1, 1, S/4, S/4] float32 logits, `MASK_LOGIT` well inside and minus that well outside.
+        [1, 1, M, M] float32 logits, M = S / `frame.mask_cell`, `MASK_LOGIT` well inside and minus that well
+        outside.
     """
     signed = torch.from_numpy(np.where(mask, MASK_LOGIT, -MASK_LOGIT)).float()[None, None]
     inner = F.interpolate(
@@ -127,4 +158,5 @@ def to_low_res(mask: NDArray[np.bool_], frame: Frame) -> Tensor:
     size = frame.input_size
     padding = (0, size - frame.resized_width, 0, size - frame.resized_height)
     full = F.pad(inner, padding, value=-MASK_LOGIT)
-    return F.interpolate(full, size=(size // 4, size // 4), mode="bilinear", antialias=True)
+    side = size // frame.mask_cell
+    return F.interpolate(full, size=(side, side), mode="bilinear", antialias=True)

@@ -1,66 +1,29 @@
 """SAM's ViT image encoder, with parameter names of the published checkpoints.
 
-Ours and not segment-anything's, because reparameterization and the integer engines need its inside:
-
-- Windows are cut from q, k and v, not from the normalised tokens. The published encoder pads its windows
-  with zeros *before* qkv, so a padded token's q, k and v are the qkv bias; here they are the constant
-  `pad_qkv`, which stays right when qkv is reparameterized, and padding costs no multiplication.
-- The adapter reads norm2's output through `norm2_restore`, the identity until norm2 is reparameterized.
+Ours and not segment-anything's, because reparameterization and the integer engines need its inside. The
+adapter reads norm2's output through `norm2_restore`, the identity until norm2 is reparameterized.
 
 Token tensors are [B, H, W, C] float; images [B, 3, S, S] float, normalised as the variant wants.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monailabel_dfqsam.sam.adapter import Adapter
+from monailabel_dfqsam.sam.encoder import (
+    LAYER_NORM_EPS,
+    ImageEncoder,
+    Neck,
+    TransformerBlock,
+    WindowedAttention,
+)
 from monailabel_dfqsam.sam.variants import Variant
-
-LAYER_NORM_EPS = 1e-6
-
-
-class LayerNorm2d(nn.Module):
-    """LayerNorm over the channels of [B, C, H, W]."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, LAYER_NORM_EPS)
-        return x.permute(0, 3, 1, 2)
-
-
-class AttentionCore(nn.Module):
-    """softmax(q·kᵀ·scale + bias)·v; a module of its own so that a quantized form can take its place."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """q, k, v: [N, heads, T, d] float; bias: [N, heads, T, T] or None. Returns [N, heads, T, d]."""
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-
-def window_partition(x: Tensor, size: int, fill: Tensor) -> Tensor:
-    """Cuts [B, H, W, C] into windows [B·nH·nW, size, size, C], padding right and bottom with `fill` [C]."""
-    b, h, w, c = x.shape
-    pad_h, pad_w = -h % size, -w % size
-    if pad_h or pad_w:
-        padded = fill.to(x.dtype).expand(b, h + pad_h, w + pad_w, c).clone()
-        padded[:, :h, :w] = x
-        x = padded
-    n_h, n_w = x.shape[1] // size, x.shape[2] // size
-    return x.view(b, n_h, size, n_w, size, c).transpose(2, 3).reshape(-1, size, size, c)
-
-
-def window_unpartition(windows: Tensor, size: int, h: int, w: int) -> Tensor:
-    """The inverse of `window_partition`: windows [B·nH·nW, size, size, C] to [B, h, w, C]."""
-    n_h, n_w = -(-h // size), -(-w // size)
-    x = windows.view(-1, n_h, n_w, size, size, windows.shape[-1])
-    x = x.transpose(2, 3).reshape(-1, n_h * size, n_w * size, windows.shape[-1])
-    return x[:, :h, :w].contiguous()
 
 
 def relative_position_bias(q: Tensor, table_h: Tensor, table_w: Tensor, side: int) -> Tensor:
@@ -83,44 +46,29 @@ def relative_position_bias(q: Tensor, table_h: Tensor, table_w: Tensor, side: in
     return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
 
 
-class Attention(nn.Module):
-    """Multi-head attention over a window or the whole grid, with optional relative position."""
-
-    pad_qkv: Tensor | None
+class Attention(WindowedAttention):
+    """Attention over a window or the whole grid, with optional relative position."""
 
     def __init__(self, dim: int, heads: int, grid: int, window: int, relative_position: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.window = window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.core = AttentionCore()
+        super().__init__(dim, heads, window)
         side = window or grid
         if relative_position:
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
         self.relative_position = relative_position
-        # None stands for qkv's own bias, true until qkv is reparameterized.
-        self.register_buffer("pad_qkv", None, persistent=False)
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """What lies between the two Linears: [B, H, W, 3C] float to [B, H, W, C] float."""
-        _, h, w, c3 = qkv.shape
-        if self.window:
-            fill = self.qkv.bias if self.pad_qkv is None else self.pad_qkv
-            qkv = window_partition(qkv, self.window, fill)
-        side = qkv.shape[1]
-        depth = c3 // 3 // self.heads
-        q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.heads, depth)).permute(2, 0, 3, 1, 4)
-        bias = (
-            relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, side)
-            if self.relative_position
-            else None
-        )
-        out: Tensor = self.core(q, k, v, bias).transpose(1, 2).flatten(2).unflatten(1, (side, side))
-        if self.window:
-            out = window_unpartition(out, self.window, h, w)
-        return out
+    def padded_qkv(self) -> Tensor:
+        # The published encoder pads with zeros between norm1 and qkv.
+        return self.qkv.bias
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def position(self, q: Tensor, side: int) -> Tensor | None:
+        if not self.relative_position:
+            return None
+        return relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, side)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] float to the same."""
@@ -141,9 +89,11 @@ class MLP(nn.Module):
         return result
 
 
-class Block(nn.Module):
+class Block(TransformerBlock):
     """One transformer block; `norm2_restore` undoes norm2's reparameterization for the adapter."""
 
+    linears: ClassVar = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
+    norms: ClassVar = {"attn.qkv": "norm1", "mlp.lin1": "norm2"}
     restore_scale: Tensor | None
     restore_shift: Tensor | None
 
@@ -166,14 +116,21 @@ class Block(nn.Module):
             return x
         return x * self.restore_scale + self.restore_shift
 
+    @property
+    def beside(self) -> Callable[[Tensor], Tensor] | None:
+        adapter = self.Adapter
+        return None if adapter is None else lambda normed: adapter(self.norm2_restore(normed))
+
+    def reparameterized(self, linear: str, r1: Tensor, shift: Tensor) -> None:
+        if self.Adapter is not None and linear == "mlp.lin1":
+            self.restore_scale, self.restore_shift = r1, -shift
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] float to the same."""
         x = x + self.attn(self.norm1(x))
         normed = self.norm2(x)
         y: Tensor = x + self.mlp(normed)
-        if self.Adapter is not None:
-            y = y + self.Adapter(self.norm2_restore(normed))
-        return y
+        return y if self.beside is None else y + self.beside(normed)
 
 
 class PatchEmbed(nn.Module):
@@ -188,31 +145,20 @@ class PatchEmbed(nn.Module):
         return tokens
 
 
-class ImageEncoderViT(nn.Module):
+class ImageEncoderViT(ImageEncoder):
     """SAM's image encoder: [B, 3, S, S] float to an embedding [B, embed_channels, S/16, S/16] float."""
 
     def __init__(self, variant: Variant) -> None:
-        super().__init__()
-        dim, grid, out = variant.embed_dim, variant.grid, variant.embed_channels
-        self.img_size = variant.input_size
+        super().__init__(variant.input_size)
+        dim, grid = variant.embed_dim, variant.grid
         self.patch_embed = PatchEmbed(variant.patch_size, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
         self.blocks = nn.ModuleList(Block(variant, i) for i in range(variant.depth))
-        self.neck = nn.Sequential(
-            nn.Conv2d(dim, out, 1, bias=False),
-            LayerNorm2d(out),
-            nn.Conv2d(out, out, 3, padding=1, bias=False),
-            LayerNorm2d(out),
-        )
+        self.neck = Neck(dim, variant.embed_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Raises ValueError for an input of another size than [B, 3, S, S]."""
-        if x.ndim != 4 or x.shape[1:] != (3, self.img_size, self.img_size):
-            raise ValueError(
-                f"the encoder takes [B, 3, {self.img_size}, {self.img_size}], not {list(x.shape)}"
-            )
-        x = self.patch_embed(x) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        embedding: Tensor = self.neck(x.permute(0, 3, 1, 2))
-        return embedding
+    def steps(self) -> list[tuple[str, nn.Module]]:
+        blocks = ((f"blocks.{index}", block) for index, block in enumerate(self.blocks))
+        return [("patch_embed", self.patch_embed), *blocks, ("neck", self.neck)]
+
+    def after(self, step: str, x: Tensor) -> Tensor:
+        return x + self.pos_embed if step == "patch_embed" else x

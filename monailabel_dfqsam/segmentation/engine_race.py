@@ -213,7 +213,7 @@ def _agreement(masks: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
 
 def _products(variant: Variant) -> int:
     """Multiplications in the blocks' linear layers: 12 C² a token and block."""
-    return 12 * variant.embed_dim**2 * variant.grid**2 * variant.depth
+    return sum(12 * block.dim**2 * block.grid**2 for block in variant.blocks)
 
 
 def _conditions(artifact: Artifact, kinds: Sequence[EngineKind]) -> dict[str, Any]:

@@ -57,20 +57,21 @@ class OneMaskDecoder:
         weights = torch.stack([mlps[n](queries[0, 1 + n]) for n in outputs], dim=1)
         height, width = image.shape[2:]
         # Axes: row, column, row and column within each of the two enlargements, output.
-        logits = (self._upscaled(keys[0]) @ weights).view(height, width, 2, 2, 2, 2, len(outputs))
+        logits = (self._upscaled(keys)[0] @ weights).view(height, width, 2, 2, 2, 2, len(outputs))
         logits = logits.permute(6, 0, 2, 4, 1, 3, 5).reshape(1, len(outputs), 4 * height, 4 * width)
         if box is not None:
             best = int((scores + box_fits(logits[0], box)).argmax())
             logits = logits[:, best : best + 1].contiguous()
         return logits, float(scores[best])
 
-    def each(self, image: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """Many objects of one image, each the best of outputs 1 to 3.
+    def each(self, image: Tensor, sparse: Tensor, dense: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
+        """Many objects of one image.
 
         Args:
             image: [1, C, h, w] float32.
             sparse: [B, N, C] float32, the points of B objects.
             dense: [B, C, h, w] float32, the mask prompts; or [1, C, h, w], one of all.
+            multimask: take the best of outputs 1 to 3 for each, otherwise output 0.
 
         Returns:
             [B, 1, 4h, 4w] float32 logits, and [B] float32, the IoUs that the decoder expects.
@@ -80,23 +81,26 @@ class OneMaskDecoder:
         tokens = torch.cat([fixed.expand(count, -1, -1), sparse], dim=1)
         keys = (image + dense).expand(count, -1, -1, -1)
         queries, keys = decoder.transformer(keys, self._positions, tokens)
-        scores, best = decoder.iou_prediction_head(queries[:, 0])[:, 1:].max(1)
-        weights = torch.stack(
-            [mlp(queries[:, 1 + n]) for n, mlp in enumerate(decoder.output_hypernetworks_mlps) if n], dim=1
-        )[torch.arange(count), best]
+        asked = range(1, 4) if multimask else range(1)
+        scores, best = decoder.iou_prediction_head(queries[:, 0])[:, asked.start : asked.stop].max(1)
+        mlps = decoder.output_hypernetworks_mlps
+        weights = torch.stack([mlps[n](queries[:, 1 + n]) for n in asked], dim=1)[torch.arange(count), best]
         height, width = image.shape[2:]
-        pixels = self._upscaled(keys.flatten(0, 1)).view(count, -1, weights.shape[1])
+        pixels = self._upscaled(keys)
         logits = (pixels @ weights[:, :, None]).view(count, height, width, 2, 2, 2, 2)
         return logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, 1, 4 * height, 4 * width), scores
 
     def _upscaled(self, keys: Tensor) -> Tensor:
-        """[tokens, C] to [tokens·16, C/8]; the 16 pixels of a token follow one another."""
+        """[B, tokens, C] to [B, tokens·16, C/8]; the 16 pixels of a token follow one another."""
         norm = self._norm
-        x = F.linear(keys, *self._first).view(-1, norm.weight.numel())
-        # segment-anything's LayerNorm2d is LayerNorm over the channels, here the last axis.
-        x = F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, norm.eps)
+        x = F.linear(keys, *self._first).view(len(keys), -1, norm.weight.numel())
+        if isinstance(norm, nn.GroupNorm):
+            x = norm(x.transpose(1, 2)).transpose(1, 2)
+        else:
+            # segment-anything's LayerNorm2d is LayerNorm over the channels, here the last axis.
+            x = F.layer_norm(x, x.shape[2:], norm.weight, norm.bias, norm.eps)
         x = F.linear(self._activation(x), *self._second)
-        pixels: Tensor = self._last_activation(x.view(-1, x.shape[1] // 4))
+        pixels: Tensor = self._last_activation(x.view(len(keys), -1, x.shape[2] // 4))
         return pixels
 
 

@@ -39,7 +39,7 @@ def embed_bytes(variant: Variant, engine: EngineKind | None, images: int = 1) ->
         return 0
     reference = engine is EngineKind.REFERENCE
     kept = _TOKENS_KEPT_BY_REFERENCE if reference else _TOKENS_KEPT
-    floats = kept * variant.grid**2 * variant.embed_dim
+    floats = kept * variant.widest
     if engine is None and variant.relative_position:
         floats += _MATRICES * _largest_attention(variant)
     if reference:
@@ -49,5 +49,6 @@ def embed_bytes(variant: Variant, engine: EngineKind | None, images: int = 1) ->
 
 def _largest_attention(variant: Variant) -> int:
     """Numbers in the attention matrices of the block that has most."""
-    sides = {variant.window_of(block) or variant.grid for block in range(variant.depth)}
-    return variant.num_heads * max((-(-variant.grid // side)) ** 2 * side**4 for side in sides)
+    return max(
+        block.heads * (-(-block.grid // block.window)) ** 2 * block.window**4 for block in variant.blocks
+    )

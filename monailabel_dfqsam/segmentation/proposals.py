@@ -21,7 +21,6 @@ MOST = 20
 
 _SIDE = 16  # points along each side
 _BACKGROUND = 10  # of 255: cells no brighter than this above the darkest pixel hold nothing to segment
-_CELL = 4  # pixels of the model's input along one side of a pixel of its masks
 _STABILITY_STEP = 1.0  # logits by which the threshold is moved either way, as segment-anything does
 _LEAST_OF_BEST = 0.7
 _SAME_OBJECT = 0.5  # IoU of two masks
@@ -81,11 +80,11 @@ def surest(logits: Tensor, scores: Tensor, frame: Frame) -> list[int]:
     laxer threshold.
 
     Args:
-        logits: [N, 1, S/4, S/4] float.
+        logits: [N, 1, M, M] float.
         scores: [N] float, predicted IoU.
         frame: where the image lies in the model's input; what is beyond does not count.
     """
-    rows, columns = -(-frame.resized_height // _CELL), -(-frame.resized_width // _CELL)
+    rows, columns = (-(-side // frame.mask_cell) for side in (frame.resized_height, frame.resized_width))
     flat = logits[:, 0, :rows, :columns].flatten(1)
     if flat.numel() == 0:
         return []

@@ -1,7 +1,8 @@
 """An image and prompts to a mask: the slow embedding and the fast prompting are two calls.
 
 Every model is the same `Segmenter`, whether its image encoder runs in full precision or on an integer
-engine; prompt encoder and mask decoder are always segment-anything's, in float32.
+engine; prompt encoder and mask decoder are always segment-anything's, in float32. In shapes, S is the side of
+the model's input, G of its embedding and M of its masks: `input_size`, `grid` and `mask_side` of the variant.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Prompts:
         points: [N, 2] float, 0 … W and 0 … H; N may be 0.
         labels: [N] int, 1 inside the object, 0 outside it.
         box: [4] float (x0, y0, x1, y1) with x0 < x1 and y0 < y1, the object's outer edges, or None.
-        mask_logits: [1, 1, S/4, S/4] float32, `Prediction.low_res_logits` of the prediction to refine.
+        mask_logits: [1, 1, M, M] float32, `Prediction.low_res_logits` of the prediction to refine.
     """
 
     points: NDArray[Any] = field(default_factory=lambda: np.zeros((0, 2)))
@@ -53,7 +54,7 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """An image as the mask decoder needs it: tensor [1, C, S/16, S/16] float32, and where the image lies."""
+    """An image as the mask decoder needs it: tensor [1, C, G, G] float32, and where the image lies."""
 
     tensor: Tensor
     frame: Frame
@@ -71,7 +72,7 @@ class Prediction:
     Attributes:
         mask: [H, W] bool in the image's pixels.
         score: the model's own estimate of the mask's IoU, about 0 … 1.
-        low_res_logits: [1, 1, S/4, S/4] float32, for `Prompts.mask_logits` of the next click.
+        low_res_logits: [1, 1, M, M] float32, for `Prompts.mask_logits` of the next click.
     """
 
     mask: NDArray[Any]
@@ -99,7 +100,7 @@ class Segmenter:
         """Makes a segmenter of its parts.
 
         Args:
-            embed: normalised images [B, 3, S, S] float32 to embeddings [B, C, S/16, S/16] float32.
+            embed: normalised images [B, 3, S, S] float32 to embeddings [B, C, G, G] float32.
             memory: bytes that `embed` takes for so many images at once.
         """
         self.name = name
@@ -145,7 +146,7 @@ class Segmenter:
             prompts: at least a point or a box; `mask_logits` only refines.
             multimask: take the one with the best predicted IoU of the decoder's three candidates (outputs
                 1 to 3), or for a box to a variant that is `chosen_by_box`, as `OneMaskDecoder` says;
-                otherwise its single answer (output 0).
+                otherwise, and where nothing else was trained, its single answer (output 0).
 
         Raises:
             ValueError: for prompts that are empty, misshapen or outside the image.
@@ -153,6 +154,7 @@ class Segmenter:
         _check(prompts, embedding.frame)
         points, boxes, masks = self._model_prompts(prompts, embedding.frame)
         sparse, dense = self._prompt_encoder(points, boxes, masks)
+        multimask = multimask and not self.variant.one_mask
         by_box = multimask and self.variant.chosen_by_box
         box = boxes[0] + _PIXEL_CENTRE if by_box and boxes is not None else None
         logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask, box)
@@ -169,14 +171,14 @@ class Segmenter:
             points: [N, 2] float (x, y) in image pixels, 0 … W and 0 … H; N may be 0.
 
         Returns:
-            On the CPU [N, 1, S/4, S/4] float32 logits, which `to_image` takes to the image's pixels, and [N]
+            On the CPU [N, 1, M, M] float32 logits, which `to_image` takes to the image's pixels, and [N]
             float32, the model's own estimates of the masks' IoUs, about 0 … 1.
 
         Raises:
             ValueError: for points that are misshapen or outside the image.
         """
         points = np.asarray(points, dtype=np.float64)
-        side = self.variant.input_size // 4
+        side = self.variant.mask_side
         if len(points) == 0:
             return torch.zeros(0, 1, side, side), torch.zeros(0)
         _check(Prompts(points, np.ones(len(points), dtype=np.int64)), embedding.frame)
@@ -190,7 +192,7 @@ class Segmenter:
         for some in xy.split(max(1, _BATCH_NUMBERS // image.numel())):
             labels = torch.ones(len(some), 1, dtype=torch.int64, device=self._device)
             sparse, dense = self._prompt_encoder((some[:, None], labels), None, None)
-            parts.append(self._decode.each(image, sparse, dense))
+            parts.append(self._decode.each(image, sparse, dense, not self.variant.one_mask))
         logits, scores = zip(*parts, strict=True)
         return torch.cat(logits).cpu(), torch.cat(scores).cpu()
 

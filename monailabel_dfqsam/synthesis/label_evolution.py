@@ -3,7 +3,7 @@
 A label map begins as one random ellipse. At each iteration the model's own masks for prompts drawn from the
 map are candidates; the surest one joins the map, and regions that have become unsure leave it. All functions
 are pure: label maps are [g, g] int64 tensors on the CPU, 0 for none and class + 1 elsewhere, on the grid of
-the model's low-resolution masks (g = S/4); areas count cells of that grid.
+the model's low-resolution masks; areas count cells of that grid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class EvolutionStep:
 
     Attributes:
         iteration: optimisation step after which it was taken.
-        labels: [S/4, S/4] int64, 0 for none, else class + 1.
+        labels: [g, g] int64, 0 for none, else class + 1.
         score: mean confidence of the labelled cells at that step, 0 to 1.
         image: [3, S/2, S/2] uint8 RGB, the image at that step.
     """

@@ -99,22 +99,21 @@ def class_response(sam: Sam, image: Tensor, embedding: Tensor, auxiliary: Auxili
 
     Args:
         image: [3, S, S] float32, as the model takes it.
-        embedding: [1, C, S/16, S/16] float32, of that image.
+        embedding: [1, C, G, G] float32, of that image.
     """
-    size = sam.variant.input_size
     masks = _clicked_masks(sam, embedding)
     scores = auxiliary.scores(from_model(sam.variant, image[None]))
     # Class 0 is the background; what is segmented is an object.
     kinds = list(range(1, scores.shape[1]))
     scores = F.interpolate(scores, masks.shape[-2:], mode="area")[0]
-    kept = masks[masks.flatten(1).sum(1) >= _MIN_SHARE * (size // 4) ** 2]
+    kept = masks[masks.flatten(1).sum(1) >= _MIN_SHARE * sam.variant.mask_side**2]
     if len(kept) == 0:
         return float("nan")
     return float(class_candidates(kept, scores, kinds).scores.mean())
 
 
 def _clicked_masks(sam: Sam, embedding: Tensor) -> Tensor:
-    """[16, S/4, S/4] bool: for clicks on a regular grid, of the three masks the one the model rates best."""
+    """[16, M, M] bool: for clicks on a regular grid, of the three masks the one the model rates best."""
     size = sam.variant.input_size
     place = (torch.arange(_POINTS, device=embedding.device) + 0.5) * size / _POINTS
     logits, iou = sam.predict(embedding, points=torch.cartesian_prod(place, place))

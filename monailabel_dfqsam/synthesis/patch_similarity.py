@@ -2,7 +2,9 @@
 
 In every block the attention output, averaged over its heads, gives one vector a token. The cosine
 similarities of all pairs of tokens have a distribution, wide for an image with distinct things in it, narrow
-for noise; its differential entropy measures that width.
+for noise; its differential entropy measures that width. The tokens are those of the whole image, also in
+blocks whose attention keeps to windows: what is asked is whether the image shows distinct things, and a
+window sees little of it, in TinyViT a fifth to an eighteenth of its side.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from monailabel_dfqsam.sam.encoder import ImageEncoder
 
 EVALUATION_POINTS = 10
 # Of a 1024-pixel input's 4096 tokens, and of the pairs of any larger number than 128 tokens, a fixed random
@@ -93,11 +96,11 @@ def _choice(count: int, wanted: int) -> Tensor:
 
 
 @contextmanager
-def attention_outputs(encoder: nn.Module) -> Iterator[list[Tensor]]:
+def attention_outputs(encoder: ImageEncoder) -> Iterator[list[Tensor]]:
     """Collects, while open, each block's attention output of each forward pass, in order.
 
     Args:
-        encoder: an `ImageEncoderViT`: `blocks[i].attn.proj` takes [B, H, W, heads·d], real tokens only.
+        encoder: in floating point; each block's `attn.proj` takes [B, H, W, heads·d], real tokens only.
 
     Yields:
         A list that each forward pass extends by one [B, H·W, d] float a block, the mean over its heads.
@@ -111,8 +114,8 @@ def attention_outputs(encoder: nn.Module) -> Iterator[list[Tensor]]:
 
         return collect
 
-    blocks: Any = encoder.blocks
-    handles = [block.attn.proj.register_forward_pre_hook(collector(block.attn.heads)) for block in blocks]
+    attentions = [block.attn for block in encoder.attention_blocks().values()]
+    handles = [attn.proj.register_forward_pre_hook(collector(attn.heads)) for attn in attentions]
     try:
         yield outputs
     finally:
@@ -121,11 +124,11 @@ def attention_outputs(encoder: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def encoder_patch_entropies(encoder: nn.Module, images: Tensor) -> Tensor:
+def encoder_patch_entropies(encoder: ImageEncoder, images: Tensor) -> Tensor:
     """Patch entropy of each image in each block, for reports; no gradients.
 
     Args:
-        encoder: an `ImageEncoderViT`.
+        encoder: in floating point.
         images: [N, 3, S, S] float32, as the model takes them.
 
     Returns:

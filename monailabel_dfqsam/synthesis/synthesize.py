@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from monailabel_dfqsam.config import Progress, SynthesisConfig
 from monailabel_dfqsam.sam import Sam, Variant
+from monailabel_dfqsam.sam.encoder import ImageEncoder
 from monailabel_dfqsam.sam.preprocess import input_range, normalize
-from monailabel_dfqsam.sam.vit import ImageEncoderViT
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary
 from monailabel_dfqsam.synthesis.label_evolution import (
     EvolutionRules,
@@ -44,7 +44,6 @@ from monailabel_dfqsam.synthesis.patch_similarity import attention_outputs, patc
 ADAM_BETAS = (0.5, 0.9)
 WARMUP = 100
 CYCLE = 500
-MASK_CELL = 4  # model-input pixels per cell of the low-resolution masks
 ROLL = 15 / 256  # largest roll, as a share of the input's side
 COLOUR = 0.03  # of the channels' differences that is kept, see `mute`; compared in docs/accuracy
 BOX_JITTER = 0.1  # of a box's extent
@@ -183,16 +182,19 @@ def learning_rate(step: int, config: SynthesisConfig) -> float:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A roll (down, right) in whole mask cells, so that label maps follow exactly, and a horizontal flip."""
+    """A roll (down, right) in whole mask cells, so that label maps follow exactly, and a horizontal flip.
+
+    Those cells are the pixels of the low-resolution masks.
+    """
 
     down: int
     right: int
     flip: bool
 
     @classmethod
-    def draw(cls, generator: Generator, size: int) -> Augmentation:
-        """A random one for `size`² pixels."""
-        reach = int(ROLL * size) // MASK_CELL
+    def draw(cls, generator: Generator, size: int, cell: int) -> Augmentation:
+        """A random one for `size`² pixels, `cell` of them along a mask cell's side."""
+        reach = int(ROLL * size) // cell
         down, right = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
         return cls(down, right, bool(torch.randint(2, (), generator=generator)))
 
@@ -207,18 +209,21 @@ class Augmentation:
         return torch.roll(x, (-self.down, -self.right), (-2, -1))
 
 
-def embed(encoder: ImageEncoderViT, images: Tensor) -> Tensor:
+def embed(encoder: ImageEncoder, images: Tensor) -> Tensor:
     """What the encoder makes of images, to be differentiated, in bounded memory.
 
-    With more than `KEPT_TOKENS` tokens, blocks keep only their inputs and run again in the backward pass.
+    With more than `KEPT_TOKENS` tokens, steps between patch embedding and neck keep only their inputs and run
+    again in the backward pass.
     """
-    tokens: Tensor = encoder.patch_embed(images) + encoder.pos_embed
-    for block in encoder.blocks:
+    (first, patches), *between, (_, neck) = encoder.steps()
+    tokens = encoder.after(first, patches(images))
+    for name, step in between:
         if tokens.shape[1] * tokens.shape[2] > KEPT_TOKENS:
-            tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+            tokens = checkpoint(step, tokens, use_reentrant=False, preserve_rng_state=False)
         else:
-            tokens = block(tokens)
-    embedding: Tensor = encoder.neck(tokens.permute(0, 3, 1, 2))
+            tokens = step(tokens)
+        tokens = encoder.after(name, tokens)
+    embedding: Tensor = neck(tokens)
     return embedding
 
 
@@ -235,7 +240,7 @@ class _Painter:
     ) -> None:
         self.sam, self.config, self.auxiliary, self.generator = sam, config, auxiliary, generator
         self.size = sam.variant.input_size
-        self.grid = self.size // MASK_CELL
+        self.grid, self.cell = sam.variant.mask_side, sam.variant.mask_cell
         self.rules = EvolutionRules.of(config, self.grid)
         device = next(sam.parameters()).device
         self.ceiling = None if ceiling is None else ceiling.to(device)
@@ -275,9 +280,9 @@ class _Painter:
 
     def _loss(self, step: int) -> Tensor:
         """Eq. 11 for one augmented view of the image; evolves the labels by what the model saw in it."""
-        view = Augmentation.draw(self.generator, self.size)
+        view = Augmentation.draw(self.generator, self.size, self.cell)
         image = self._muted()
-        seen = view.apply(image, MASK_CELL)
+        seen = view.apply(image, self.cell)
         with attention_outputs(self.sam.image_encoder) as outputs:
             embedding = embed(self.sam.image_encoder, to_model(self.sam.variant, seen))
         entropies = torch.stack([patch_entropy(tokens[0]) for tokens in outputs])
@@ -316,7 +321,7 @@ class _Painter:
 
     def _boxes(self, chosen: list[Region]) -> Tensor:
         """[K, 4] float32, the regions' boxes in pixels of the model's input, jittered."""
-        boxes = torch.tensor([region.box for region in chosen], dtype=torch.float32) * MASK_CELL
+        boxes = torch.tensor([region.box for region in chosen], dtype=torch.float32) * self.cell
         return jitter_boxes(boxes, BOX_JITTER, self.size, self.generator)
 
     def _evolve(
@@ -337,12 +342,13 @@ class _Painter:
             scores: [C, g, g] float, the auxiliary model's, in the frame of the image.
         """
         probability = view.undo(logits.sigmoid())
-        alternatives = probability[:, 1:].flatten(0, 1)
+        trained = slice(0, 1) if self.sam.variant.one_mask else slice(1, None)
+        alternatives = probability[:, trained].flatten(0, 1)
         if scores is not None:
             candidates = class_candidates(alternatives > 0.5, scores, self.kinds)
             confidence = label_confidence(self.labels, scores)
         else:
-            candidates = own_candidates(alternatives, iou[:, 1:].flatten(), self.kinds[0])
+            candidates = own_candidates(alternatives, iou[:, trained].flatten(), self.kinds[0])
             confidence = torch.full_like(probability[0, 0], math.nan)
             for index, region in enumerate(chosen):
                 mask = view.undo(region.mask)
