@@ -30,6 +30,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "segmentation",
         "fidelity phantom_study",
         "pipeline",
+        "finetuning",
         "server",
         "evaluation report slicer_session",
         "demo",
@@ -43,7 +44,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
 DEFERRED_EXCEPTIONS = {("server", "report")}
 
 # What a server that only answers clicks never loads.
-NOT_FOR_CLICKS = ("synthesis", "pretraining", "pipeline", "report")
+NOT_FOR_CLICKS = ("synthesis", "pretraining", "pipeline", "finetuning", "report")
 
 
 def rank(name: str) -> int:

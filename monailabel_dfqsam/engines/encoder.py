@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -136,35 +136,54 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
     Raises:
         ArtifactError: when the artifact's tensors are not those of its model.
     """
-    variant = VARIANTS.get(artifact.header["variant"])
-    if variant is None:
-        raise ArtifactError(f"the artifact is of a model unknown here: '{artifact.header['variant']}'")
-    with torch.device("meta"):
-        encoder = build_encoder(variant)
-        encoder.fold()
-    for name in artifact.header["layers"]:
-        _replace(encoder, name, IntegerLinear(decode_layer(artifact, name), kernels))
-    floats = float_tensors(artifact, "image_encoder.")
-    attention_bits = artifact.header["attention_bits"]
-    for name in [name for name, module in encoder.named_modules() if isinstance(module, AttentionCore)]:
-        ranges = floats.pop(f"{name}.ranges", None)
-        if ranges is not None and kernels.core is not None:
-            _replace(encoder, name, kernels.core(ranges, attention_bits))
-    expected = set(encoder.state_dict())
-    if not expected <= set(floats):
-        raise ArtifactError(
-            f"the artifact lacks tensors, '{min(expected - set(floats))}' first: quantize again"
-        )
-    encoder.load_state_dict({key: floats.pop(key) for key in expected}, strict=True, assign=True)
-    for key, value in floats.items():
-        parent, _, buffer = key.rpartition(".")
-        encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
+    encoder = assemble_with(artifact, lambda layer: IntegerLinear(layer, kernels), kernels.core)
     for name, step in encoder.steps() if fused else ():
         if isinstance(step, TransformerBlock) and _all_integer(step, step.linears):
             _replace(encoder, name, IntegerBlock(step, kernels))
         elif isinstance(step, (Bottleneck, Merging)) and _all_integer(step, ("conv1.c", "conv3.c")):
             _replace(encoder, name, IntegerConvolutions(step, kernels))
     return encoder.eval().requires_grad_(False)
+
+
+def assemble_with(
+    artifact: Artifact,
+    layer: Callable[[QuantizedLayer], nn.Module],
+    core: Callable[[Tensor, int], nn.Module] | None = None,
+) -> ImageEncoder:
+    """The encoder of an artifact in floats, each quantized layer a module from floats to floats.
+
+    Args:
+        layer: makes such a module, [..., K] or [B, C, H, W] float to [..., N] or [B, N, H', W'] float.
+        core: makes a quantized attention core of its ranges [7] and bits, for policy `paper`.
+
+    Raises:
+        ArtifactError: when the artifact's tensors are not those of its model.
+    """
+    variant = VARIANTS.get(artifact.header["variant"])
+    if variant is None:
+        raise ArtifactError(f"the artifact is of a model unknown here: '{artifact.header['variant']}'")
+    with torch.device("meta"):
+        encoder = build_encoder(variant)
+        encoder.fold()
+    layers = artifact.header["layers"]
+    expected = {key for key in encoder.state_dict() if key.rpartition(".")[0] not in layers}
+    floats = float_tensors(artifact, "image_encoder.")
+    attention_bits = artifact.header["attention_bits"]
+    for name in [name for name, module in encoder.named_modules() if isinstance(module, AttentionCore)]:
+        ranges = floats.pop(f"{name}.ranges", None)
+        if ranges is not None and core is not None:
+            _replace(encoder, name, core(ranges, attention_bits))
+    if not expected <= set(floats):
+        raise ArtifactError(
+            f"the artifact lacks tensors, '{min(expected - set(floats))}' first: quantize again"
+        )
+    encoder.load_state_dict({key: floats.pop(key) for key in expected}, strict=False, assign=True)
+    for key, value in floats.items():
+        parent, _, buffer = key.rpartition(".")
+        encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
+    for name in layers:
+        _replace(encoder, name, layer(decode_layer(artifact, name)))
+    return encoder
 
 
 def _all_integer(step: nn.Module, names: Iterable[str]) -> bool:
