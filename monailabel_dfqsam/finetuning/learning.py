@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver, EarlyStopping
+from ignite.handlers import Checkpoint, DiskSaver, EarlyStopping, EMAHandler
 from monai.data import CacheDataset, DataLoader
 from monai.engines import SupervisedTrainer
 from monai.metrics import compute_iou
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact, write_artifact
-from monailabel_dfqsam.config import Progress, silent
+from monailabel_dfqsam.config import FinetuneConfig, Progress, silent
 from monailabel_dfqsam.finetuning.prompted import Ask, Asked, PromptLoss, answer
 from monailabel_dfqsam.finetuning.samples import ModalitySampler, Reader, Sample
 from monailabel_dfqsam.finetuning.trainable import to_artifact, trainable
@@ -38,29 +38,10 @@ from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, load_se
 logger = logging.getLogger(__name__)
 
 _CACHE_BYTES = 1 << 30
+_MOMENTUM = 0.02
+"""Of the average of the last weights, which is judged and kept: integers flip to and fro while it learns."""
 _PREFIX = "after"
 _BEST = "best.safetensors"
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How to fine-tune.
-
-    Attributes:
-        max_epochs: an epoch is what `ModalitySampler` says.
-        patience: epochs without a better score after which it ends.
-        balanced: an equal share of the samples for each modality.
-        batch: samples a step.
-        learning_rate: AdamW's.
-        seed: of every random choice.
-    """
-
-    max_epochs: int = 40
-    patience: int = 8
-    balanced: bool = True
-    batch: int = 8
-    learning_rate: float = 2e-4
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,16 +89,14 @@ class Judge:
             self._cases.append((sample.modality, np.ascontiguousarray(rgb), found["mask"][0] > 0))
 
     def scores(self, segmenter: Segmenter) -> Scores:
-        """Of a model as the product answers with it."""
+        """Of a model as the product answers with it, also about each image mirrored: where there are few, chance
+        would decide.
+        """
         found: dict[str, dict[str, list[float]]] = {"box": {}, "point": {}}
         for modality, rgb, mask in self._cases:
-            embedding = segmenter.embed(rgb)
-            row, column = interior_pixel(mask)
-            click = Prompts(np.array([[column + 0.5, row + 0.5]]), np.ones(1, dtype=np.int64))
-            for kind, prompts in (("box", Prompts(box=tight_box(mask))), ("point", click)):
-                drawn = segmenter.predict(embedding, prompts).mask
-                iou = compute_iou(_one(drawn), _one(mask))
-                found[kind].setdefault(modality, []).append(float(iou))
+            for axes in ((), (0,), (1,), (0, 1)):
+                for kind, iou in _answered(segmenter, np.flip(rgb, axes), np.flip(mask, axes)).items():
+                    found[kind].setdefault(modality, []).append(iou)
         means = {
             kind: {name: statistics.mean(values) for name, values in sorted(groups.items())}
             for kind, groups in found.items()
@@ -177,7 +156,7 @@ class _Session:
         self._optimizer = torch.optim.AdamW(self._parameters, lr=config.learning_rate, weight_decay=0.0)
         self._loss = PromptLoss()
         self._ask = Ask(self._sam.variant)
-        self._sampler = ModalitySampler([s.modality for s in learned], config.balanced, config.seed)
+        self._sampler = ModalitySampler([s.modality for s in learned], config.sampling, config.seed)
         loader = _loader(learned, reader, self._ask, self._sampler, config.batch)
         self._trainer = SupervisedTrainer(
             device=self._device,
@@ -189,6 +168,7 @@ class _Session:
             iteration_update=self._step,
         )
         self._trainer.logger.setLevel(logging.WARNING)
+        self._average = EMAHandler(self._sam, momentum=_MOMENTUM)
         self._stopping = EarlyStopping(config.patience, lambda engine: engine.state.score, self._trainer)
         self._best: _Best = _Best(None, judge.scores(load_segmenter(start)))
 
@@ -198,6 +178,7 @@ class _Session:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         trainer.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
+        self._average.attach(trainer, event=Events.ITERATION_COMPLETED)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._tell)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._judge_epoch)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._stopping)
@@ -227,10 +208,11 @@ class _Session:
 
     def _tell(self, engine: Engine) -> None:
         state: Any = engine.state
-        self._progress("fine-tuning", state.iteration, self._config.max_epochs * state.epoch_length)
+        self._progress("learning", state.iteration, self._config.max_epochs * state.epoch_length)
 
     def _judge_epoch(self, engine: Engine) -> None:
-        artifact = to_artifact(self._sam, self._start)
+        averaged: Any = self._average.ema_model
+        artifact = to_artifact(averaged, self._start)
         scores = self._judge.scores(load_segmenter(artifact))
         state: Any = engine.state
         state.score = scores.mean
@@ -241,8 +223,8 @@ class _Session:
 
     def _parts(self) -> dict[str, Any]:
         return {
-            "sam": self._sam, "optimizer": self._optimizer, "trainer": self._trainer,
-            "stopping": self._stopping, "sampler": self._sampler,
+            "sam": self._sam, "average": self._average.ema_model, "optimizer": self._optimizer,
+            "trainer": self._trainer, "stopping": self._stopping, "sampler": self._sampler,
         }  # fmt: skip
 
     def _saver(self) -> Checkpoint:
@@ -310,5 +292,16 @@ def _loader(
     return DataLoader(data, batch_size=batch, sampler=sampler, num_workers=0, collate_fn=list)
 
 
-def _one(mask: NDArray[np.bool_]) -> Tensor:
-    return torch.from_numpy(mask)[None, None]
+def _answered(segmenter: Segmenter, rgb: NDArray[np.uint8], mask: NDArray[np.bool_]) -> dict[str, float]:
+    """IoU of a model's answers to the tight box and to a click in the middle."""
+    rgb, mask = np.ascontiguousarray(rgb), np.ascontiguousarray(mask)
+    embedding = segmenter.embed(rgb)
+    row, column = interior_pixel(mask)
+    click = Prompts(np.array([[column + 0.5, row + 0.5]]), np.ones(1, dtype=np.int64))
+    truth = torch.from_numpy(mask)[None, None]
+    return {
+        kind: float(
+            compute_iou(torch.from_numpy(segmenter.predict(embedding, prompts).mask)[None, None], truth)
+        )
+        for kind, prompts in (("box", Prompts(box=tight_box(mask))), ("point", click))
+    }

@@ -18,7 +18,7 @@ from monai.transforms import KeepLargestConnectedComponent
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from monailabel_dfqsam.config import Progress, silent
+from monailabel_dfqsam.config import Progress, Sampling, silent
 from monailabel_dfqsam.segmentation.volume import Volume, VolumeLoader, slice_rgb
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def find_samples(
     samples: list[Sample] = []
     refused = 0
     for done, one in enumerate(labelled):
-        progress("reading labels", done, len(labelled))
+        progress("labels", done, len(labelled))
         try:
             volume, labels = reader.labels(one)
         except (ValueError, MemoryError) as error:
@@ -117,7 +117,7 @@ def find_samples(
             if value:
                 slices = _spread(labels == value)
                 samples += [Sample(one.image, one.label, int(value), k, modality) for k in slices]
-    progress("reading labels", len(labelled), len(labelled))
+    progress("labels", len(labelled), len(labelled))
     return samples, refused
 
 
@@ -157,8 +157,8 @@ class ModalitySampler(Sampler[int]):
     once, but not more than a balanced epoch would have.
     """
 
-    def __init__(self, modalities: Sequence[str], balanced: bool, seed: int, cap: int = 64) -> None:
-        self._balanced, self._seed = balanced, seed
+    def __init__(self, modalities: Sequence[str], sampling: Sampling, seed: int, cap: int = 64) -> None:
+        self._balanced, self._seed = sampling is Sampling.BALANCED, seed
         self._groups = {
             name: [i for i, own in enumerate(modalities) if own == name] for name in sorted(set(modalities))
         }
