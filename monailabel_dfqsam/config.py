@@ -12,7 +12,7 @@ from typing import Any
 CONFIG_SCHEMA = 1
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all); a stage is one word: 'synthesis', 'fidelity', 'learning' …"""
+"""Called with (stage, steps done, steps in all); a stage is one word: 'synthesis', 'fidelity' …"""
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -24,7 +24,7 @@ from monai.engines import SupervisedTrainer
 from monai.metrics import compute_iou
 from monai.transforms import Compose, Transform
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact, write_artifact
 from monailabel_dfqsam.config import FinetuneConfig, Progress, silent
@@ -89,9 +89,7 @@ class Judge:
             self._cases.append((sample.modality, np.ascontiguousarray(rgb), found["mask"][0] > 0))
 
     def scores(self, segmenter: Segmenter) -> Scores:
-        """Of a model as the product answers with it, also about each image mirrored: where there are few, chance
-        would decide.
-        """
+        """Of a model as the product answers with it; about mirrored images too, since there may be few."""
         found: dict[str, dict[str, list[float]]] = {"box": {}, "point": {}}
         for modality, rgb, mask in self._cases:
             for axes in ((), (0,), (1,), (0, 1)):

@@ -29,6 +29,8 @@ SLICES = 8
 """Of one object of a volume, spread over it: neighbours are alike and would only outweigh other images."""
 LEAST_PIXELS = 25
 """Of an object on its slice; what is smaller is lost in a model's masks, whose pixels are larger."""
+LEAST_EPOCH = 64
+"""Samples of an epoch, after which the model is judged."""
 VALIDATION = 0.25
 """Share of the images, of each modality, that is kept to judge by."""
 _SAME = 1e-3  # millimetres, by which two grids may differ
@@ -152,22 +154,27 @@ def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 class ModalitySampler(Sampler[int]):
     """Indices of an epoch's samples, in an order that hangs on seed and epoch alone.
 
-    Balanced, every modality has the same share: as many as the largest has, at most `cap`; a larger group is
-    drawn from anew in each epoch, a smaller one is gone through several times. Otherwise every sample comes
-    once, but not more than a balanced epoch would have.
+    Balanced, every modality has the same share: as many as the largest has, at most `cap`; of a larger group
+    others are drawn in each epoch, a smaller one is gone through several times. Natural, every sample comes
+    equally often, and an epoch has as many as a balanced one. Few samples are gone through until an epoch has
+    `LEAST_EPOCH`.
     """
 
     def __init__(self, modalities: Sequence[str], sampling: Sampling, seed: int, cap: int = 64) -> None:
-        self._balanced, self._seed = sampling is Sampling.BALANCED, seed
-        self._groups = {
-            name: [i for i, own in enumerate(modalities) if own == name] for name in sorted(set(modalities))
-        }
-        self._share = min(cap, max(len(group) for group in self._groups.values()))
+        self._seed = seed
+        groups: dict[str, list[int]] = {}
+        for index, name in enumerate(modalities):
+            groups.setdefault(name, []).append(index)
+        largest = max(len(group) for group in groups.values())
+        share = max(min(cap, largest), -(-LEAST_EPOCH // len(groups)))
+        if sampling is Sampling.BALANCED:
+            self._parts = [(group, share) for group in groups.values()]
+        else:
+            self._parts = [(list(range(len(modalities))), share * len(groups))]
         self._epoch = 0
 
     def __len__(self) -> int:
-        whole = self._share * len(self._groups)
-        return whole if self._balanced else min(whole, sum(map(len, self._groups.values())))
+        return sum(share for _, share in self._parts)
 
     def state_dict(self) -> dict[str, int]:
         """How many epochs were drawn."""
@@ -185,12 +192,9 @@ class ModalitySampler(Sampler[int]):
         def shuffled(items: list[int]) -> list[int]:
             return [items[i] for i in torch.randperm(len(items), generator=generator)]
 
-        if not self._balanced:
-            yield from shuffled([i for group in self._groups.values() for i in group])[: len(self)]
-            return
         chosen: list[int] = []
-        for group in self._groups.values():
-            whole, rest = divmod(self._share, len(group))
+        for group, share in self._parts:
+            whole, rest = divmod(share, len(group))
             chosen += group * whole + shuffled(group)[:rest]
         yield from shuffled(chosen)
 

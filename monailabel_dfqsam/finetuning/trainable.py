@@ -7,6 +7,8 @@ learned step sizes have (arXiv 1902.08153). Zero-points stay.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from brevitas.core.function_wrapper import Identity
@@ -116,7 +118,8 @@ def trainable(artifact: Artifact) -> Sam:
         ArtifactError: when the artifact's tensors are not those of its model.
     """
     sam = Sam(VARIANTS[artifact.header["variant"]])
-    sam.image_encoder = assemble_with(artifact, TrainableLayer)
+    # What is assembled shares tensors with the artifact, which learning must not change.
+    sam.image_encoder = copy.deepcopy(assemble_with(artifact, TrainableLayer))
     sam.prompt_encoder.load_state_dict(float_tensors(artifact, "prompt_encoder."))
     sam.mask_decoder.load_state_dict(float_tensors(artifact, "mask_decoder."))
     sam.train().requires_grad_(True)
