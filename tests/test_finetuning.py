@@ -295,7 +295,7 @@ def run(
 ) -> Finetuned:
     samples, _ = find_samples(pictures, Reader())
     learned, judged = split(samples)
-    config = FinetuneConfig(max_epochs=epochs, patience=patience, learning_rate=1e-3)
+    config = FinetuneConfig(max_epochs=epochs, patience=patience, learning_rate=2e-3)
     return finetune(start, learned, Judge(judged, Reader()), config, folder)
 
 

@@ -106,30 +106,25 @@ def run_arm(
         return found
     shutil.rmtree(home, ignore_errors=True)
     studies, app, labels = home / "studies", home / "app", home / "labels"
-    for folder in (studies, app, labels):
+    for folder in (studies, labels):
         folder.mkdir(parents=True)
     for number, row in enumerate(rows):
         shutil.copy(data / row["image"], studies / f"study{number:03d}.png")
     start = work / "start"
     if start.is_dir():
-        shutil.copytree(start, app / "model")
+        shutil.copytree(start, app)
     with DemoServer(studies, app, home / "server.log") as server:
         session = SlicerSession(server.url)
         _wait(session, lambda: session.info()["models"]["dfqsam"]["serving"]["key"] is not None)
         _wait(session, lambda: not session.is_training())
         if not start.is_dir():
-            start.mkdir()
-            for path in (app / "model").glob("*.safetensors"):
-                shutil.copy(path, start)
+            shutil.copytree(app, start)
         label_everything(session, data, rows, labels)
         options = {} if epochs is None else {"max_epochs": epochs}
         session.train(NAME, bits=arm.bits, sampling=arm.sampling.value, seed=arm.seed, **options)
         time.sleep(POLL_SECONDS)
         _wait(session, lambda: not session.is_training())
         stats = session.info()["train_stats"][NAME]
-        for path in (app / "model").glob("*.safetensors"):  # W8A8's start, made on the way
-            if path.stem != stats["key"] and not (start / path.name).exists():
-                shutil.copy(path, start)
     result = {
         **asdict(arm),
         "state": stats["state"],
