@@ -17,7 +17,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +98,7 @@ def label_everything(
 def run_arm(
     arm: Arm, data: Path, rows: list[dict[str, Any]], work: Path, epochs: int | None
 ) -> dict[str, Any]:
-    """Trains through a server of its own; {state, seconds, key, stats}, kept in `work`."""
+    """Trains through a server of its own; {bits, sampling, seed, state, key, error, seconds}."""
     home = work / arm.name.replace(" ", "-")
     done = home / "result.json"
     if done.is_file():
@@ -126,7 +126,9 @@ def run_arm(
         _wait(session, lambda: not session.is_training())
         stats = session.info()["train_stats"][NAME]
     result = {
-        **asdict(arm),
+        "bits": arm.bits,
+        "sampling": arm.sampling.value,
+        "seed": arm.seed,
         "state": stats["state"],
         "key": stats["key"],
         "error": stats.get("error"),
