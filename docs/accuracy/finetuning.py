@@ -16,7 +16,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,15 +115,14 @@ def run_arm(
         shutil.copytree(start, app)
     with DemoServer(studies, app, home / "server.log") as server:
         session = SlicerSession(server.url)
-        _wait(session, lambda: session.info()["models"]["dfqsam"]["serving"]["key"] is not None)
-        _wait(session, lambda: not session.is_training())
+        _wait(lambda: session.info()["models"]["dfqsam"]["serving"]["key"] is not None)
+        _wait(lambda: not session.is_training())
         if not start.is_dir():
             shutil.copytree(app, start)
         label_everything(session, data, rows, labels)
         options = {} if epochs is None else {"max_epochs": epochs}
         session.train(NAME, bits=arm.bits, sampling=arm.sampling.value, seed=arm.seed, **options)
-        time.sleep(POLL_SECONDS)
-        _wait(session, lambda: not session.is_training())
+        _wait(lambda: _has_ended(session.info()["train_stats"][NAME]))
         stats = session.info()["train_stats"][NAME]
     result = {
         "bits": arm.bits,
@@ -139,7 +138,12 @@ def run_arm(
     return result
 
 
-def _wait(session: SlicerSession, condition: Any) -> None:
+def _has_ended(stats: dict[str, Any]) -> bool:
+    """Whether the last training was a fine-tuning and is over; it begins a while after it is asked for."""
+    return stats["options"].get("trainer") == NAME and stats["state"] != "running"
+
+
+def _wait(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT_SECONDS
     while not condition():
         if time.monotonic() > end:

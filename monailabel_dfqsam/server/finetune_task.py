@@ -111,7 +111,7 @@ class FinetuneTask(PublishingTask):
         start = read_artifact(folder.artifact(start_key))
         begun = time.monotonic()
         judge = Judge(judged, reader)
-        work = folder.path / "finetuning" / key
+        work = self._work(key)
         result = finetune(
             start, learned, judge, config, work, reader=reader, device=device(), progress=report
         )
@@ -141,6 +141,14 @@ class FinetuneTask(PublishingTask):
         os.replace(folder.building / "artifact", folder.artifact(key))
         shutil.rmtree(work, ignore_errors=True)
         self._publish(key, float(artifact.header["fidelity"]["mean_iou"]), own_key, report)
+
+    def _work(self, key: str) -> Path:
+        """Where checkpoints go; those of fine-tunings on other labels or with other options are given up."""
+        own = self._folder.path / "finetuning" / key
+        for other in own.parent.glob("*"):
+            if other != own:
+                shutil.rmtree(other, ignore_errors=True)
+        return own
 
     def _served_scores(self, judge: Judge, start_key: str) -> dict[str, Scores]:
         """Those of the artifact served now, by 'served'; none where it is the one to start from, or there is
