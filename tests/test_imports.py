@@ -28,7 +28,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "artifact",
         "engines",
         "segmentation",
-        "fidelity phantom_study",
+        "export fidelity phantom_study",
         "pipeline",
         "finetuning",
         "server",

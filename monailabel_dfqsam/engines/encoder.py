@@ -136,25 +136,25 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
     Raises:
         ArtifactError: when the artifact's tensors are not those of its model.
     """
-    encoder = assemble_with(artifact, lambda layer: IntegerLinear(layer, kernels), kernels.core)
+    encoder = assemble_modules(artifact, lambda layer: IntegerLinear(layer, kernels), kernels.core)
     for name, step in encoder.steps() if fused else ():
         if isinstance(step, TransformerBlock) and _all_integer(step, step.linears):
-            _replace(encoder, name, IntegerBlock(step, kernels))
+            put_module(encoder, name, IntegerBlock(step, kernels))
         elif isinstance(step, (Bottleneck, Merging)) and _all_integer(step, ("conv1.c", "conv3.c")):
-            _replace(encoder, name, IntegerConvolutions(step, kernels))
-    return encoder.eval().requires_grad_(False)
+            put_module(encoder, name, IntegerConvolutions(step, kernels))
+    return encoder
 
 
-def assemble_with(
+def assemble_modules(
     artifact: Artifact,
-    layer: Callable[[QuantizedLayer], nn.Module],
+    quantized: Callable[[QuantizedLayer], nn.Module],
     core: Callable[[Tensor, int], nn.Module] | None = None,
 ) -> ImageEncoder:
-    """The encoder of an artifact in floats, each quantized layer a module from floats to floats.
+    """The float encoder of an artifact, but for what takes its quantized layers' places.
 
     Args:
-        layer: makes such a module, [..., K] or [B, C, H, W] float to [..., N] or [B, N, H', W'] float.
-        core: makes a quantized attention core of its ranges [7] and bits, for policy `paper`.
+        quantized: a module from floats to floats out of a layer's numbers.
+        core: as `Kernels.core`.
 
     Raises:
         ArtifactError: when the artifact's tensors are not those of its model.
@@ -172,7 +172,7 @@ def assemble_with(
     for name in [name for name, module in encoder.named_modules() if isinstance(module, AttentionCore)]:
         ranges = floats.pop(f"{name}.ranges", None)
         if ranges is not None and core is not None:
-            _replace(encoder, name, core(ranges, attention_bits))
+            put_module(encoder, name, core(ranges, attention_bits))
     if not expected <= set(floats):
         raise ArtifactError(
             f"the artifact lacks tensors, '{min(expected - set(floats))}' first: quantize again"
@@ -182,15 +182,16 @@ def assemble_with(
         parent, _, buffer = key.rpartition(".")
         encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
     for name in layers:
-        _replace(encoder, name, layer(decode_layer(artifact, name)))
-    return encoder
+        put_module(encoder, name, quantized(decode_layer(artifact, name)))
+    return encoder.eval().requires_grad_(False)
 
 
 def _all_integer(step: nn.Module, names: Iterable[str]) -> bool:
     return all(isinstance(step.get_submodule(name), IntegerLinear) for name in names)
 
 
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of another one's, by its name within the root."""
     parent, _, child = name.rpartition(".")
     owner = root.get_submodule(parent)
     if isinstance(owner, (nn.Sequential, nn.ModuleList)):

@@ -17,11 +17,12 @@ from brevitas.core.restrict_val import LogFloatRestrictValue
 from brevitas.core.scaling import ParameterScaling
 from torch import Tensor, nn
 
-from monailabel_dfqsam.artifact import Artifact, encode_layer, float_tensors, stored
-from monailabel_dfqsam.engines.encoder import assemble_with
+from monailabel_dfqsam.artifact import Artifact, encode_layer, stored
+from monailabel_dfqsam.engines.encoder import assemble_modules
 from monailabel_dfqsam.ops import QuantizedLayer
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.variants import VARIANTS
+from monailabel_dfqsam.segmentation.segmenter import load_decoder
 
 
 class Quantizer(nn.Module):
@@ -119,9 +120,8 @@ def trainable(artifact: Artifact) -> Sam:
     """
     sam = Sam(VARIANTS[artifact.header["variant"]])
     # What is assembled shares tensors with the artifact, which learning must not change.
-    sam.image_encoder = copy.deepcopy(assemble_with(artifact, TrainableLayer))
-    sam.prompt_encoder.load_state_dict(float_tensors(artifact, "prompt_encoder."))
-    sam.mask_decoder.load_state_dict(float_tensors(artifact, "mask_decoder."))
+    sam.image_encoder = copy.deepcopy(assemble_modules(artifact, TrainableLayer))
+    sam.prompt_encoder, sam.mask_decoder = load_decoder(artifact)
     sam.train().requires_grad_(True)
     sam.prompt_encoder.requires_grad_(False)
     return sam

@@ -242,6 +242,25 @@ def load_segmenter(artifact: Artifact, engine: EngineKind | None = None) -> Segm
     # First, since it also says what is wrong with an artifact of an unknown model.
     encoder = load_encoder(artifact, engine)
     variant = VARIANTS[artifact.header["variant"]]
+    prompt_encoder, mask_decoder = load_decoder(artifact)
+    name = f"{artifact.label} ({encoder.kind.value})"
+    return Segmenter(
+        name,
+        variant,
+        encoder.embed,
+        prompt_encoder,
+        mask_decoder,
+        lambda images: embed_bytes(variant, encoder.kind, images),
+    )
+
+
+def load_decoder(artifact: Artifact) -> tuple[nn.Module, nn.Module]:
+    """Prompt encoder and mask decoder out of an artifact of a known model, in evaluation mode.
+
+    Raises:
+        ValueError: when they do not fit the artifact's variant.
+    """
+    variant = VARIANTS[artifact.header["variant"]]
     prompt_encoder, mask_decoder = build_decoder(variant)
     for prefix, module in (("prompt_encoder.", prompt_encoder), ("mask_decoder.", mask_decoder)):
         state = float_tensors(artifact, prefix)
@@ -252,15 +271,8 @@ def load_segmenter(artifact: Artifact, engine: EngineKind | None = None) -> Segm
             raise ValueError(
                 f"the artifact's {prefix[:-1]} is not that of '{variant.name}': {lines}"
             ) from None
-    name = f"{artifact.label} ({encoder.kind.value})"
-    return Segmenter(
-        name,
-        variant,
-        encoder.embed,
-        prompt_encoder,
-        mask_decoder,
-        lambda images: embed_bytes(variant, encoder.kind, images),
-    )
+        module.eval().requires_grad_(False)
+    return prompt_encoder, mask_decoder
 
 
 def _check(prompts: Prompts, frame: Frame) -> None:
