@@ -136,7 +136,11 @@ def test_what_it_makes_is_what_the_label_shows(settings: Settings, finetuned: di
 @pytest.mark.slow
 def test_the_page_tells_it_from_quantization(settings: Settings, finetuned: dict[str, object]) -> None:
     status = Overview(Models(settings), settings).status()
-    options = {one["key"]: one["options"] for one in status["artifacts"]}[finetuned["key"]]
+    (one,) = [one for one in status["artifacts"] if one["key"] == finetuned["key"]]
+    assert one["learned"]["labels"] == 6
+    assert one["learned"]["after"] > one["learned"]["before"]
+    assert [other["learned"] for other in status["artifacts"] if other is not one] == [None]
+    options = one["options"]
     assert (options["trainer"], options["sampling"], options["labels"]) == (NAME, "balanced", 6)
     assert status["history"][0]["options"]["trainer"] == NAME
 

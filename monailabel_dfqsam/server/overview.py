@@ -104,7 +104,7 @@ class Overview:
         try:
             return _summary(key, read_header(self._models.folder.artifact(key)), self._settings.min_fidelity)
         except (ValueError, KeyError, TypeError) as error:
-            nothing = dict.fromkeys(("options", "fidelity", "bytes", "checkpoint_bytes", "made"))
+            nothing = dict.fromkeys(("options", "learned", "fidelity", "bytes", "checkpoint_bytes", "made"))
             return {"key": key, "name": key, **nothing, "refusal": str(error)}
 
     def _task(self) -> dict[str, Any] | None:
@@ -165,6 +165,12 @@ def _summary(key: str, header: Mapping[str, Any], least: float) -> dict[str, Any
             **options,
             "iterations": config["synthesis"]["iterations"],
             "checkpoint": str(header["source_name"]),
+        },
+        "learned": learned
+        and {
+            "labels": learned["labels"],
+            "before": learned["before"]["mean"],
+            "after": learned["after"]["mean"],
         },
         "fidelity": fidelity,
         "bytes": int(header["sizes"]["artifact_bytes"]),
