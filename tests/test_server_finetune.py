@@ -224,7 +224,7 @@ def test_from_labels_to_the_model_served_over_http(server: Server) -> None:
     with pytest.raises(ServerAnswer, match="bits"):
         session.train(NAME, bits=5)
 
-    session.train(NAME, max_epochs=3)
+    session.train(NAME, max_epochs=2)
 
     def said() -> list[str]:
         return session.train_status().get("details", [])  # type: ignore[no-any-return]
@@ -239,7 +239,7 @@ def test_from_labels_to_the_model_served_over_http(server: Server) -> None:
     wait(lambda: session.info()["train_stats"][NAME]["state"] == "stopped", WORK_SECONDS)
     assert session.info()["models"]["dfqsam"]["serving"]["key"] == start
 
-    session.train(NAME, max_epochs=3)
+    session.train(NAME, max_epochs=2)
     wait(lambda: session.info()["train_stats"][NAME]["state"] not in ("running", "stopped"), WORK_SECONDS)
     stats = session.info()["train_stats"][NAME]
     assert stats["state"] == "published", stats

@@ -28,7 +28,7 @@ from torch import nn
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact, write_artifact
 from monailabel_dfqsam.config import FinetuneConfig, Progress, silent
-from monailabel_dfqsam.finetuning.prompted import Ask, Asked, PromptLoss, answer
+from monailabel_dfqsam.finetuning.prompted import Ask, Asked, PromptLoss, answer, random_pixels
 from monailabel_dfqsam.finetuning.samples import ModalitySampler, Reader, Sample
 from monailabel_dfqsam.finetuning.trainable import to_artifact, trainable
 from monailabel_dfqsam.phantom_study import interior_pixel
@@ -40,13 +40,15 @@ logger = logging.getLogger(__name__)
 _CACHE_BYTES = 1 << 30
 _MOMENTUM = 0.02
 """Of the average of the last weights, which is judged and kept: integers flip to and fro while it learns."""
+_CLICKS = 4
+"""Judged by beside the one in the middle: where one click leads says little."""
 _PREFIX = "after"
 _BEST = "best.safetensors"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How well a model answers: mean IoU, 0 … 1, of tight boxes and of clicks in the middle, by modality."""
+    """How well a model answers: mean IoU, 0 … 1, of tight boxes and of single clicks, by modality."""
 
     box: Mapping[str, float]
     point: Mapping[str, float]
@@ -93,8 +95,8 @@ class Judge:
         found: dict[str, dict[str, list[float]]] = {"box": {}, "point": {}}
         for modality, rgb, mask in self._cases:
             for axes in ((), (0,), (1,), (0, 1)):
-                for kind, iou in _answered(segmenter, np.flip(rgb, axes), np.flip(mask, axes)).items():
-                    found[kind].setdefault(modality, []).append(iou)
+                for kind, ious in _answered(segmenter, np.flip(rgb, axes), np.flip(mask, axes)).items():
+                    found[kind].setdefault(modality, []).extend(ious)
         means = {
             kind: {name: statistics.mean(values) for name, values in sorted(groups.items())}
             for kind, groups in found.items()
@@ -185,16 +187,16 @@ class _Session:
             trainer.run()
         return Finetuned(self._best.artifact, before, self._best.scores, trainer.state.epoch)
 
-    def _step(self, _: Engine, batch: list[Asked]) -> dict[str, Any]:
-        """One step on a batch; {loss}."""
+    def _step(self, _: Engine, batch: list[list[Asked]]) -> dict[str, Any]:
+        """One step on a batch, of each image what is asked about it; {loss}."""
         self._sam.train()
         self._optimizer.zero_grad(set_to_none=True)
-        embeddings = self._sam.image_encoder(torch.cat([one.image for one in batch]).to(self._device))
+        embeddings = self._sam.image_encoder(torch.cat([about[0].image for about in batch]).to(self._device))
         losses = []
-        for embedding, one in zip(embeddings.split(1), batch, strict=True):
-            one = one.to(self._device)
-            logits, scores = answer(self._sam, embedding, one)
-            losses.append(self._loss(logits, scores, one.target))
+        for embedding, about in zip(embeddings.split(1), batch, strict=True):
+            for one in (each.to(self._device) for each in about):
+                logits, scores = answer(self._sam, embedding, one)
+                losses.append(self._loss(logits, scores, one.target))
         loss = torch.stack(losses).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
@@ -290,16 +292,24 @@ def _loader(
     return DataLoader(data, batch_size=batch, sampler=sampler, num_workers=0, collate_fn=list)
 
 
-def _answered(segmenter: Segmenter, rgb: NDArray[np.uint8], mask: NDArray[np.bool_]) -> dict[str, float]:
-    """IoU of a model's answers to the tight box and to a click in the middle."""
+def _answered(
+    segmenter: Segmenter, rgb: NDArray[np.uint8], mask: NDArray[np.bool_]
+) -> dict[str, list[float]]:
+    """IoUs of a model's answers to the tight box, and to a click in the middle and some elsewhere."""
     rgb, mask = np.ascontiguousarray(rgb), np.ascontiguousarray(mask)
     embedding = segmenter.embed(rgb)
     row, column = interior_pixel(mask)
-    click = Prompts(np.array([[column + 0.5, row + 0.5]]), np.ones(1, dtype=np.int64))
+    # The same ones whichever model is judged.
+    elsewhere = random_pixels(mask, _CLICKS, np.random.RandomState(row * mask.shape[1] + column))
+    clicks = [np.array([[column + 0.5, row + 0.5]]), *np.split(elsewhere, _CLICKS)]
     truth = torch.from_numpy(mask)[None, None]
+
+    def iou(prompts: Prompts) -> float:
+        drawn = torch.from_numpy(segmenter.predict(embedding, prompts).mask)
+        return float(compute_iou(drawn[None, None], truth))
+
+    inside = np.ones(1, dtype=np.int64)
     return {
-        kind: float(
-            compute_iou(torch.from_numpy(segmenter.predict(embedding, prompts).mask)[None, None], truth)
-        )
-        for kind, prompts in (("box", Prompts(box=tight_box(mask))), ("point", click))
+        "box": [iou(Prompts(box=tight_box(mask)))],
+        "point": [iou(Prompts(click, inside)) for click in clicks],
     }

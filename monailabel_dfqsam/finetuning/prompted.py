@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from monailabel_dfqsam.finetuning.samples import LEAST_PIXELS
-from monailabel_dfqsam.phantom_study import interior_pixel
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.preprocess import Frame, to_input
 from monailabel_dfqsam.sam.variants import Variant
 from monailabel_dfqsam.segmentation.prompts import tight_box
 
-BOX_SHARE = 0.5
-"""Share of the samples prompted by a box, the others by a click."""
+CLICKS = 3
+"""Into an object, each asked for by itself, beside one box."""
 JITTER = 0.05
 """By how much of its side each edge of a box may lie off, as people draw it."""
 _KEYS = ("image", "mask")
@@ -87,47 +86,42 @@ class Ask(Randomizable, Transform):  # type: ignore[misc]
         self._augment.set_random_state(state=self.R)
         return self
 
-    def __call__(self, data: Mapping[str, NDArray[np.float32]]) -> Asked:
+    def __call__(self, data: Mapping[str, NDArray[np.float32]]) -> list[Asked]:
         changed = self._augment(dict(data))
         if int((changed["mask"] > 0.5).sum()) < LEAST_PIXELS:
             changed = data
-        return asked(self._variant, changed["image"], changed["mask"], self.R)[0]
+        return asked(self._variant, changed["image"], changed["mask"], self.R)
 
 
 def asked(
-    variant: Variant,
-    image: NDArray[np.float32],
-    mask: NDArray[np.float32],
-    draw: np.random.RandomState | None = None,
+    variant: Variant, image: NDArray[np.float32], mask: NDArray[np.float32], draw: np.random.RandomState
 ) -> list[Asked]:
-    """Prompts for an object.
+    """Prompts for an object at random: a box drawn roughly, and `CLICKS` anywhere in the object.
 
     Args:
         image: [3, H, W] in 0 … 255.
         mask: [1, H, W], more than 0 in the object, which is not empty.
-        draw: for one prompt at random, a box drawn roughly or a click anywhere in the object; None for two,
-            the tight box and a click in the middle.
     """
     inside = np.asarray(mask)[0] > 0.5
     rgb = np.ascontiguousarray(np.asarray(image).clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0))
     x, frame = to_input(variant, rgb)
     target = _target(inside, frame)
-    if draw is None:
-        row, column = interior_pixel(inside)
-        return [
-            Asked(x, target, _scaled(tight_box(inside), frame), None),
-            Asked(x, target, None, _scaled(np.array([column + 0.5, row + 0.5]), frame)),
-        ]
-    if draw.random_sample() < BOX_SHARE:
-        box = tight_box(inside)
-        side = np.tile(box[2:] - box[:2], 2)
-        off = draw.uniform(-JITTER, JITTER, 4) * side
-        height, width = inside.shape
-        box = np.clip(box + off, 0, [width, height, width, height])
-        return [Asked(x, target, _scaled(box, frame), None)]
+    box = tight_box(inside)
+    off = draw.uniform(-JITTER, JITTER, 4) * np.tile(box[2:] - box[:2], 2)
+    height, width = inside.shape
+    box = np.clip(box + off, 0, [width, height, width, height])
+    clicks = random_pixels(inside, CLICKS, draw)
+    return [
+        Asked(x, target, _scaled(box, frame), None),
+        *(Asked(x, target, None, _scaled(click, frame)) for click in clicks),
+    ]
+
+
+def random_pixels(inside: NDArray[np.bool_], count: int, draw: np.random.RandomState) -> NDArray[np.float64]:
+    """[count, 2] (x, y), middles of pixels of a mask [H, W] that is not empty, each as likely as another."""
     rows, columns = np.nonzero(inside)
-    at = int(draw.randint(len(rows)))
-    return [Asked(x, target, None, _scaled(np.array([columns[at] + 0.5, rows[at] + 0.5]), frame))]
+    at = draw.randint(len(rows), size=count)
+    return np.stack([columns[at] + 0.5, rows[at] + 0.5], axis=1)
 
 
 def answer(sam: Sam, embedding: Tensor, one: Asked) -> tuple[Tensor, Tensor]:
