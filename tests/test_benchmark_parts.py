@@ -180,10 +180,10 @@ def test_openvino_runs_the_same_model_and_most_of_it_in_8_bit(tmp_path: Path) ->
     integer = peer.load(tmp_path / peer.INT8_MODEL, images.shape, 1, None)
     assert floating.precision == "float32"
     assert floating.integer_share == 0
-    assert relative_error(torch.from_numpy(floating.infer(images.numpy())[0]), expected) < OPENVINO_ERROR
+    assert relative_error(torch.from_numpy(floating.infer([images.numpy()])[0]), expected) < OPENVINO_ERROR
     assert integer.integer_share > 0.8
     assert any(name.startswith("FullyConnected") and name.endswith("8") for name in integer.operations)
-    assert 0 < relative_error(torch.from_numpy(integer.infer(images.numpy())[0]), expected) < W4A4_ERROR
+    assert 0 < relative_error(torch.from_numpy(integer.infer([images.numpy()])[0]), expected) < W4A4_ERROR
 
 
 def _row(engine: str, **figures: Any) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def _openvino(request: Request) -> Loaded:
     if integer and execution.integer_share == 0:
         raise ValueError("OpenVINO runs nothing of the quantized model in 8 bit here")
     return Loaded(
-        execution.infer,
+        lambda images: execution.infer([images])[0],
         f"int8 and {execution.precision}" if integer else execution.precision,
         {"integer_share": execution.integer_share, "operations": execution.operations},
     )
