@@ -26,6 +26,7 @@ from monailabel_dfqsam.config import (
     QuantizationConfig,
 )
 from monailabel_dfqsam.console import errors, output, plain_errors, print_rows, progress_bars, training_bar
+from monailabel_dfqsam.export.commands import export
 from monailabel_dfqsam.machine import own_memory
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 
@@ -39,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # locals may hold what a patient's file says
 )
 app.add_typer(benchmark, name="benchmark")
+app.command()(export)
 
 
 class Device(str, Enum):

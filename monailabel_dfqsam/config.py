@@ -39,6 +39,7 @@ class EngineKind(str, Enum):
 
     REFERENCE = "reference"
     ONEDNN = "onednn"
+    OPENVINO = "openvino"
     CUTLASS = "cutlass"
 
 

@@ -1,13 +1,8 @@
-"""The peer OpenVINO: the same encoder as its files, in float32 and quantized by NNCF, and how it runs.
-
-Both libraries report usage to their maker when the package `openvino_telemetry` can be imported; here it
-cannot be.
-"""
+"""The peer OpenVINO: the same encoder as its files, in float32 and quantized by NNCF, and how it runs."""
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# An import of a module that is None fails, and both libraries then go on without.
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+from monailabel_dfqsam.ops.openvino_library import openvino
 
-import openvino as ov  # noqa: E402
+ov = openvino()  # nncf, too, then reports its use to nobody
 
 FLOAT_MODEL = "openvino-fp32.xml"
 INT8_MODEL = "openvino-int8.xml"

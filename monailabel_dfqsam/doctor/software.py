@@ -108,6 +108,8 @@ def _engine(kind: EngineKind) -> Finding:
         return Finding("engines", kind.value, notes.get(kind, "works"))
     if kind is EngineKind.CUTLASS and not torch.cuda.is_available():
         return Finding("engines", kind.value, f"not for this machine: {reason}")
+    if kind is EngineKind.OPENVINO:
+        return Finding("engines", kind.value, f"not in the race: {reason}")
     remedies = {
         EngineKind.CUTLASS: "Build the GPU kernels with `make kernels`, which needs CUDA's compiler 12.8 or "
         "later; until then the processor answers.",

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines import cutlass, onednn
 from monailabel_dfqsam.engines.cutlass import CutlassEncoder
 from monailabel_dfqsam.engines.encoder import Encoder
 from monailabel_dfqsam.engines.onednn import OnednnEncoder
+from monailabel_dfqsam.engines.openvino import OpenvinoEncoder
 from monailabel_dfqsam.engines.reference import ReferenceEncoder, layer_by_layer
-from monailabel_dfqsam.ops import cuda_library
+from monailabel_dfqsam.ops import cuda_library, openvino_library
 from monailabel_dfqsam.sam.variants import VARIANTS
 
 __all__ = ["Encoder", "layer_by_layer", "load_encoder", "select", "why_not", "working"]
 
 # The fastest first, as measured where each was made for.
-_ORDER = (EngineKind.CUTLASS, EngineKind.ONEDNN, EngineKind.REFERENCE)
+_ORDER = (EngineKind.CUTLASS, EngineKind.ONEDNN, EngineKind.OPENVINO, EngineKind.REFERENCE)
+
+_ENCODERS: dict[EngineKind, Callable[[Artifact], Encoder]] = {
+    EngineKind.CUTLASS: CutlassEncoder,
+    EngineKind.ONEDNN: OnednnEncoder,
+    EngineKind.OPENVINO: OpenvinoEncoder,
+    EngineKind.REFERENCE: ReferenceEncoder,
+}
 
 
 def why_not(kind: EngineKind, artifact: Artifact | None = None) -> str | None:
@@ -30,6 +40,8 @@ def why_not(kind: EngineKind, artifact: Artifact | None = None) -> str | None:
         return "policy 'paper' quantizes attention, which only the reference engine runs"
     if kind is EngineKind.ONEDNN:
         return onednn.why_unavailable()
+    if kind is EngineKind.OPENVINO:
+        return openvino_library.why_unavailable()
     variant = None if artifact is None else VARIANTS.get(artifact.header["variant"])
     if variant is not None and variant.stages:
         return cutlass.NO_TINY_VIT
@@ -43,7 +55,7 @@ def working(artifact: Artifact) -> list[EngineKind]:
 
 def select(artifact: Artifact) -> EngineKind:
     """The engine expected to be fastest of those that work here for an artifact."""
-    return working(artifact)[0]
+    return next(kind for kind in _ORDER if why_not(kind, artifact) is None)
 
 
 def load_encoder(artifact: Artifact, kind: EngineKind | None = None) -> Encoder:
@@ -52,7 +64,4 @@ def load_encoder(artifact: Artifact, kind: EngineKind | None = None) -> Encoder:
     Raises:
         ArtifactError: when the artifact does not fit its model or the engine.
     """
-    kind = kind or select(artifact)
-    if kind is EngineKind.CUTLASS:
-        return CutlassEncoder(artifact)
-    return OnednnEncoder(artifact) if kind is EngineKind.ONEDNN else ReferenceEncoder(artifact)
+    return _ENCODERS[kind or select(artifact)](artifact)

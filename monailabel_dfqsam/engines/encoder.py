@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -136,6 +136,29 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
     Raises:
         ArtifactError: when the artifact's tensors are not those of its model.
     """
+    encoder = assemble_modules(artifact, lambda layer: IntegerLinear(layer, kernels), kernels.core)
+    for name, step in encoder.steps() if fused else ():
+        if isinstance(step, TransformerBlock) and _all_integer(step, step.linears):
+            put_module(encoder, name, IntegerBlock(step, kernels))
+        elif isinstance(step, (Bottleneck, Merging)) and _all_integer(step, ("conv1.c", "conv3.c")):
+            put_module(encoder, name, IntegerConvolutions(step, kernels))
+    return encoder
+
+
+def assemble_modules(
+    artifact: Artifact,
+    quantized: Callable[[QuantizedLayer], nn.Module],
+    core: Callable[[Tensor, int], nn.Module] | None = None,
+) -> ImageEncoder:
+    """The float encoder of an artifact, but for what takes its quantized layers' places.
+
+    Args:
+        quantized: a module from floats to floats out of a layer's numbers.
+        core: as `Kernels.core`.
+
+    Raises:
+        ArtifactError: when the artifact's tensors are not those of its model.
+    """
     variant = VARIANTS.get(artifact.header["variant"])
     if variant is None:
         raise ArtifactError(f"the artifact is of a model unknown here: '{artifact.header['variant']}'")
@@ -143,13 +166,13 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
         encoder = build_encoder(variant)
         encoder.fold()
     for name in artifact.header["layers"]:
-        _replace(encoder, name, IntegerLinear(decode_layer(artifact, name), kernels))
+        put_module(encoder, name, quantized(decode_layer(artifact, name)))
     floats = float_tensors(artifact, "image_encoder.")
     attention_bits = artifact.header["attention_bits"]
     for name in [name for name, module in encoder.named_modules() if isinstance(module, AttentionCore)]:
         ranges = floats.pop(f"{name}.ranges", None)
-        if ranges is not None and kernels.core is not None:
-            _replace(encoder, name, kernels.core(ranges, attention_bits))
+        if ranges is not None and core is not None:
+            put_module(encoder, name, core(ranges, attention_bits))
     expected = set(encoder.state_dict())
     if not expected <= set(floats):
         raise ArtifactError(
@@ -159,11 +182,6 @@ def assemble(artifact: Artifact, kernels: Kernels, fused: bool = True) -> ImageE
     for key, value in floats.items():
         parent, _, buffer = key.rpartition(".")
         encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
-    for name, step in encoder.steps() if fused else ():
-        if isinstance(step, TransformerBlock) and _all_integer(step, step.linears):
-            _replace(encoder, name, IntegerBlock(step, kernels))
-        elif isinstance(step, (Bottleneck, Merging)) and _all_integer(step, ("conv1.c", "conv3.c")):
-            _replace(encoder, name, IntegerConvolutions(step, kernels))
     return encoder.eval().requires_grad_(False)
 
 
@@ -171,7 +189,8 @@ def _all_integer(step: nn.Module, names: Iterable[str]) -> bool:
     return all(isinstance(step.get_submodule(name), IntegerLinear) for name in names)
 
 
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of another one's, by its name within the root."""
     parent, _, child = name.rpartition(".")
     owner = root.get_submodule(parent)
     if isinstance(owner, (nn.Sequential, nn.ModuleList)):

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from monailabel_dfqsam.ops.openvino_library import converted
 from monailabel_dfqsam.sam import efficient_sam
 from monailabel_dfqsam.sam.prompt_maps import BOTTOM_RIGHT, NOTHING, TOP_LEFT, PromptMaps, prompt_map
+from monailabel_dfqsam.sam.variants import Variant
 
 _PIXEL_CENTRE = 0.5
+_NEVER = 1e6  # below any predicted IoU
 
 
-def decoder_model(prompt_encoder: nn.Module, mask_decoder: nn.Module) -> Any:
+def decoder_model(prompt_encoder: nn.Module, mask_decoder: nn.Module, variant: Variant | None = None) -> Any:
     """The prompt encoder and mask decoder of any variant as one model in float32.
 
     Its inputs are
@@ -29,11 +31,16 @@ def decoder_model(prompt_encoder: nn.Module, mask_decoder: nn.Module) -> Any:
         masks       [1, 4, M, M] float32 logits, the single answer and then the three candidates
         iou         [1, 4] float32, what IoU the decoder expects of each
 
-    as `Sam.predict` gives them. What segment-anything adds where there is no box, a point of label −1, the
+    as `Sam.predict` gives them. With a variant there is a third output,
+
+        best        [1] int64, which of the four the segmenter takes
+
+    What segment-anything adds where there is no box, a point of label −1, the
     model adds itself, and EfficientSAM's filling up to six points too. The order of points does not matter.
 
     Args:
         prompt_encoder, mask_decoder: as `build_decoder` makes them, in evaluation mode, on the CPU.
+        variant: theirs.
 
     Returns:
         an `openvino.Model` with N left open.
@@ -43,12 +50,49 @@ def decoder_model(prompt_encoder: nn.Module, mask_decoder: nn.Module) -> Any:
     """
     decoder = _Decoder(prompt_encoder, mask_decoder).eval()
     shape = tuple(decoder.positions.shape)
+    outputs = ("masks", "iou") if variant is None else ("masks", "iou", "best")
     inputs = {
         "embedding": (torch.zeros(shape), shape),
         "points": (torch.tensor([[[10.0, 20.0], [30.0, 40.0], [20.0, 30.0]]]), (1, -1, 2)),
         "labels": (torch.tensor([[2.0, 3.0, 1.0]]), (1, -1)),
     }
-    return converted(decoder, inputs, ("masks", "iou"))
+    return converted(decoder if variant is None else _Choosing(decoder, variant), inputs, outputs)
+
+
+class _Choosing(nn.Module):
+    """A decoder that also says which of its masks to take, as `Segmenter.predict` and `box_fits` do."""
+
+    def __init__(self, decoder: _Decoder, variant: Variant) -> None:
+        super().__init__()
+        self.decoder, self.variant = decoder, variant
+
+    def forward(self, embedding: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        masks, scores = self.decoder(embedding, points, labels)
+        if self.variant.one_mask:
+            return masks, scores, torch.zeros(1, dtype=torch.int64)
+        # The single answer is no candidate, unless a box has its say.
+        values = torch.cat([scores[:, :1] - _NEVER, scores[:, 1:]], 1)
+        if self.variant.chosen_by_box:
+            boxed = (labels == TOP_LEFT).any(1, keepdim=True)
+            low, high = (
+                (points * (labels == corner)[..., None]).sum(1)[0] + _PIXEL_CENTRE
+                for corner in (TOP_LEFT, BOTTOM_RIGHT)
+            )
+            values = torch.where(boxed, scores + self._fits(masks, low, high), values)
+        return masks, scores, values.argmax(1)
+
+    def _fits(self, masks: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """[1, 4], `box_fits` of masks [1, 4, M, M] and of the box from low [2] to high [2], each (x, y)."""
+        side = self.variant.input_size
+        inside = nn.functional.interpolate(masks, (side, side), mode="bilinear")[0] > 0
+        places = torch.arange(side, dtype=torch.float32)
+        # Along x and along y: [4, S], whether there is anything at all in that column or row.
+        filled = [inside.any(axis) for axis in (1, 2)]
+        first = torch.stack([torch.where(line, places, float(side)).amin(1) for line in filled], 1)
+        last = torch.stack([torch.where(line, places + 1, 0.0).amax(1) for line in filled], 1)
+        shared = (torch.minimum(last, high) - torch.maximum(first, low)).clamp_min(0).prod(1)
+        both = (last - first).clamp_min(0).prod(1) + (high - low).prod()
+        return (shared / (both - shared))[None]
 
 
 class _Decoder(nn.Module):
@@ -96,7 +140,7 @@ class _Decoder(nn.Module):
             padding = labels.new_full((1, 1), float(NOTHING))
             count = (labels != TOP_LEFT).all().to(torch.int64)
         padding = padding[:, :count]
-        # EfficientSAM's invalid points lie at (−1, −1), the numbers of their label; of others' nothing is read.
+        # EfficientSAM's invalid points lie at (−1, −1), which is their label too; others' place is not read.
         places = torch.cat([points, padding[..., None].expand(-1, -1, 2)], 1)
         labels = torch.cat([labels, padding], 1)
         encoder: Any = self.prompt_encoder

@@ -1,7 +1,7 @@
 """OpenVINO as everything here gets it: silent.
 
 It reports its use to its maker when the package `openvino_telemetry`, on which it depends, can be imported;
-from here on it cannot be.
+from here on it cannot be, nor by NNCF.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def converted(
     example = tuple(tensor for tensor, _ in inputs.values())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's tracer about itself and the constants it makes
-        model = ov.convert_model(module, example_input=example, input=[shape for _, shape in inputs.values()])
+        traced = torch.jit.trace(module, example, check_trace=False)
+        model = ov.convert_model(traced, example_input=example, input=[shape for _, shape in inputs.values()])
     for port, name in zip(model.inputs, inputs, strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)

@@ -46,10 +46,11 @@ def window_partition(x: Tensor, size: int, fill: Tensor) -> Tensor:
     """Cuts [B, H, W, C] into windows [B·nH·nW, size, size, C], padding right and bottom with `fill` [C]."""
     b, h, w, c = x.shape
     pad_h, pad_w = -h % size, -w % size
-    if pad_h or pad_w:
-        padded = fill.to(x.dtype).expand(b, h + pad_h, w + pad_w, c).clone()
-        padded[:, :h, :w] = x
-        x = padded
+    fill = fill.to(x.dtype)
+    if pad_w:
+        x = torch.cat([x, fill.expand(b, h, pad_w, c)], 2)
+    if pad_h:
+        x = torch.cat([x, fill.expand(b, pad_h, w + pad_w, c)], 1)
     n_h, n_w = x.shape[1] // size, x.shape[2] // size
     return x.view(b, n_h, size, n_w, size, c).transpose(2, 3).reshape(-1, size, size, c)
 

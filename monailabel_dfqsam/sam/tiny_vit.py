@@ -85,8 +85,9 @@ class Bottleneck(nn.Module):
         self.conv3 = ConvNorm(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.conv2(F.gelu(self.conv1(_image(x)))))
-        return F.gelu(x + _tokens(self.conv3(hidden)))
+        image = _image(x)
+        hidden = F.gelu(self.conv2(F.gelu(self.conv1(image))))
+        return _tokens(F.gelu(image + self.conv3(hidden)))
 
 
 class Merging(nn.Module):

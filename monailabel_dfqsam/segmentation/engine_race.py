@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,6 +224,7 @@ def _conditions(artifact: Artifact, kinds: Sequence[EngineKind]) -> dict[str, An
         "artifact": artifact.header.get("tensors_sha256"),
         "version": __version__,
         "torch": torch.__version__,
+        "openvino": version("openvino") if EngineKind.OPENVINO in kinds else None,
         "threads": torch.get_num_threads(),
         "cpu": cpu()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
