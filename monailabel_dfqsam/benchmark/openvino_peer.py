@@ -1,8 +1,12 @@
-"""The peer OpenVINO: the same encoder as its files, in float32 and quantized by NNCF, and how it runs."""
+"""The peer OpenVINO: the same encoder as its files, in float32 and quantized by NNCF, and how it runs.
+
+Nothing here imports torch, whose memory would count as OpenVINO's.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.ops.openvino_library import openvino
+# Both libraries report their use to their maker when this can be imported; of a module that is None it fails.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
-ov = openvino()  # nncf, too, then reports its use to nobody
+import openvino as ov  # noqa: E402
 
 FLOAT_MODEL = "openvino-fp32.xml"
 INT8_MODEL = "openvino-int8.xml"

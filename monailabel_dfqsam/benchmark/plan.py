@@ -71,6 +71,8 @@ ENGINES: dict[str, Engine] = {
         Engine(OPENVINO_INT8, Family.OPENVINO, "int8", _CPU),
         _ours("onednn", EngineKind.ONEDNN, 4, "w4a4 in int8"),
         _ours("onednn-w8a8", EngineKind.ONEDNN, 8, "w8a8 in int8", usual=False),
+        _ours("openvino-w4a4", EngineKind.OPENVINO, 4, "w4a4 in int8"),
+        _ours("openvino-w8a8", EngineKind.OPENVINO, 8, "w8a8 in int8", usual=False),
         _ours("reference", EngineKind.REFERENCE, 4, "w4a4 in float", usual=False),
         Engine("torch-bf16", Family.TORCH, "bfloat16", _CUDA),
         Engine("torch-compile-bf16", Family.TORCH, "bfloat16", _CUDA),
@@ -79,7 +81,9 @@ ENGINES: dict[str, Engine] = {
     )
 }
 
-VOLUME_ENGINES = (TORCH_EAGER, "openvino-fp32", OPENVINO_INT8, "onednn", "onednn-w8a8")
+VOLUME_ENGINES = (
+    TORCH_EAGER, "openvino-fp32", OPENVINO_INT8, "onednn", "onednn-w8a8", "openvino-w4a4", "openvino-w8a8",
+)  # fmt: skip
 """Those that a whole volume can be measured on."""
 
 

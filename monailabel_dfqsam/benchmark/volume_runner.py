@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from monailabel_dfqsam.benchmark.layout import BOXES, DECODER_WEIGHTS, artifact_path
-from monailabel_dfqsam.benchmark.plan import ENGINES, Family
+from monailabel_dfqsam.benchmark.plan import ENGINES, OPENVINO_INT8, Family
 from monailabel_dfqsam.benchmark.runner import WARM_UPS, Request, load_engine, without_our_settings
 from monailabel_dfqsam.machine import own_memory
 
@@ -151,30 +151,20 @@ def _on_torch(modules: tuple[Any, Any], variant: Any) -> Decode:
 
 
 def _on_openvino(modules: tuple[Any, Any], variant: Any, request: Request) -> Decode:
-    """As exported: four masks at once, the one taken that `OneMaskDecoder` takes."""
+    """As exported; in what OpenVINO chooses for its own int8, else in float32 as the product's."""
     import torch
 
     from monailabel_dfqsam.benchmark import openvino_peer as peer
     from monailabel_dfqsam.export.decoder import decoder_model
-    from monailabel_dfqsam.segmentation.mask_decoding import box_fits
 
     labels = np.array([[2, 3]], dtype=np.float32)  # top left and bottom right of a box
-    size = variant.grid
-    shapes = {"embedding": [1, variant.embed_channels, size, size], "points": [1, 2, 2], "labels": [1, 2]}
-    model = decoder_model(*modules)
-    model.reshape(shapes)
-    precision = "f32" if request.engine == "openvino-fp32" else None
-    infer = peer.caller(peer.compiled(model, request.threads, precision))
+    precision = None if request.engine == OPENVINO_INT8 else "f32"
+    infer = peer.caller(peer.compiled(decoder_model(*modules, variant), request.threads, precision))
 
     def decode(embedding: Any, box: Any) -> Any:
         corners = (box - _PIXEL_CENTRE).view(1, 2, 2)
         outputs = infer([embedding.contiguous().numpy(), corners.numpy(), labels])
-        logits, scores = (torch.from_numpy(outputs[n]) for n in range(2))
-        best = 0
-        if not variant.one_mask:
-            first = 0 if variant.chosen_by_box else 1
-            fits = box_fits(logits[0], box) if variant.chosen_by_box else 0
-            best = first + int((scores[0, first:] + fits).argmax())
-        return logits[:, best : best + 1]
+        best = int(outputs[2][0])
+        return torch.from_numpy(outputs[0])[:, best : best + 1]
 
     return decode
