@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     path = tmp_path_factory.mktemp("race") / "a.safetensors"
     write_artifact(whole(make_artifact("tiny"), "tiny"), path)
     return read_artifact(path)
+
+
+@pytest.fixture(autouse=True)
+def two_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Races of `onednn` and the oracle alone, but where a test is of another engine."""
+    if "openvino" not in request.node.name:
+        pair = [EngineKind.ONEDNN, EngineKind.REFERENCE]
+        monkeypatch.setattr(engine_race, "working", lambda a: [kind for kind in working(a) if kind in pair])
 
 
 def races(caplog: pytest.LogCaptureFixture) -> int:
@@ -138,6 +147,20 @@ def test_of_a_large_model_the_reference_engine_is_not_asked(
     monkeypatch.setattr(engine_race, "_ORACLE_PRODUCTS", 0)
     _, race = load_fastest(artifact, tmp_path / "a.engines.json")
     assert [(entrant.engine, entrant.agreement) for entrant in race.entrants] == [(EngineKind.ONEDNN, None)]
+
+
+@pytest.mark.skipif(why_not(EngineKind.OPENVINO) is not None, reason=str(why_not(EngineKind.OPENVINO)))
+def test_openvino_races_where_its_model_is_made_in_seconds(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "a.engines.json"
+    entrants = {entrant.engine: entrant for entrant in load_fastest(artifact, record)[1].entrants}
+    assert entrants.keys() == {EngineKind.ONEDNN, EngineKind.OPENVINO, EngineKind.REFERENCE}
+    assert entrants[EngineKind.OPENVINO].agreement >= LEAST_AGREEMENT  # type: ignore[operator]
+    assert json.loads(record.read_text())["conditions"]["openvino"] == version("openvino")
+    monkeypatch.setattr(engine_race, "_ORACLE_PRODUCTS", 0)
+    record.unlink()
+    assert [entrant.engine for entrant in load_fastest(artifact, record)[1].entrants] == [EngineKind.ONEDNN]
 
 
 def test_where_one_engine_works_nobody_races(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.server.model_folder import ModelFolder
 from tests.server_fixtures import (
     OBJECT,
+    QUANTIZED,
     QUICK,
     WORK_SECONDS,
     Running,
@@ -31,7 +32,6 @@ from tests.server_fixtures import (
     wait,
 )
 
-QUANTIZED = "W4A4 (onednn)"
 END_SECONDS = 30.0
 _ATTEMPTS = 5  # to catch a stage that lasts a moment
 
@@ -95,7 +95,7 @@ def test_a_killed_quantization_leaves_everything_as_it_was(server: Server, stage
         pytest.fail(f"no quantization was caught at '{stage}'")
     assert server.session.info()["train_stats"]["dfqsam"]["state"] == "stopped"
     assert kept(server) == before
-    assert model(server) == QUANTIZED
+    assert model(server) in QUANTIZED
 
 
 def test_after_the_kills_it_quantizes_again_and_nothing_is_left(server: Server) -> None:
@@ -118,7 +118,8 @@ def test_an_artifact_damaged_under_the_server_goes_on_serving(server: Server, da
         else:
             path.write_bytes(bytes(byte ^ 0xFF for byte in whole[-4096:]))
         reply = server.session.infer("phantom0", [[9, 9, 5 if damage == "flipped" else 6]])
-        assert (reply.params["model"], reply.params["cached"]) == (QUANTIZED, False)
+        assert reply.params["model"] in QUANTIZED
+        assert not reply.params["cached"]
     finally:
         path.write_bytes(whole)
 
@@ -130,7 +131,7 @@ def test_a_checkpoint_replaced_by_rubbish_is_said_and_the_model_stays(server: Se
     assert stats["state"] == "failed"
     assert "tiny.safetensors" in str(stats["error"])
     assert str(path.parent) not in str(stats["error"])
-    assert model(server) == QUANTIZED
+    assert model(server) in QUANTIZED
 
 
 def test_a_checkpoint_replaced_by_another_is_quantized_on_demand(server: Server) -> None:

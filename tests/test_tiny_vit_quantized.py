@@ -182,7 +182,8 @@ def test_quantizes_without_data_to_one_file(result: QuantizationResult, tmp_path
     path = tmp_path / "a.safetensors"
     write_artifact(result.artifact, path)
     read: Artifact = read_artifact(path)
-    embeddings = [load_encoder(read, kind).embed(_image(FAMILIES[0], 8)) for kind in working(read)]
+    exact = [kind for kind in working(read) if kind is not EngineKind.OPENVINO]
+    embeddings = [load_encoder(read, kind).embed(_image(FAMILIES[0], 8)) for kind in exact]
     assert all(torch.equal(embedding, embeddings[0]) for embedding in embeddings)
     assert load_segmenter(read).variant.one_mask
 

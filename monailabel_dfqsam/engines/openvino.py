@@ -161,7 +161,8 @@ class _TransposedConvolution(_Quantized):
         """[N·kernel², …] to [r², stride²·N, …]."""
         stride = self.geometry.stride
         axes = rows.unflatten(0, (-1, self.tiles, stride, self.tiles, stride))
-        return axes.permute(1, 3, 2, 4, 0, 5).flatten(2, 4).flatten(0, 1).contiguous()
+        tiles: Tensor = axes.permute(1, 3, 2, 4, 0, 5).flatten(2, 4).flatten(0, 1).contiguous()
+        return tiles
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, K, H, W] float32 to [B, N, H', W'] float32."""

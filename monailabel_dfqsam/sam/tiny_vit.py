@@ -44,9 +44,12 @@ class ConvNorm(nn.Module):
             return
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        weight = self.c.weight * factor[:, None, None, None]
-        bias = norm.bias - norm.running_mean * factor
+        weight: Tensor = self.c.weight
+        bias: Tensor = norm.bias
+        if not weight.is_meta:  # of shapes alone, torch would load its compiler for the arithmetic
+            factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            weight = weight * factor[:, None, None, None]
+            bias = norm.bias - norm.running_mean * factor
         trained = self.c.weight.requires_grad
         for name, value in (("weight", weight), ("bias", bias)):
             setattr(self.c, name, nn.Parameter(value.detach().to(self.c.weight.dtype), trained))

@@ -40,7 +40,7 @@ def embed_bytes(variant: Variant, engine: EngineKind | None, images: int = 1) ->
     reference = engine is EngineKind.REFERENCE
     kept = _TOKENS_KEPT_BY_REFERENCE if reference else _TOKENS_KEPT
     floats = kept * variant.widest
-    if engine is None and variant.relative_position:
+    if engine in (None, EngineKind.OPENVINO) and variant.relative_position:
         floats += _MATRICES * _largest_attention(variant)
     if reference:
         floats += _MATRICES_OF_REFERENCE * _largest_attention(variant)
