@@ -146,7 +146,7 @@ def trained(request: pytest.FixtureRequest) -> Artifact:
 
 @needs_openvino
 def test_its_masks_are_the_reference_engines(trained: Artifact) -> None:
-    images = phantom_images(VARIANTS["tiny"], range(100, 106))
+    images = phantom_images(VARIANTS["tiny"], range(100, 103))
     oracle, engine = (load_encoder(trained, kind) for kind in (EngineKind.REFERENCE, EngineKind.OPENVINO))
     assert relative_error(engine.embed(images), oracle.embed(images)) <= EMBEDDING_TOLERANCE
     sam = build(read_checkpoint())
@@ -154,7 +154,7 @@ def test_its_masks_are_the_reference_engines(trained: Artifact) -> None:
     sam.prompt_encoder, sam.mask_decoder = prompt_encoder, mask_decoder
     sam.image_encoder.forward = oracle.embed  # type: ignore[method-assign]
     agreement, count = mask_agreement(sam, engine, images)
-    assert count > 100
+    assert count > 60
     assert agreement >= MEAN_IOU
 
 

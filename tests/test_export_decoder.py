@@ -19,7 +19,7 @@ from tests.test_segmentation_mask_decoding import lively
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=f"{why_unavailable()}")
 
 ROUNDING = 1e-5  # of float32, relative to the largest value
-SIZE = 256
+GRID = 16  # tokens along a side of the input, also of models that have more
 
 # Places as parts of the input's side, and what each means.
 PROMPTS = {
@@ -38,11 +38,17 @@ def both(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, Any]:
         sam = build(read_checkpoint())
         prompt_encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     else:
-        variant = replace(VARIANTS[request.param], input_size=SIZE)
+        variant = VARIANTS[request.param]
+        variant = replace(variant, input_size=GRID * variant.patch_size)
         prompt_encoder, decoder = (lively(module) for module in build_decoder(variant))
     model = decoder_model(prompt_encoder, decoder)
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     return prompt_encoder, decoder, openvino().Core().compile_model(model, "CPU", options)
+
+
+def side(prompt_encoder: Any) -> int:
+    """Of the model's input in pixels."""
+    return int(getattr(prompt_encoder, "size", None) or prompt_encoder.input_image_size[0])
 
 
 @torch.inference_mode()
@@ -63,7 +69,7 @@ def test_its_masks_are_torchs(both: tuple[nn.Module, nn.Module, Any], prompt: st
     shape = prompt_encoder.get_dense_pe().shape
     embedding = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     places, kinds = PROMPTS[prompt]
-    points, labels = torch.tensor(places) * SIZE, torch.tensor(kinds)
+    points, labels = torch.tensor(places) * side(prompt_encoder), torch.tensor(kinds)
     expected = slow(prompt_encoder, decoder, embedding, points, labels)
     found = compiled([embedding.numpy(), points[None].numpy(), labels[None].float().numpy()])
     for name, value in zip(("masks", "iou"), expected, strict=True):
@@ -78,7 +84,7 @@ def test_other_prompts_give_other_masks(both: tuple[nn.Module, nn.Module, Any]) 
     embedding = torch.randn(prompt_encoder.get_dense_pe().shape, generator=torch.Generator().manual_seed(1))
     answers = []
     for places, kinds in PROMPTS.values():
-        points, labels = torch.tensor([places]) * SIZE, torch.tensor([kinds]).float()
+        points, labels = torch.tensor([places]) * side(prompt_encoder), torch.tensor([kinds]).float()
         answers.append(
             torch.from_numpy(compiled([embedding.numpy(), points.numpy(), labels.numpy()])["masks"])
         )
