@@ -43,7 +43,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "engine", ["torch-eager", pytest.param("onednn", marks=needs_onednn), "openvino-fp32"]
+    "engine",
+    [
+        "torch-eager",
+        pytest.param("onednn", marks=needs_onednn),
+        pytest.param("openvino-fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_masks_are_those_that_the_product_gives_for_the_same_boxes(prepared: Path, engine: str) -> None:
     if engine == "openvino-fp32":
