@@ -26,7 +26,7 @@ from monailabel_dfqsam.benchmark.floor import (
 )
 from monailabel_dfqsam.benchmark.layout import DECODER_WEIGHTS, FLOAT_WEIGHTS, IMAGES, artifact_path
 from monailabel_dfqsam.benchmark.machine import commit, describe_run
-from monailabel_dfqsam.benchmark.plan import ENGINES, EncoderPlan
+from monailabel_dfqsam.benchmark.plan import ENGINES, VOLUME_ENGINES, EncoderPlan, Family, Place
 from monailabel_dfqsam.benchmark.runner import kind_of
 from monailabel_dfqsam.benchmark.session import statistics_of
 from monailabel_dfqsam.benchmark.table import print_encoder
@@ -239,3 +239,7 @@ def test_wrong_options_are_refused_with_a_sentence(arguments: tuple[object, ...]
 def test_every_engine_has_a_place_and_the_slow_oracle_is_left_out() -> None:
     assert all(engine.places for engine in ENGINES.values())
     assert "reference" not in EncoderPlan("tiny").engines
+    for engine in ENGINES.values():
+        assert (engine.family is Family.OURS) == (engine.kind is not None) == (engine.bits > 0)
+    assert set(VOLUME_ENGINES) <= set(ENGINES)
+    assert all(Place.CPU in ENGINES[name].places for name in VOLUME_ENGINES)

@@ -69,7 +69,8 @@ def test_masks_are_those_that_the_product_gives_for_the_same_boxes(prepared: Pat
         assert expected.sum() > 100
         assert (mask != expected).sum() <= (3 if engine == "openvino-fp32" else 0)
     assert set(seconds) == {"volume", *STAGES}
-    assert sum(seconds[stage] for stage in STAGES) == pytest.approx(seconds["volume"], rel=0.05)
+    assert all(seconds[stage] > 0 for stage in STAGES)
+    assert 0.5 * seconds["volume"] < sum(seconds[stage] for stage in STAGES) <= seconds["volume"]
 
 
 def _nifti(path: Path, array: NDArray[np.generic]) -> Path:
