@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from monailabel_dfqsam.benchmark.child import Child
+from monailabel_dfqsam.benchmark.child import Child, ChildError
 from monailabel_dfqsam.benchmark.layout import BOXES
 from monailabel_dfqsam.benchmark.machine import describe_run
 from monailabel_dfqsam.benchmark.phantom import organ, write_phantom
@@ -73,11 +74,13 @@ def measure_volume(
             return Child(VolumeRunner, request, volume, log=folder / f"{engine}.log")
 
         session = Session(plan.engines, start, reasons, progress)
-        masks: dict[str, bytes] = {}
+        masks: dict[str, bytes | None] = {}
         try:
             session.load()
             session.measure(plan.repeats)
-            masks = {engine: session.ask(engine, "masks") for engine in session.answers}
+            for engine in session.answers:
+                with suppress(ChildError):  # one that is gone since has its times all the same
+                    masks[engine] = session.ask(engine, "masks")
             result["complete"] = True
         finally:
             session.close()
@@ -102,7 +105,9 @@ def _volume(plan: VolumePlan, folder: Path) -> tuple[Path, tuple[int, int, int],
     return plan.volume, shape, np.array([(k, *tight_box(mask[:, :, k])) for k in ks])
 
 
-def _rows(plan: VolumePlan, slices: int, session: Session, masks: dict[str, bytes]) -> list[dict[str, Any]]:
+def _rows(
+    plan: VolumePlan, slices: int, session: Session, masks: dict[str, bytes | None]
+) -> list[dict[str, Any]]:
     turns = {name: session.answers.get(name, []) for name in plan.engines}
     eager = statistics_of([turn["volume"] for turn in turns.get(TORCH_EAGER, [])])["median_s"]
     rows = []
