@@ -27,6 +27,7 @@ from monailabel_dfqsam.config import (
 )
 from monailabel_dfqsam.console import errors, output, plain_errors, print_rows, progress_bars, training_bar
 from monailabel_dfqsam.export.commands import export
+from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.machine import own_memory
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 
@@ -357,7 +358,8 @@ def evaluate(
             for reference, segmenters in load_groups(model or [], engine or [], progress):
                 rows += score(data, segmenters, reference, prompts.split(","), progress, gallery.add)
         if json_file is not None:
-            json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            with replacing(json_file) as partial:
+                partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         cost = f"{in_seconds(time.monotonic() - begin)}, at most {in_bytes(own_memory('VmHWM'))} of memory"
         if html is not None:
             write_page(html, rows, gallery, run_facts(run, data, cost))

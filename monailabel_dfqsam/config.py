@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 CONFIG_SCHEMA = 1
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all); stages are 'synthesis', 'calibration', 'fidelity' …"""
+"""Called with (stage, steps done, steps in all); a stage is one word: 'synthesis', 'fidelity' …"""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -168,6 +168,51 @@ class QuantizationConfig:
     def key(self, source_sha256: str) -> str:
         """16 hex digits naming the artifact that this configuration makes of a checkpoint."""
         return hashlib.sha256(f"{source_sha256}\n{self.canonical()}".encode()).hexdigest()[:16]
+
+
+class Sampling(str, Enum):
+    """Which samples an epoch of fine-tuning goes through."""
+
+    BALANCED = "balanced"
+    NATURAL = "natural"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune on labels.
+
+    Attributes:
+        sampling: balanced, every modality has an equal share; natural, every sample comes as often.
+        max_epochs: at most so many.
+        patience: epochs without a better score after which it ends.
+        batch: samples a step.
+        learning_rate: AdamW's.
+        seed: of every random choice.
+
+    Raises:
+        ValueError: for values outside these; the message names the field and what it may be.
+    """
+
+    sampling: Sampling = Sampling.BALANCED
+    max_epochs: int = 40
+    patience: int = 12
+    batch: int = 8
+    learning_rate: float = 2e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.max_epochs <= 1000, "max_epochs must be 1 to 1000", self.max_epochs)
+        _require(self.seed >= 0, "seed must not be negative", self.seed)
+
+    def key(self, start: str, labels: Iterable[str]) -> str:
+        """16 hex digits naming the artifact that this makes.
+
+        Args:
+            start: the key of the artifact to begin with.
+            labels: a digest of each label map with its image.
+        """
+        text = json.dumps({"schema": CONFIG_SCHEMA, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256("\n".join([start, text, *sorted(labels)]).encode()).hexdigest()[:16]
 
 
 def _require(condition: bool, message: str, value: Any) -> None:

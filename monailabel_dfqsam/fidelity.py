@@ -17,18 +17,23 @@ GRID = 4
 MIN_MASK = 12
 
 
-def mask_agreement(sam: Sam, encoder: Encoder, images: Tensor) -> tuple[float, int]:
-    """Mean IoU of the masks of a quantized encoder and of full precision, same prompts, same decoder.
+def mask_agreement(
+    sam: Sam, encoder: Encoder, images: Tensor, decoder: Segmenter | None = None
+) -> tuple[float, int]:
+    """Mean IoU of the masks of a quantized encoder and of full precision, same prompts.
 
     Prompts are a grid of single points, and the box of each mask that full precision gives for them.
 
     Args:
         images: [N, 3, S, S] float32, normalised.
+        decoder: what draws masks out of the quantized encoder's embeddings, where that is not full
+            precision's own.
 
     Returns:
         the mean IoU, 0 when no prompt gave a mask, and the number of masks compared.
     """
     segmenter = full_precision_segmenter(sam)
+    quantized = decoder or segmenter
     size = sam.variant.input_size
     frame = frame_of(sam.variant, size, size)
     step = size / GRID
@@ -44,10 +49,10 @@ def mask_agreement(sam: Sam, encoder: Encoder, images: Tensor) -> tuple[float, i
                 expected = _low_res_mask(segmenter, float_embedding, prompts)
                 if int(expected.sum()) < MIN_MASK:
                     continue
-                ious.append(_iou(expected, _low_res_mask(segmenter, int_embedding, prompts)))
+                ious.append(_iou(expected, _low_res_mask(quantized, int_embedding, prompts)))
                 boxed = Prompts(box=tight_box(expected.numpy()) * (size / expected.shape[0]))
                 expected = _low_res_mask(segmenter, float_embedding, boxed)
-                ious.append(_iou(expected, _low_res_mask(segmenter, int_embedding, boxed)))
+                ious.append(_iou(expected, _low_res_mask(quantized, int_embedding, boxed)))
     return (sum(ious) / len(ious) if ious else 0.0), len(ious)
 
 

@@ -33,6 +33,7 @@ from monailabel_dfqsam.sam.encoder import ImageEncoder
 from monailabel_dfqsam.sam.model import Sam, build
 from monailabel_dfqsam.sam.preprocess import normalize, to_input
 from monailabel_dfqsam.sam.variants import Variant
+from monailabel_dfqsam.segmentation.segmenter import load_segmenter
 from monailabel_dfqsam.synthesis.auxiliary import Auxiliary, embedded_auxiliary
 from monailabel_dfqsam.synthesis.measures import Measures, measure
 from monailabel_dfqsam.synthesis.patch_similarity import encoder_patch_entropies
@@ -97,23 +98,11 @@ def quantize(
         assert config.folder is not None
         images = folder_images(checkpoint.variant, Path(config.folder), config.images)
     quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, config.recipe, progress)
-    held_out = replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations))
-    unseen = _synthesize(
-        sam,
-        held_out,
-        FIDELITY_IMAGES,
-        config.seed + FIDELITY_SEED_OFFSET,
-        ceiling,
-        device,
-        progress,
-        "fidelity",
-    ).images
     artifact = pack(checkpoint, config, sam, quantized, images)
-    encoder = load_encoder(artifact)
-    mean_iou, count = mask_agreement(sam, encoder, unseen)
+    unseen = _unseen_images(sam, config, ceiling, device, progress)
     header = {
         **artifact.header,
-        "fidelity": {"mean_iou": mean_iou, "n": count, "engine": encoder.kind.value},
+        "fidelity": _fidelity(sam, artifact, unseen),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -127,6 +116,30 @@ def quantize(
         layer_errors=layer_errors(sam.image_encoder, artifact, images[:1]),
         measures={kind: measure(sam, group, _auxiliary(sam.variant)) for kind, group in kinds.items()},
     )
+
+
+def measured_fidelity(
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    config: QuantizationConfig,
+    *,
+    device: torch.device | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """The fidelity of an artifact as `quantize` measures it, for one whose weights have changed since.
+
+    Args:
+        checkpoint: the model in full precision.
+        config: by which the artifact was quantized.
+        device, progress: as for `quantize`.
+
+    Returns:
+        {mean_iou, n, engine}, as in the header.
+    """
+    sam = build(checkpoint)
+    ceiling = phantom_entropies(sam) if config.synthesis.bounded else None
+    unseen = _unseen_images(sam, config, ceiling, device or torch.device("cpu"), progress)
+    return _fidelity(sam, artifact, unseen, own_decoder=True)
 
 
 def gaussian_images(variant: Variant, count: int, seed: int) -> Tensor:
@@ -172,6 +185,22 @@ def layer_errors(float_encoder: ImageEncoder, artifact: Artifact, images: Tensor
     _watch(float_encoder, names, images, keep)
     _watch(layer_by_layer(artifact), names, images, compare)
     return errors
+
+
+def _unseen_images(
+    sam: Sam, config: QuantizationConfig, ceiling: Tensor | None, device: torch.device, progress: Progress
+) -> Tensor:
+    """[N, 3, S, S] float32, synthesized from other seeds than those calibrated on."""
+    synthesis = replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations))
+    seed = config.seed + FIDELITY_SEED_OFFSET
+    return _synthesize(sam, synthesis, FIDELITY_IMAGES, seed, ceiling, device, progress, "fidelity").images
+
+
+def _fidelity(sam: Sam, artifact: Artifact, images: Tensor, own_decoder: bool = False) -> dict[str, Any]:
+    encoder = load_encoder(artifact)
+    decoder = load_segmenter(artifact, encoder.kind) if own_decoder else None
+    mean_iou, count = mask_agreement(sam, encoder, images, decoder)
+    return {"mean_iou": mean_iou, "n": count, "engine": encoder.kind.value}
 
 
 def _synthesize(

@@ -34,6 +34,7 @@ PROMISED = {
         "json",
     },
     "evaluate": {"data", "model", "engine", "prompts", "json", "html"},
+    "export": {"artifact", "out", "format"},
     "inspect": {"file", "json"},
     "pretrain": {"out", "steps", "device", "what", "start", "seed"},
     "benchmark": set(),

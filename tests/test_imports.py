@@ -30,6 +30,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "segmentation",
         "export fidelity phantom_study",
         "pipeline",
+        "finetuning",
         "server",
         "evaluation report slicer_session",
         "demo",
@@ -43,7 +44,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
 DEFERRED_EXCEPTIONS = {("server", "report")}
 
 # What a server that only answers clicks never loads.
-NOT_FOR_CLICKS = ("synthesis", "pretraining", "pipeline", "report")
+NOT_FOR_CLICKS = ("synthesis", "pretraining", "pipeline", "finetuning", "report")
 
 
 def rank(name: str) -> int:
@@ -58,7 +59,7 @@ def unit(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:
-    """(imported unit, line, whether the import runs only when a function is called) of a module."""
+    """(imported unit, line, whether the import does not run when the module is loaded) of a module."""
     package = [NAME, *path.relative_to(PACKAGE).parts[:-1]]
     found: list[tuple[str, int, bool]] = []
 
@@ -76,7 +77,9 @@ def imports(path: Path) -> list[tuple[str, int, bool]]:
             )
             if parts[0] == NAME and is_unit:
                 found.append((parts[1], node.lineno, deferred))  # type: ignore[attr-defined]
-        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or (
+            isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        )
         for child in ast.iter_child_nodes(node):
             visit(child, deferred or inside)
 
@@ -145,10 +148,13 @@ def test_the_check_itself_sees_every_form_of_import(tmp_path: Path, monkeypatch:
         "import os, json\n"
         "def f():\n"
         "    from monailabel_dfqsam.synthesis import synthesize\n"
+        "if TYPE_CHECKING:\n"
+        "    from monailabel_dfqsam.sam import model\n"
     )
     assert imports(module) == [
         ("server", 1, False),
         ("config", 2, False),
         ("synthesis", 3, False),
         ("synthesis", 6, True),
+        ("sam", 8, True),
     ]

@@ -165,23 +165,24 @@ def assemble_modules(
     with torch.device("meta"):
         encoder = build_encoder(variant)
         encoder.fold()
-    for name in artifact.header["layers"]:
-        put_module(encoder, name, quantized(decode_layer(artifact, name)))
+    layers = artifact.header["layers"]
+    expected = {key for key in encoder.state_dict() if key.rpartition(".")[0] not in layers}
     floats = float_tensors(artifact, "image_encoder.")
     attention_bits = artifact.header["attention_bits"]
     for name in [name for name, module in encoder.named_modules() if isinstance(module, AttentionCore)]:
         ranges = floats.pop(f"{name}.ranges", None)
         if ranges is not None and core is not None:
             put_module(encoder, name, core(ranges, attention_bits))
-    expected = set(encoder.state_dict())
     if not expected <= set(floats):
         raise ArtifactError(
             f"the artifact lacks tensors, '{min(expected - set(floats))}' first: quantize again"
         )
-    encoder.load_state_dict({key: floats.pop(key) for key in expected}, strict=True, assign=True)
+    encoder.load_state_dict({key: floats.pop(key) for key in expected}, strict=False, assign=True)
     for key, value in floats.items():
         parent, _, buffer = key.rpartition(".")
         encoder.get_submodule(parent).register_buffer(buffer, value, persistent=False)
+    for name in layers:
+        put_module(encoder, name, quantized(decode_layer(artifact, name)))
     return encoder.eval().requires_grad_(False)
 
 

@@ -64,14 +64,17 @@ def write_openvino(artifact: Artifact, folder: Path, progress: Progress = silent
         ("encoder", lambda: encoder_model(artifact)),
         ("decoder", lambda: decoder_model(*load_decoder(artifact), _variant(artifact))),
     )
+    models = {}
+    for done, (name, make) in enumerate(makers):
+        progress("export", done, len(makers))
+        models[name] = make()
+    text = json.dumps(description(artifact), indent=2) + "\n"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         partial = Path(temporary) / "new"
         partial.mkdir()
-        for done, (name, make) in enumerate(makers):
-            progress("export", done, len(makers))
-            _save(make(), partial / f"{name}.xml")
-        text = json.dumps(description(artifact), indent=2) + "\n"
+        for name, model in models.items():
+            _save(model, partial / f"{name}.xml")
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
         if folder.exists():
             folder.rename(Path(temporary) / "old")

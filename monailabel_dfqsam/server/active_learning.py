@@ -21,7 +21,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 
 from monailabel_dfqsam.server.compat import image_path
 from monailabel_dfqsam.server.propose_task import ProposeTask, reason, summarize
-from monailabel_dfqsam.server.train_task import exit_with_parent
+from monailabel_dfqsam.server.train_report import exit_with_parent
 from monailabel_dfqsam.server.workbench import Clock
 
 CONFIDENCE = "confidence"

@@ -1,4 +1,4 @@
-"""The MONAI Label app: its models, which share their weights, and the trainer that quantizes them."""
+"""The MONAI Label app: its models, which share their weights, and the trainers that make these."""
 
 from __future__ import annotations
 
@@ -17,14 +17,23 @@ from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 from monailabel.utils.async_tasks.task import AsyncTask
 
-from monailabel_dfqsam.server import active_learning, compat, compat_disk, compat_shared, page, propose_task
+from monailabel_dfqsam.server import (
+    active_learning,
+    compat,
+    compat_disk,
+    compat_shared,
+    finetune_task,
+    page,
+    propose_task,
+)
 from monailabel_dfqsam.server.infer_task import InteractiveTask, SegmentTask
 from monailabel_dfqsam.server.models import Models
 from monailabel_dfqsam.server.options import OptionError
 from monailabel_dfqsam.server.request import STORED, WINDOWS
 from monailabel_dfqsam.server.security import Refusal
 from monailabel_dfqsam.server.settings import read_settings
-from monailabel_dfqsam.server.train_task import SERVER_PID, QuantizeTask
+from monailabel_dfqsam.server.train_report import SERVER_PID
+from monailabel_dfqsam.server.train_task import PublishingTask, QuantizeTask
 from monailabel_dfqsam.server.volume_task import LabelsTask, VolumeTask
 from monailabel_dfqsam.server.workbench import Workbench
 
@@ -77,9 +86,12 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             propose_task.NAME: propose_task.ProposeTask(self._workbench, self._settings),
         }
 
-    def init_trainers(self) -> dict[str, QuantizeTask]:
-        """The one trainer."""
-        return {NAME: QuantizeTask(NAME, self._settings)}
+    def init_trainers(self) -> dict[str, PublishingTask]:
+        """Quantization, and fine-tuning, which runs only when it is named."""
+        return {
+            NAME: QuantizeTask(NAME, self._settings),
+            finetune_task.NAME: finetune_task.FinetuneTask(finetune_task.NAME, self._settings),
+        }
 
     def init_strategies(self) -> dict[str, Any]:
         """Which image next: any, the first unlabelled one by name, or the one the model is least sure of."""
@@ -116,7 +128,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         self._models.start(quantize=lambda: self.async_training(NAME))
 
     def on_save_label(self, image_id: str, label_id: str) -> None:
-        """Nothing to do: labels are not learned from."""
+        """Nothing to do: labels are learned from only when somebody asks for it."""
 
     def check_model(self, model: str) -> None:
         """Raises HTTPException 404 unless there is such a model."""
@@ -130,6 +142,19 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             self._scoring_begun = time.monotonic()
             AsyncTask.run("scoring", request={"method": "confidence"})  # unless it runs already
         return found
+
+    def trainings_for(self, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What runs where no trainer is named, with the options of each.
+
+        Args:
+            params: options of all, and those of one under its name. Labels are read only if these are there.
+        """
+        common = {key: value for key, value in params.items() if key not in self._trainers}
+        return {
+            name: {**common, **(params.get(name) or {})}
+            for name in self._trainers
+            if name != finetune_task.NAME or name in params
+        }
 
     def check_batch(self, model: str, params: Mapping[str, Any]) -> None:
         """Raises Refusal for a model or options that a batch cannot be run with."""

@@ -56,6 +56,7 @@ from monailabel.interfaces.exception import (
 )
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.tasks.activelearning import random as random_strategy
+from monailabel.utils.async_tasks.task import AsyncTask
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse
@@ -257,7 +258,7 @@ def _is_archive() -> bool:
 
 
 def _check_training(check: CheckTraining) -> None:
-    run_model, run = train_endpoint.run_model, train_endpoint.run
+    run_model = train_endpoint.run_model
 
     @functools.wraps(run_model)
     def checked_model(
@@ -267,13 +268,21 @@ def _check_training(check: CheckTraining) -> None:
         check(model, params or {})
         return run_model(model, params, False, enqueue)
 
-    @functools.wraps(run)
-    def checked_all(params: dict[str, Any] | None = None, run_sync: bool = False) -> Any:
+    def checked_all(params: dict[str, Any] | None = None, run_sync: bool = False) -> dict[str, Any]:
         _check_options(params, run_sync)
-        for model in app_instance().info()["trainers"]:
+        app = app_instance()
+        for model in app.info()["trainers"]:
             _check_own(params, model)
-            check(model, params or {})
-        return run(params, False)
+        own = app.trainings_for(params or {})
+        for model, options in own.items():
+            check(model, options)
+        found = {}
+        for model, options in own.items():
+            result, detail = AsyncTask.run(
+                "train", request={"model": model}, params=options, force_sync=False, enqueue=True
+            )
+            found[model] = {"result": result, "detail": detail}
+        return found
 
     train_endpoint.run_model, train_endpoint.run = checked_model, checked_all
 

@@ -5,6 +5,7 @@
     current.json        names the artifact to serve; replaced in one step, this is what publishes
     progress.json       how far the quantization is; replaced in one step
     history.json        the last `HISTORY` quantizations, oldest first; replaced in one step
+    finetuning/{key}/   checkpoints of a fine-tuning that was stopped, to go on from
     building/           where the quantization process writes; what it left there is removed at the next start
 
 Progress and history hold records of the same shape, one a quantization: `started` (ISO 8601, UTC), `options`

@@ -1,17 +1,26 @@
-"""The options of `POST /train/dfqsam`, from a viewer's JSON to a checked configuration."""
+"""The options of `POST /train/…`, from a viewer's JSON to checked configurations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from monailabel_dfqsam.config import Calibration, Policy, Preset, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.config import (
+    Calibration,
+    FinetuneConfig,
+    Policy,
+    Preset,
+    QuantizationConfig,
+    Sampling,
+    SynthesisConfig,
+)
 from monailabel_dfqsam.sam.checkpoint import CheckpointError, check_checkpoint
 from monailabel_dfqsam.server.settings import Settings
 
 OPTIONS = ("bits", "policy", "iterations", "images", "seed", "calibration", "preset", "checkpoint")
+FINETUNING_OPTIONS = ("bits", "sampling", "max_epochs", "seed")
 
 # What MONAI Label, Slicer and OHIF add to every request; none of it concerns quantization.
 _ADDED_BY_CLIENTS = frozenset({"model", "client_id", "device", "gpus", "multi_gpu", "local_rank", "name"})
@@ -47,12 +56,7 @@ def read_options(
     Raises:
         OptionError: for unknown options and for values that do not fit.
     """
-    nested = request.get(own_name)
-    merged = {**request, **nested} if isinstance(nested, Mapping) else dict(request)
-    given = {k: _plain(v) for k, v in merged.items() if k not in _ADDED_BY_CLIENTS and k != own_name}
-    unknown = sorted(set(given) - set(OPTIONS))
-    if unknown:
-        raise OptionError(f"unknown option {', '.join(unknown)}; known are: {', '.join(OPTIONS)}")
+    given = _given(request, own_name, OPTIONS)
     base = settings.quantization
     if "preset" in given:
         chosen = Preset(_choice(given, "preset", [p.value for p in Preset], "")).config
@@ -73,6 +77,44 @@ def read_options(
         raise OptionError(str(error)) from None
     _check_cost(config.synthesis)
     return config, _checkpoint(given.get("checkpoint"), settings)
+
+
+def finetuning_defaults(settings: Settings) -> dict[str, Any]:
+    """The options of fine-tuning as a viewer shows them."""
+    return {
+        "bits": _first(str(settings.quantization.bits), ["4", "8"]),
+        "sampling": [sampling.value for sampling in Sampling],
+        "max_epochs": FinetuneConfig.max_epochs,
+        "seed": FinetuneConfig.seed,
+    }
+
+
+def read_finetuning(
+    request: Mapping[str, Any], settings: Settings, own_name: str
+) -> tuple[QuantizationConfig, FinetuneConfig]:
+    """How a request asks to fine-tune, and the artifact, by its configuration, that it starts from.
+
+    Args:
+        request, settings, own_name: as for `read_options`.
+
+    Raises:
+        OptionError: for unknown options and for values that do not fit.
+    """
+    given = _given(request, own_name, FINETUNING_OPTIONS)
+    base = settings.quantization
+    bits = _whole(given, "bits", base.bits)
+    if bits not in (4, 8):
+        raise OptionError(f"bits must be 4 or 8, not {bits}")
+    samplings = [sampling.value for sampling in Sampling]
+    try:
+        config = FinetuneConfig(
+            sampling=Sampling(_choice(given, "sampling", samplings, FinetuneConfig.sampling.value)),
+            max_epochs=_whole(given, "max_epochs", FinetuneConfig.max_epochs),
+            seed=_whole(given, "seed", FinetuneConfig.seed),
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    return replace(base, bits=bits), config
 
 
 MAX_ITERATIONS = 100_000
@@ -97,6 +139,21 @@ def _checkpoint(name: Any, settings: Settings) -> Path:
     except CheckpointError as error:
         raise OptionError(f"checkpoint: {error}") from None
     return path
+
+
+def _given(request: Mapping[str, Any], own_name: str, known: Sequence[str]) -> dict[str, Any]:
+    """A request's options by name, without what clients add.
+
+    Raises:
+        OptionError: when one is not known.
+    """
+    nested = request.get(own_name)
+    merged = {**request, **nested} if isinstance(nested, Mapping) else dict(request)
+    given = {k: _plain(v) for k, v in merged.items() if k not in _ADDED_BY_CLIENTS and k != own_name}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(unknown)}; known are: {', '.join(known)}")
+    return given
 
 
 def _plain(value: Any) -> Any:

@@ -15,11 +15,12 @@ from typing import Any
 from monailabel.utils.async_tasks.utils import processes, tasks
 
 from monailabel_dfqsam.artifact import read_header
+from monailabel_dfqsam.server import finetune_task
 from monailabel_dfqsam.server.model_folder import is_key
 from monailabel_dfqsam.server.models import FULL_PRECISION, Models, Speed
 from monailabel_dfqsam.server.options import defaults
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.train_task import PRINTED
+from monailabel_dfqsam.server.train_report import PRINTED
 
 _LINES = 8
 _CHECKPOINTS = (".pth", ".pt", ".safetensors")
@@ -103,7 +104,7 @@ class Overview:
         try:
             return _summary(key, read_header(self._models.folder.artifact(key)), self._settings.min_fidelity)
         except (ValueError, KeyError, TypeError) as error:
-            nothing = dict.fromkeys(("options", "fidelity", "bytes", "checkpoint_bytes", "made"))
+            nothing = dict.fromkeys(("options", "learned", "fidelity", "bytes", "checkpoint_bytes", "made"))
             return {"key": key, "name": key, **nothing, "refusal": str(error)}
 
     def _task(self) -> dict[str, Any] | None:
@@ -151,14 +152,25 @@ def _size(path: Path) -> int | None:
 
 def _summary(key: str, header: Mapping[str, Any], least: float) -> dict[str, Any]:
     config, fidelity = header["config"], float(header["fidelity"]["mean_iou"])
+    options = {name: config[name] for name in ("bits", "policy", "calibration", "images", "seed")}
+    learned = header.get("finetuning")
+    if learned:
+        options["trainer"], options["labels"] = finetune_task.NAME, learned["labels"]
+        options.update({name: learned["config"][name] for name in ("sampling", "seed")})
     low = f"its fidelity, {fidelity:.3f}, is below {least:.3f}"
     return {
         "key": key,
         "name": f"W{config['bits']}A{config['bits']}",
         "options": {
-            **{name: config[name] for name in ("bits", "policy", "calibration", "images", "seed")},
+            **options,
             "iterations": config["synthesis"]["iterations"],
             "checkpoint": str(header["source_name"]),
+        },
+        "learned": learned
+        and {
+            "labels": learned["labels"],
+            "before": learned["before"]["mean"],
+            "after": learned["after"]["mean"],
         },
         "fidelity": fidelity,
         "bytes": int(header["sizes"]["artifact_bytes"]),

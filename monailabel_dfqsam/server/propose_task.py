@@ -16,7 +16,7 @@ from monailabel_dfqsam.server.infer_task import InteractiveTask
 from monailabel_dfqsam.server.request import WINDOWS, read_format, with_defaults
 from monailabel_dfqsam.server.security import Refusal, check_tag
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.train_task import exit_with_parent
+from monailabel_dfqsam.server.train_report import exit_with_parent
 from monailabel_dfqsam.server.workbench import Clock, Shown, Workbench, write_answer
 
 NAME = "dfqsam_propose"

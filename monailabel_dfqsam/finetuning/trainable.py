@@ -1,0 +1,149 @@
+"""An artifact as a model that can learn, its encoder quantized by Brevitas, and back.
+
+Weights start on the artifact's own integers and scales on its own, so that before the first step the model
+draws what the artifact draws. Gradients pass rounding as if it were not there; those of scales are what
+learned step sizes have (arXiv 1902.08153). Zero-points stay.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from brevitas.core.function_wrapper import Identity
+from brevitas.core.quant import IntQuant
+from brevitas.core.restrict_val import LogFloatRestrictValue
+from brevitas.core.scaling import ParameterScaling
+from torch import Tensor, nn
+
+from monailabel_dfqsam.artifact import Artifact, encode_layer, stored
+from monailabel_dfqsam.engines.encoder import assemble_modules
+from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.sam.model import Sam
+from monailabel_dfqsam.sam.variants import VARIANTS
+from monailabel_dfqsam.segmentation.segmenter import load_decoder
+
+
+class Quantizer(nn.Module):
+    """Floats to those of a few levels, by Brevitas: a learned scale, positive, and a fixed zero-point."""
+
+    bits: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: Tensor, zero_point: int, bits: int, signed: bool) -> None:
+        """Makes a quantizer.
+
+        Args:
+            scale: of any shape that multiplies what is quantized, > 0.
+            signed: levels lie on both sides of 0, one more below it.
+        """
+        super().__init__()
+        self.int_quant = IntQuant(narrow_range=False, signed=signed, input_view_impl=Identity())
+        # By its logarithm, so that a step of learning changes small scales as much as large ones.
+        self.scaling = ParameterScaling(
+            scale, tuple(scale.shape), restrict_scaling_impl=LogFloatRestrictValue()
+        )
+        self.register_buffer("bits", torch.tensor(float(bits)))
+        self.register_buffer("zero_point", torch.tensor(float(zero_point)))
+
+    def scale(self) -> Tensor:
+        """Of the shape it was made with, > 0."""
+        scale: Tensor = self.scaling(self.bits)
+        return scale
+
+    def integers(self, x: Tensor) -> Tensor:
+        """x as float tensor of whole numbers."""
+        integers: Tensor = self.int_quant.to_int(self.scale(), self.zero_point, self.bits, x)
+        return integers
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x as it is after quantizing and back, float of the same shape."""
+        quantized: Tensor = self.int_quant(self.scale(), self.zero_point, self.bits, x)
+        return quantized
+
+
+class TrainableLayer(nn.Module):
+    """A Linear or convolution whose weight and input are quantized while it learns.
+
+    Attributes:
+        weight: [N, K] float, of convolutions with the shape that torch gives theirs flattened.
+    """
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        scale = layer.weight_scale[:, None]
+        self.weight = nn.Parameter(layer.weight.float() * scale)
+        self.bias = nn.Parameter(layer.bias.clone())
+        self.weight_quantizer = Quantizer(scale, 0, layer.weight_bits, signed=True)
+        step = torch.tensor([layer.input_scale])
+        self.input_quantizer = Quantizer(step, layer.input_zero_point, layer.activation_bits, signed=False)
+        self.geometry = layer.geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] or [B, C, H, W] float, to [..., N] or [B, N, H', W'] float."""
+        weight, x = self.weight_quantizer(self.weight), self.input_quantizer(x)
+        geometry = self.geometry
+        if geometry is None:
+            return F.linear(x, weight, self.bias)
+        kernel = (geometry.kernel, geometry.kernel)
+        if geometry.transposed:
+            # Its weight is kept transposed; no family has one with a bias.
+            weight = weight.T.unflatten(1, (-1, *kernel))
+            return F.conv_transpose2d(x, weight, None, geometry.stride, geometry.padding)
+        weight = weight.unflatten(1, (-1, *kernel))
+        return F.conv2d(x, weight, self.bias, geometry.stride, geometry.padding)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedLayer:
+        """Its numbers as an artifact holds them."""
+        return QuantizedLayer(
+            weight=self.weight_quantizer.integers(self.weight).to(torch.int8),
+            weight_scale=self.weight_quantizer.scale().flatten().clone(),
+            bias=self.bias.detach().clone(),
+            input_scale=float(self.input_quantizer.scale()),
+            input_zero_point=int(self.input_quantizer.zero_point),
+            weight_bits=int(self.weight_quantizer.bits),
+            activation_bits=int(self.input_quantizer.bits),
+            geometry=self.geometry,
+        )
+
+
+def trainable(artifact: Artifact) -> Sam:
+    """The model of an artifact in training mode; image encoder and mask decoder are free to learn.
+
+    Args:
+        artifact: of policy `deploy`.
+
+    Raises:
+        ArtifactError: when the artifact's tensors are not those of its model.
+    """
+    sam = Sam(VARIANTS[artifact.header["variant"]])
+    # What is assembled shares tensors with the artifact, which learning must not change.
+    sam.image_encoder = copy.deepcopy(assemble_modules(artifact, TrainableLayer))
+    sam.prompt_encoder, sam.mask_decoder = load_decoder(artifact)
+    sam.train().requires_grad_(True)
+    sam.prompt_encoder.requires_grad_(False)
+    return sam
+
+
+@torch.no_grad()
+def to_artifact(sam: Sam, start: Artifact) -> Artifact:
+    """What a model of `trainable(start)` has become, under the header of `start`."""
+    tensors = {key: value for key, value in start.tensors.items() if key.startswith("prompt_encoder.")}
+    layers = {}
+    learned = {
+        name: module
+        for name, module in sam.image_encoder.named_modules()
+        if isinstance(module, TrainableLayer)
+    }
+    for name, module in learned.items():
+        layers[name], parts = encode_layer(name, module.quantized())
+        tensors.update(parts)
+    for key, value in (*sam.image_encoder.named_parameters(), *sam.image_encoder.named_buffers()):
+        if not any(key.startswith(f"{name}.") for name in learned):
+            tensors[f"image_encoder.{key}"] = stored(value.detach())
+    tensors.update(
+        {f"mask_decoder.{key}": stored(value) for key, value in sam.mask_decoder.state_dict().items()}
+    )
+    return Artifact({**start.header, "layers": layers}, tensors)
