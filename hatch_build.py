@@ -31,7 +31,7 @@ COMMON = [
     "-fvisibility=hidden",
 ]
 # Sums of the elementwise operations must round as torch rounds them.
-CONTRACTION = {"attention.cpp": "fast", "elementwise.cpp": "off"}
+CONTRACTION = {"attention.cpp": "fast", "window_attention.cpp": "fast", "elementwise.cpp": "off"}
 
 
 class CpuLibrary(BuildHookInterface):

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from monailabel_dfqsam.benchmark.click import ClickError, measure_clicks, organ_centre, summary, write_phantom
+from monailabel_dfqsam.benchmark.click import ClickError, measure_clicks, summary
+from monailabel_dfqsam.benchmark.phantom import organ, organ_centre, write_phantom
 from monailabel_dfqsam.segmentation.volume import load_volume
 
 CASES = [
@@ -34,6 +35,7 @@ def test_the_phantom_is_a_body_with_an_organ_on_a_tilted_grid(tmp_path: Path) ->
     for k in range(shape[2]):
         i, j = organ_centre(shape, k)
         assert volume.array[i - 1 : i + 2, j - 1 : j + 2, k].mean() == pytest.approx(140, abs=20)
+        assert np.array_equal(volume.array[:, :, k] > 85, organ(shape, k))
         assert volume.array[0, 0, k] < -900
 
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from monailabel_dfqsam.artifact import read_artifact
-from monailabel_dfqsam.benchmark.encoder import statistics_of
 from monailabel_dfqsam.benchmark.floor import (
     FLOAT_SHAPE,
     GemmFloor,
@@ -25,16 +24,19 @@ from monailabel_dfqsam.benchmark.floor import (
     floor_terms,
     layer_shapes,
 )
+from monailabel_dfqsam.benchmark.layout import DECODER_WEIGHTS, FLOAT_WEIGHTS, IMAGES, artifact_path
 from monailabel_dfqsam.benchmark.machine import commit, describe_run
-from monailabel_dfqsam.benchmark.plan import ENGINES, EncoderPlan
+from monailabel_dfqsam.benchmark.plan import ENGINES, VOLUME_ENGINES, EncoderPlan, Family, Place
 from monailabel_dfqsam.benchmark.runner import kind_of
+from monailabel_dfqsam.benchmark.session import statistics_of
 from monailabel_dfqsam.benchmark.table import print_encoder
-from monailabel_dfqsam.benchmark.weights import ARTIFACT, FLOAT_WEIGHTS, IMAGES, Preparation
+from monailabel_dfqsam.benchmark.weights import Preparation
 from monailabel_dfqsam.cli import app
 from monailabel_dfqsam.engines import load_encoder, onednn
 from monailabel_dfqsam.quantization.cost import encoder_cost
-from monailabel_dfqsam.sam import VARIANTS
+from monailabel_dfqsam.sam import VARIANTS, build
 from monailabel_dfqsam.sam.vit import ImageEncoderViT
+from monailabel_dfqsam.segmentation.segmenter import load_decoder
 from tests.models import relative_error
 
 W4A4_ERROR = 0.5  # of the whole embedding, random weights
@@ -96,11 +98,9 @@ def test_the_floor_times_every_product() -> None:
 
 
 def test_statistics() -> None:
-    assert statistics_of([]) == {}
+    assert statistics_of([]) == {"median_s": None, "min_s": None, "p95_s": None, "spread": None}
     found = statistics_of([3.0, 1.0, 2.0])
-    assert (found["median_s"], found["min_s"]) == (2.0, 1.0)
-    assert found["p95_s"] == pytest.approx(2.9)
-    assert found["spread"] == pytest.approx(0.95)
+    assert found == pytest.approx({"median_s": 2.0, "min_s": 1.0, "p95_s": 2.9, "spread": 0.95})
 
 
 def test_ops_are_sorted_by_kind() -> None:
@@ -140,17 +140,26 @@ def test_the_commit_is_that_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_prepared_files_are_one_model(tmp_path: Path) -> None:
-    sizes = (preparation := Preparation(tmp_path, "tiny", None, 2, 1)).write_artifact()
+    preparation = Preparation(tmp_path, "tiny", None, 2, 1)
+    sizes, sizes_8 = preparation.write_artifact(4), preparation.write_artifact(8)
     encoder = ImageEncoderViT(VARIANTS["tiny"])
     encoder.load_state_dict(load_file(tmp_path / FLOAT_WEIGHTS))
     images = torch.from_numpy(np.load(tmp_path / IMAGES)[:2])
     assert images.std() > 0.1
     with torch.inference_mode():
         expected = encoder(images)
-    actual = load_encoder(read_artifact(tmp_path / ARTIFACT)).embed(images)
-    assert relative_error(actual, expected) < W4A4_ERROR
+    artifacts = {bits: read_artifact(artifact_path(tmp_path, bits)) for bits in (4, 8)}
+    errors = {bits: relative_error(load_encoder(a).embed(images), expected) for bits, a in artifacts.items()}
+    assert errors[8] < errors[4] / 2 < W4A4_ERROR / 2
+    floats = load_file(tmp_path / DECODER_WEIGHTS)
+    prompt_encoder, mask_decoder = load_decoder(artifacts[4])
+    for prefix, module in (("prompt_encoder.", prompt_encoder), ("mask_decoder.", mask_decoder)):
+        for name, value in module.state_dict().items():
+            assert torch.allclose(floats.pop(prefix + name), value, atol=2e-3)
+    assert not floats
     assert sizes["encoder_float_bytes"] == sum(4 * value.numel() for value in encoder.state_dict().values())
-    assert sizes["encoder_artifact_bytes"] < (tmp_path / ARTIFACT).stat().st_size
+    assert sizes["encoder_artifact_bytes"] < sizes_8["encoder_artifact_bytes"]
+    assert sizes_8["encoder_artifact_bytes"] < sizes["encoder_float_bytes"] / 3
     assert preparation.has_cuda() == torch.cuda.is_available()
 
 
@@ -158,11 +167,10 @@ def test_prepared_files_are_one_model(tmp_path: Path) -> None:
 def test_openvino_runs_the_same_model_and_most_of_it_in_8_bit(tmp_path: Path) -> None:
     pytest.importorskip("nncf", reason="OpenVINO and NNCF are not installed: pip install '.[benchmark]'")
     from monailabel_dfqsam.benchmark import openvino_peer as peer
-    from monailabel_dfqsam.benchmark.weights import phantoms, seeded_state
+    from monailabel_dfqsam.benchmark.weights import phantoms, seeded_checkpoint
 
     windowed = replace(VARIANTS["tiny"], relative_position=True, window_size=14, depth=2, global_blocks=(1,))
-    encoder = ImageEncoderViT(windowed).eval()
-    encoder.load_state_dict(seeded_state(encoder))
+    encoder = build(seeded_checkpoint(windowed)).image_encoder
     images = phantoms(windowed, 3)
     with torch.inference_mode():
         expected = encoder(images)
@@ -172,10 +180,10 @@ def test_openvino_runs_the_same_model_and_most_of_it_in_8_bit(tmp_path: Path) ->
     integer = peer.load(tmp_path / peer.INT8_MODEL, images.shape, 1, None)
     assert floating.precision == "float32"
     assert floating.integer_share == 0
-    assert relative_error(torch.from_numpy(floating.infer(images.numpy())[0]), expected) < OPENVINO_ERROR
+    assert relative_error(torch.from_numpy(floating.infer([images.numpy()])[0]), expected) < OPENVINO_ERROR
     assert integer.integer_share > 0.8
     assert any(name.startswith("FullyConnected") and name.endswith("8") for name in integer.operations)
-    assert 0 < relative_error(torch.from_numpy(integer.infer(images.numpy())[0]), expected) < W4A4_ERROR
+    assert 0 < relative_error(torch.from_numpy(integer.infer([images.numpy()])[0]), expected) < W4A4_ERROR
 
 
 def _row(engine: str, **figures: Any) -> dict[str, Any]:
@@ -231,3 +239,7 @@ def test_wrong_options_are_refused_with_a_sentence(arguments: tuple[object, ...]
 def test_every_engine_has_a_place_and_the_slow_oracle_is_left_out() -> None:
     assert all(engine.places for engine in ENGINES.values())
     assert "reference" not in EncoderPlan("tiny").engines
+    for engine in ENGINES.values():
+        assert (engine.family is Family.OURS) == (engine.kind is not None) == (engine.bits > 0)
+    assert set(VOLUME_ENGINES) <= set(ENGINES)
+    assert all(Place.CPU in ENGINES[name].places for name in VOLUME_ENGINES)

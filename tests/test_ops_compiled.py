@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain
+from monailabel_dfqsam.sam import tiny_vit
 from monailabel_dfqsam.sam.vit import Attention
 from tests.models import relative_error
 
@@ -105,10 +106,32 @@ def test_attention_equals_float64(
     assert torch.equal(_compiled(attention, qkv, layer), plain.quantize_input(actual, layer))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.tuples(st.integers(1, 2), st.integers(1, 33), st.integers(1, 33)),
+    window=st.sampled_from([1, 3, 7, 14, 17]),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([4, 16, 32, 36, 80]),
+)
+def test_window_attention_equals_float64(
+    seed: int, size: tuple[int, int, int], window: int, heads: int, dim: int
+) -> None:
+    attention, qkv = _window_attention(seed, size, window, heads, dim)
+    actual = _compiled_window(attention, qkv)
+    assert torch.equal(actual, _compiled_window(attention, qkv))
+    layer = reader(0.05, 7, 4)
+    assert torch.equal(_compiled_window(attention, qkv, layer), plain.quantize_input(actual, layer))
+    assert relative_error(actual, attention.double().attend(qkv.double())) < ATTENTION_TOLERANCE
+
+
 def test_large_logits_do_not_overflow() -> None:
     attention, qkv = _attention(5, 40, 0, 2, 64, True)
     actual = _compiled(attention, qkv * 30)
     assert relative_error(actual, attention.double().attend(qkv.double() * 30)) < 1e-4
+    windowed, qkv = _window_attention(6, (1, 9, 8), 7, 2, 32)
+    actual = _compiled_window(windowed, qkv * 30)
+    assert relative_error(actual, windowed.double().attend(qkv.double() * 30)) < 1e-4
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
@@ -116,6 +139,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         compiled.attention(torch.randn(1, 4, 5, 12), None, None, 1, 0)
     with pytest.raises(ValueError, match="attention cannot run"):
         compiled.attention(torch.randn(1, 4, 4, 12), None, None, 1, 3)
+    with pytest.raises(ValueError, match="attention cannot run"):
+        compiled.window_attention(torch.randn(1, 4, 4, 12), None, torch.zeros(1, 9), 3)
 
 
 def _attention(
@@ -133,3 +158,19 @@ def _attention(
 def _compiled(attention: Attention, qkv: Tensor, layer: QuantizedLayer | None = None) -> Tensor:
     tables = (attention.rel_pos_h, attention.rel_pos_w) if attention.relative_position else None
     return compiled.attention(qkv, attention.pad_qkv, tables, attention.heads, attention.window, layer)
+
+
+def _window_attention(
+    seed: int, size: tuple[int, int, int], window: int, heads: int, dim: int
+) -> tuple[tiny_vit.Attention, Tensor]:
+    attention = tiny_vit.Attention(heads * dim, heads, window).requires_grad_(False)
+    attention.attention_biases.data = values(seed, heads, window * window)
+    attention.pad_qkv = values(seed + 1, 3 * heads * dim)
+    return attention, values(seed + 2, *size, 3 * heads * dim)
+
+
+def _compiled_window(
+    attention: tiny_vit.Attention, qkv: Tensor, layer: QuantizedLayer | None = None
+) -> Tensor:
+    pad, biases = attention.pad_qkv, attention.attention_biases
+    return compiled.window_attention(qkv, pad, biases, attention.window, layer)

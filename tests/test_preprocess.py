@@ -160,9 +160,11 @@ def test_area_means_are_weighted_by_what_is_covered(length: int, size: int, seed
         assert found[:, target] == pytest.approx(x @ shares / shares.sum())
 
 
-def test_lite_medsam_spans_zero_to_one_and_pads_with_zeros() -> None:
+@pytest.mark.parametrize("colours", [1, 3])
+def test_lite_medsam_spans_zero_to_one_and_pads_with_zeros(colours: int) -> None:
     """Longest side to 256 by areas' means, in 8 bit; least to 0, greatest to 1; zeros below or right."""
-    rgb = np.random.default_rng(0).integers(100, 151, (512, 300, 3), dtype=np.uint8)
+    rgb = np.random.default_rng(0).integers(100, 151, (512, 300, colours), dtype=np.uint8)
+    rgb = np.repeat(rgb, 3 // colours, axis=2)
     x, frame = to_input(VARIANTS["lite_medsam"], rgb)
     assert (frame.resized_height, frame.resized_width, frame.mask_cell) == (256, 150, 1)
     means = rgb.reshape(256, 2, 150, 2, 3).mean((1, 3))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from monailabel_dfqsam.pipeline import phantom_images
 from monailabel_dfqsam.sam import VARIANTS, build, read_checkpoint
 from monailabel_dfqsam.sam.model import build_decoder
-from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, box_fits, channels_last
+from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, box_fits, channels_last, product
 from monailabel_dfqsam.segmentation.prompts import tight_box
+from tests.models import relative_error
 
 ROUNDING = 1e-5  # of float32, relative to the largest logit
 
@@ -60,6 +61,25 @@ def test_it_is_segment_anythings_mask(name: str, prompt: str, best: int) -> None
         error = float((found - logits[:, chosen : chosen + 1]).abs().max())
         assert error < ROUNDING * float(logits.abs().max())
         assert score == pytest.approx(float(scores[0, chosen]), abs=1e-3)  # about 100
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_products_are_torchs(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(*s, generator=generator) for s in ((1, 40, rows), (24, 40), (24,)))
+    x = x.transpose(1, 2)  # not contiguous
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert relative_error(product(x, weight, bias), expected) < 1e-6
+
+
+def test_the_decoder_that_is_given_stays_segment_anythings() -> None:
+    prompt_encoder, decoder = build_decoder(VARIANTS["tiny"])
+    tensors = {name: value.data_ptr() for name, value in decoder.state_dict().items()}
+    kinds = [type(module) for module in decoder.modules()]
+    one = OneMaskDecoder(decoder.eval(), prompt_encoder.get_dense_pe())
+    assert [type(module) for module in decoder.modules()] == kinds
+    own = {name: value.data_ptr() for name, value in one._decoder.state_dict().items()}
+    assert own == tensors
 
 
 def test_a_box_chooses_the_mask_that_fits_it() -> None:

@@ -1,1 +1,1 @@
-"""Speed, measured: the image encoder on every engine and its peers, and a viewer's click over HTTP."""
+"""Speed, measured: the encoder and a whole volume on every engine and its peers, and a click over HTTP."""

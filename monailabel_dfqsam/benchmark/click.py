@@ -20,6 +20,7 @@ import requests
 import SimpleITK as sitk
 
 from monailabel_dfqsam.benchmark import stock_app
+from monailabel_dfqsam.benchmark.phantom import organ_centre, write_phantom
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.demo.server import DemoServer
 from monailabel_dfqsam.numbers import in_seconds
@@ -28,8 +29,6 @@ from monailabel_dfqsam.server.serve import prepare_app
 from monailabel_dfqsam.slicer_session import InferReply, SlicerSession
 
 IMAGE = "volume"
-SPACING = (0.75, 0.75, 2.5)  # millimetres; a thoracic CT's
-_TILT = 0.2  # radians, so that the grid is none of the patient's planes
 _ITERATIONS = 10
 _NEIGHBOURHOOD = 3  # slices from one uncached click to the next, so that none is another's neighbour
 _REPEATS = 10  # of the kinds of click that need a slice each
@@ -99,36 +98,6 @@ def measure_clicks(
             "clicks": clicks,
             "rows": rows,
         }
-
-
-def write_phantom(path: Path, shape: tuple[int, int, int]) -> None:
-    """Writes [I, J, K] int16 in Hounsfield units: a body with a warped organ through all slices, and noise.
-
-    The grid is anisotropic and tilted. The object's middle is `organ_centre(shape, k)`.
-    """
-    i, j = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape[:2]), indexing="ij")
-    random = np.random.default_rng(0)
-    planes = []
-    for k in range(shape[2]):
-        body = ((i / shape[0] - 0.5) / 0.45) ** 2 + ((j / shape[1] - 0.5) / 0.38) ** 2 < 1
-        ci, cj = organ_centre(shape, k)
-        angle = np.arctan2(j - cj, i - ci)
-        radius = 0.16 * min(shape[:2]) * (1 + 0.12 * np.cos(3 * angle + k / 9))
-        organ = np.hypot(i - ci, j - cj) < radius
-        values = np.where(organ, 140, np.where(body, 30, -1000)).astype(np.float32)
-        planes.append((values + random.standard_normal(values.shape, dtype=np.float32) * 12).T)
-    image = sitk.GetImageFromArray(np.stack(planes).astype(np.int16))
-    image.SetSpacing(SPACING)
-    image.SetOrigin((-190.5, -185.25, 42.0))
-    c, s = float(np.cos(_TILT)), float(np.sin(_TILT))
-    image.SetDirection((1, 0, 0, 0, c, -s, 0, s, c))
-    sitk.WriteImage(image, str(path))
-
-
-def organ_centre(shape: tuple[int, int, int], k: int) -> tuple[int, int]:
-    """(i, j) of the phantom's organ on slice k."""
-    shift = k / max(1, shape[2] - 1)
-    return round(shape[0] * (0.42 + 0.1 * shift)), round(shape[1] * (0.55 - 0.08 * shift))
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""The commands `dfqsam benchmark encoder`, `click` and `load`."""
+"""The commands `dfqsam benchmark encoder`, `volume`, `click` and `load`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from monailabel_dfqsam.benchmark.plan import ENGINES, VARIANTS, EncoderPlan, Place
+from monailabel_dfqsam.benchmark.plan import ENGINES, VARIANTS, VOLUME_ENGINES, EncoderPlan, Place, VolumePlan
+from monailabel_dfqsam.config import Progress
 from monailabel_dfqsam.console import plain_errors, progress_bars
 from monailabel_dfqsam.files import replacing
 
@@ -50,30 +52,56 @@ def encoder(
     Ctrl-C ends it early and keeps what was measured.
     """
     with plain_errors():
-        chosen: dict[str, Any] = {"threads": threads, "batches": tuple(batch or ()) or None}
-        if engines is not None:
-            chosen["engines"] = tuple(name.strip() for name in engines.split(","))
-        given = {key: value for key, value in chosen.items() if value is not None}
+        chosen = {"threads": threads, "batches": tuple(batch or ()) or None, "engines": _names(engines)}
         plan = EncoderPlan(
-            variant=variant, place=device, checkpoint=checkpoint, repeats=repeats, profile=profile, **given
-        )
+            variant=variant, place=device, checkpoint=checkpoint, repeats=repeats, profile=profile,
+            **_given(chosen),
+        )  # fmt: skip
         from monailabel_dfqsam.benchmark.encoder import measure_encoder
         from monailabel_dfqsam.benchmark.table import print_encoder
 
-        found: dict[str, Any] = {}
+        _run(lambda save, progress: measure_encoder(plan, save, progress), print_encoder, json_file)
 
-        def save(result: dict[str, Any]) -> None:
-            found.update(result)
-            _write(json_file, result)
 
-        try:
-            with progress_bars() as progress:
-                measure_encoder(plan, save, progress)
-        except KeyboardInterrupt:
-            if found:
-                print_encoder(found)
-            raise typer.Exit(_INTERRUPTED) from None
-    print_encoder(found)
+@benchmark.command()
+def volume(
+    variant: Annotated[str, typer.Option(metavar="|".join(VARIANTS), help="The model.")] = VolumePlan.variant,
+    engines: Annotated[
+        str | None,
+        typer.Option(help=f"With commas between, of {', '.join(VOLUME_ENGINES)}.", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights; without it by seed, for 'tiny' the embedded ones.", show_default=False),
+    ] = None,
+    slices: Annotated[int, typer.Option(help="How many at most.")] = VolumePlan.slices,
+    image: Annotated[
+        Path | None,
+        typer.Option("--volume", help="An image file; a phantom without it.", show_default=False),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Of an object in it, whose boxes are the prompts.", show_default=False),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="For every engine; one a core without it.", show_default=False)
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Of the volume on every engine.")] = VolumePlan.repeats,
+    json_file: JsonFile = None,
+) -> None:
+    """Times a whole CT volume, slice by slice with a box each, from pixels to masks, on several engines.
+
+    Ctrl-C ends it early and keeps what was measured.
+    """
+    with plain_errors():
+        plan = VolumePlan(
+            variant=variant, checkpoint=checkpoint, slices=slices, volume=image, mask=mask, repeats=repeats,
+            **_given({"threads": threads, "engines": _names(engines)}),
+        )  # fmt: skip
+        from monailabel_dfqsam.benchmark.table import print_volume
+        from monailabel_dfqsam.benchmark.volume import measure_volume
+
+        _run(lambda save, progress: measure_volume(plan, save, progress), print_volume, json_file)
 
 
 @benchmark.command()
@@ -121,6 +149,36 @@ def load(
     print_load(found)
     if found["errors"] or found["wrong"]:
         raise typer.Exit(1)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def _given(chosen: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _run(
+    measure: Callable[[Callable[[dict[str, Any]], None], Progress], object],
+    show: Callable[[dict[str, Any]], None],
+    json_file: Path | None,
+) -> None:
+    """Measures, and shows what was found, after Ctrl-C too."""
+    found: dict[str, Any] = {}
+
+    def save(result: dict[str, Any]) -> None:
+        found.update(result)
+        _write(json_file, result)
+
+    try:
+        with progress_bars() as progress:
+            measure(save, progress)
+    except KeyboardInterrupt:
+        if found:
+            show(found)
+        raise typer.Exit(_INTERRUPTED) from None
+    show(found)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

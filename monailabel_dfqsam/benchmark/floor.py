@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,10 @@ class GemmFloor:
             found = {shape: min(_fastest(call) for call in calls) for shape, calls in self._calls.items()}
             found[FLOAT_SHAPE] = min(_fastest(call) for call in self._float_calls)
         return found
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing beside the seconds."""
+        return {}
 
 
 class _IntegerProduct:

@@ -20,7 +20,8 @@ import numpy as np
 import psutil
 import requests
 
-from monailabel_dfqsam.benchmark.click import organ_centre, quantize_quickly, summary, write_phantom
+from monailabel_dfqsam.benchmark.click import quantize_quickly, summary
+from monailabel_dfqsam.benchmark.phantom import organ_centre, write_phantom
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.demo.server import DemoServer
 from monailabel_dfqsam.slicer_session import InferReply, ServerAnswer, SlicerSession

@@ -1,18 +1,24 @@
-"""The peer OpenVINO: the same encoder as its files, in float32 and quantized by NNCF, and how it runs."""
+"""The peer OpenVINO: the same encoder as its files, in float32 and quantized by NNCF, and how it runs.
+
+Nothing here imports torch, whose memory would count as OpenVINO's.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.ops.openvino_library import openvino
+# Both libraries report their use to their maker when this can be imported; of a module that is None it fails.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
-ov = openvino()  # nncf, too, then reports its use to nobody
+import openvino as ov  # noqa: E402
 
 FLOAT_MODEL = "openvino-fp32.xml"
 INT8_MODEL = "openvino-int8.xml"
@@ -26,7 +32,7 @@ class Execution(NamedTuple):
     """How a compiled model runs.
 
     Attributes:
-        infer: [B, 3, S, S] float32 to the outputs by index, which the next call overwrites.
+        infer: as `caller` gives it; the input is [B, 3, S, S].
         precision: of what is not quantized, 'float32' or 'bfloat16'.
         integer_share: part of the matrix products' and convolutions' multiplications in 8 bit; products of
             a fused attention cannot be seen and are left out.
@@ -67,32 +73,44 @@ def write_int8(folder: Path, images: NDArray[np.float32]) -> None:
 
 
 def load(path: Path, shape: tuple[int, ...], threads: int, precision: str | None) -> Execution:
-    """Compiles a model for the CPU, for the least time a call.
+    """A file's model, compiled as `compiled` does.
 
     Args:
         shape: [B, 3, S, S].
+    """
+    model = ov.Core().read_model(path)
+    model.reshape(list(shape))
+    runs = compiled(model, threads, precision)
+    precision_name = runs.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    share, operations = _executed(runs.get_runtime_model())
+    return Execution(
+        infer=caller(runs),
+        precision=_PRECISIONS.get(precision_name, precision_name),
+        integer_share=share,
+        operations=operations,
+    )
+
+
+def compiled(model: Any, threads: int, precision: str | None) -> Any:
+    """An `openvino.Model` compiled for the CPU, for the least time a call.
+
+    Args:
         precision: of what is not quantized; None leaves the choice to OpenVINO, which takes bfloat16 on CPUs
             that have instructions for it.
     """
-    core = ov.Core()
-    model = core.read_model(path)
-    model.reshape(list(shape))
     options: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
     }
     if precision is not None:
         options["INFERENCE_PRECISION_HINT"] = precision
-    compiled = core.compile_model(model, "CPU", options)
-    request = compiled.create_infer_request()
-    precision_name = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    share, operations = _executed(compiled.get_runtime_model())
-    return Execution(
-        infer=lambda images: request.infer([images], share_inputs=True, share_outputs=True),
-        precision=_PRECISIONS.get(precision_name, precision_name),
-        integer_share=share,
-        operations=operations,
-    )
+    return ov.Core().compile_model(model, "CPU", options)
+
+
+def caller(runs: Any) -> Callable[[list[Any]], Any]:
+    """From a compiled model's inputs, float32, to its outputs by index, which the next call overwrites."""
+    request = runs.create_infer_request()
+    return lambda inputs: request.infer(inputs, share_inputs=True, share_outputs=True)
 
 
 def _executed(graph: Any) -> tuple[float, dict[str, int]]:

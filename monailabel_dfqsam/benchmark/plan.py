@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.machine import usable_cores
 
 VARIANTS = (
@@ -38,7 +39,9 @@ class Engine:
 
     Attributes:
         dtype: what it computes in, where it does not tell itself.
-        usual: measured when no engines are named.
+        usual: the encoder is measured on it when no engines are named.
+        kind: for engines of ours: what runs the artifact.
+        bits: for engines of ours: the artifact's, of Linears.
     """
 
     name: str
@@ -46,9 +49,18 @@ class Engine:
     dtype: str
     places: tuple[Place, ...]
     usual: bool = True
+    kind: EngineKind | None = None
+    bits: int = 0
 
 
 _CPU, _CUDA = (Place.CPU,), (Place.CUDA,)
+
+
+def _ours(
+    name: str, kind: EngineKind, bits: int, dtype: str, places: tuple[Place, ...] = _CPU, usual: bool = True
+) -> Engine:
+    return Engine(name, Family.OURS, dtype, places, usual, kind, bits)
+
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine
@@ -57,14 +69,22 @@ ENGINES: dict[str, Engine] = {
         Engine("torch-compile", Family.TORCH, "float32", _CPU + _CUDA),
         Engine("openvino-fp32", Family.OPENVINO, "float32", _CPU),
         Engine(OPENVINO_INT8, Family.OPENVINO, "int8", _CPU),
-        Engine("onednn", Family.OURS, "w4a4 in int8", _CPU),
-        Engine("reference", Family.OURS, "w4a4 in float", _CPU, usual=False),
+        _ours("onednn", EngineKind.ONEDNN, 4, "w4a4 in int8"),
+        _ours("onednn-w8a8", EngineKind.ONEDNN, 8, "w8a8 in int8", usual=False),
+        _ours("openvino-w4a4", EngineKind.OPENVINO, 4, "w4a4 in int8"),
+        _ours("openvino-w8a8", EngineKind.OPENVINO, 8, "w8a8 in int8", usual=False),
+        _ours("reference", EngineKind.REFERENCE, 4, "w4a4 in float", usual=False),
         Engine("torch-bf16", Family.TORCH, "bfloat16", _CUDA),
         Engine("torch-compile-bf16", Family.TORCH, "bfloat16", _CUDA),
-        Engine("cutlass", Family.OURS, "w4a4", _CUDA),
+        _ours("cutlass", EngineKind.CUTLASS, 4, "w4a4", _CUDA),
         Engine(FLOOR, Family.FLOOR, "int8 and float32", _CPU),
     )
 }
+
+VOLUME_ENGINES = (
+    TORCH_EAGER, "openvino-fp32", OPENVINO_INT8, "onednn", "onednn-w8a8", "openvino-w4a4", "openvino-w8a8",
+)  # fmt: skip
+"""Those that a whole volume can be measured on."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +125,49 @@ class EncoderPlan:
             raise ValueError("--batch must be at least 1")
         if self.threads < 1 or self.repeats < 1:
             raise ValueError("--threads and --repeats must be at least 1")
+
+
+@dataclass(frozen=True)
+class VolumePlan:
+    """One run of `dfqsam benchmark volume`, on the CPU.
+
+    Attributes:
+        variant: a name of `VARIANTS`.
+        engines: names of `VOLUME_ENGINES`; the order is that of the rows.
+        checkpoint: weights; None takes the embedded ones for `tiny`, and makes others by seed.
+        slices: as many at most are segmented; the phantom has this many.
+        volume: an image file; None takes a phantom of `PHANTOM_SLICE` pixels a slice.
+        mask: a file on the same grid, not 0 in the object, whose boxes are the prompts.
+        threads: for every engine.
+        repeats: of the whole volume on every engine.
+
+    Raises:
+        ValueError: for values outside these, and for a volume without a mask or the reverse.
+    """
+
+    variant: str = "lite_medsam"
+    engines: tuple[str, ...] = VOLUME_ENGINES
+    checkpoint: Path | None = None
+    slices: int = 80
+    volume: Path | None = None
+    mask: Path | None = None
+    threads: int = usable_cores()
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"--variant must be one of {', '.join(VARIANTS)}, not '{self.variant}'")
+        unknown = [name for name in self.engines if name not in VOLUME_ENGINES]
+        if unknown or not self.engines:
+            raise ValueError(
+                f"--engines takes names of {', '.join(VOLUME_ENGINES)}, "
+                f"not '{', '.join(unknown) or 'nothing'}'"
+            )
+        if min(self.slices, self.threads, self.repeats) < 1:
+            raise ValueError("--slices, --threads and --repeats must be at least 1")
+        if (self.volume is None) != (self.mask is None):
+            raise ValueError("--volume goes with --mask, whose boxes are the prompts")
+
+
+PHANTOM_SLICE = (512, 512)
+"""Pixels of the phantom's slices, as a CT's."""

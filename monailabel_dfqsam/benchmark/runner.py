@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from monailabel_dfqsam.benchmark.layout import FLOAT_WEIGHTS, IMAGES, artifact_path
 from monailabel_dfqsam.benchmark.plan import ENGINES, Family, Place
 from monailabel_dfqsam.machine import own_memory
 
@@ -26,19 +27,29 @@ class Request:
 
     Attributes:
         folder: with the files of `Preparation`.
+        batch: images a call.
     """
 
     engine: str
     variant: str
-    batch: int
     threads: int
-    place: Place
     folder: Path
+    batch: int = 1
+    place: Place = Place.CPU
 
 
 @dataclass
-class _Loaded:
-    run: Callable[[], object]
+class Loaded:
+    """An encoder on an engine.
+
+    Attributes:
+        encode: images [B, 3, S, S] to the embedding [B, C, grid, grid]: arrays of numpy for OpenVINO, which
+            may overwrite the last one, else tensors on the engine's device, of its dtype.
+        dtype: what it computes in, where it tells.
+        facts: what else it tells.
+    """
+
+    encode: Callable[[Any], Any]
     dtype: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -55,24 +66,24 @@ class EngineRunner:
         self._request = request
         family = ENGINES[request.engine].family
         if family is not Family.OURS:
-            _without_our_settings()
+            without_our_settings()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(request.folder / "inductor")
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-        self._images = np.load(request.folder / "images.npy")[: request.batch]
+        images = np.load(request.folder / IMAGES)[: request.batch]
         _import_libraries(family)
         self._imported_bytes = own_memory("VmRSS")
         begin = time.perf_counter()
-        loader = {Family.TORCH: _torch, Family.OPENVINO: _openvino, Family.OURS: _ours}[family]
-        self._loaded = loader(request, self._images)
+        self._loaded = load_engine(request)
+        self._run = _on(request, self._loaded.encode, images)
         for _ in range(WARM_UPS):
-            self._loaded.run()
+            self._run()
         self._load_seconds = time.perf_counter() - begin
 
     def turn(self) -> float:
         """Seconds of one call, after one that is not timed and brings caches and threads back."""
-        self._loaded.run()
+        self._run()
         begin = time.perf_counter()
-        self._loaded.run()
+        self._run()
         return time.perf_counter() - begin
 
     def facts(self) -> dict[str, Any]:
@@ -104,7 +115,7 @@ class EngineRunner:
         with torch.profiler.profile(activities=activities) as profiler:
             begin = time.perf_counter()
             for _ in range(_PROFILED_CALLS):
-                self._loaded.run()
+                self._run()
             whole = (time.perf_counter() - begin) / _PROFILED_CALLS
         ops = [
             {
@@ -130,13 +141,13 @@ class EngineRunner:
 
 def make_floor(variant: str, batch: int, threads: int) -> object:
     """A `GemmFloor`; its module is imported here since it imports torch."""
-    _without_our_settings()
+    without_our_settings()
     from monailabel_dfqsam.benchmark.floor import GemmFloor
 
     return GemmFloor(variant, batch, threads)
 
 
-def _without_our_settings() -> None:
+def without_our_settings() -> None:
     """Takes back what this package chooses for servers before torch reads it; others run as they come."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         os.environ.pop(name, None)
@@ -166,7 +177,39 @@ def _import_libraries(family: Family) -> None:
         import monailabel_dfqsam.sam.model  # noqa: F401
 
 
-def _torch(request: Request, images: Any) -> _Loaded:
+def load_engine(request: Request) -> Loaded:
+    """The encoder on the engine that is asked for.
+
+    Raises:
+        ValueError: when it cannot run here.
+        ImportError: when its library is not installed.
+    """
+    loader = {Family.TORCH: _torch, Family.OPENVINO: _openvino, Family.OURS: _ours}
+    return loader[ENGINES[request.engine].family](request)
+
+
+def _on(request: Request, encode: Callable[[Any], Any], images: Any) -> Callable[[], object]:
+    """A call of the encoder on images [B, 3, S, S] of numpy that comes back when it is done."""
+    family = ENGINES[request.engine].family
+    if family is Family.OPENVINO:
+        return lambda: encode(images)
+    import torch
+
+    x = torch.from_numpy(images).to(request.place.value)
+    if family is Family.TORCH:
+        x = x.to(getattr(torch, ENGINES[request.engine].dtype))
+
+    def run() -> object:
+        with torch.inference_mode():
+            result = encode(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+def _torch(request: Request) -> Loaded:
     import torch
     from safetensors.torch import load_file
 
@@ -176,57 +219,39 @@ def _torch(request: Request, images: Any) -> _Loaded:
     torch.set_num_threads(request.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    device = torch.device(request.place.value)
-    dtype = getattr(torch, ENGINES[request.engine].dtype)
     with torch.device("meta"):
         encoder: Any = build_encoder(VARIANTS[request.variant])
         encoder.fold()
-    encoder.load_state_dict(load_file(request.folder / "encoder.safetensors"), assign=True)
-    encoder = encoder.eval().requires_grad_(False).to(device, dtype)
-    x = torch.from_numpy(images).to(device, dtype)
-    if "compile" in request.engine:
-        encoder = torch.compile(encoder)
-    return _Loaded(_on_torch(encoder, x))
+    encoder.load_state_dict(load_file(request.folder / FLOAT_WEIGHTS), assign=True)
+    encoder = encoder.eval().requires_grad_(False)
+    encoder = encoder.to(torch.device(request.place.value), getattr(torch, ENGINES[request.engine].dtype))
+    return Loaded(torch.compile(encoder) if "compile" in request.engine else encoder)
 
 
-def _on_torch(call: Callable[[Any], object], x: Any) -> Callable[[], object]:
-    import torch
-
-    def run() -> object:
-        with torch.inference_mode():
-            result = call(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return result
-
-    return run
-
-
-def _openvino(request: Request, images: Any) -> _Loaded:
+def _openvino(request: Request) -> Loaded:
     from monailabel_dfqsam.benchmark import openvino_peer as peer
 
     integer = request.engine == "openvino-int8"
     path = request.folder / (peer.INT8_MODEL if integer else peer.FLOAT_MODEL)
+    shape = (request.batch, *np.load(request.folder / IMAGES, mmap_mode="r").shape[1:])
     # In full precision it is asked for that; quantized it chooses itself, as it does for its users.
-    execution = peer.load(path, images.shape, request.threads, None if integer else "f32")
+    execution = peer.load(path, shape, request.threads, None if integer else "f32")
     if integer and execution.integer_share == 0:
         raise ValueError("OpenVINO runs nothing of the quantized model in 8 bit here")
-    return _Loaded(
-        lambda: execution.infer(images),
+    return Loaded(
+        lambda images: execution.infer([images])[0],
         f"int8 and {execution.precision}" if integer else execution.precision,
         {"integer_share": execution.integer_share, "operations": execution.operations},
     )
 
 
-def _ours(request: Request, images: Any) -> _Loaded:
+def _ours(request: Request) -> Loaded:
     import torch
 
     from monailabel_dfqsam.artifact import read_artifact
-    from monailabel_dfqsam.config import EngineKind
     from monailabel_dfqsam.engines import load_encoder
 
     torch.set_num_threads(request.threads)
-    artifact = read_artifact(request.folder / "artifact.safetensors")
-    encoder = load_encoder(artifact, EngineKind(request.engine))
-    x = torch.from_numpy(images).to(request.place.value)
-    return _Loaded(_on_torch(encoder.embed, x), getattr(encoder, "arithmetic", None))
+    engine = ENGINES[request.engine]
+    encoder = load_encoder(read_artifact(artifact_path(request.folder, engine.bits)), engine.kind)
+    return Loaded(encoder.embed, getattr(encoder, "arithmetic", None))

@@ -20,9 +20,7 @@ def print_encoder(result: dict[str, Any]) -> None:
     engines reach, milliseconds a call, and the most memory.
     """
     rows = result["rows"]
-    load = result["load_average_before"][0]
-    if load > QUIET:
-        output.print(f"Other work was running (load average {load:.1f}): times are longer than they need be.")
+    _print_load(result)
     for batch in dict.fromkeys(row["batch"] for row in rows):
         title = f"{result['variant']}, {batch} image{'s' * (batch > 1)} a call, weights {result['weights']}"
         output.print(_encoder_table(title, [row for row in rows if row["batch"] == batch]))
@@ -32,6 +30,46 @@ def print_encoder(result: dict[str, Any]) -> None:
     if result["artifact"]:
         before, after = (result["artifact"][f"encoder_{kind}_bytes"] for kind in ("float", "artifact"))
         output.print(f"Encoder: {in_bytes(before)} in float32, artifact 1/{before / after:.2f} of it")
+
+
+def print_volume(result: dict[str, Any]) -> None:
+    """One row an engine: how many times as fast as torch-eager, seconds of the volume, milliseconds of each
+    stage a slice, IoU of the masks with torch-eager's, and the most memory.
+    """
+    _print_load(result)
+    volume = result["volume"]
+    shape = " × ".join(map(str, volume["shape"]))
+    title = (
+        f"{result['variant']}, {volume['slices']} slices of {volume['name']} ({shape}), "
+        f"weights {result['weights']}"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("engine", no_wrap=True)
+    stages = list(result["rows"][0]["stages"])
+    for header in ("× torch", "s", *(f"{stage[:3]}. ms" for stage in stages), "IoU", "peak"):
+        table.add_column(header, justify="right", no_wrap=True)
+    unmeasured = []
+    for row in result["rows"]:
+        if row["median_s"] is None:
+            unmeasured.append(f"{row['engine']}: not measured ({row['reason']})")
+            continue
+        table.add_row(
+            row["engine"],
+            _times(row["times_torch_eager"]),
+            f"{row['median_s']:.2f}",
+            *(_milliseconds(row["stages"][stage] / row["slices"]) for stage in stages),
+            "" if row["mask_iou"] is None else f"{row['mask_iou']:.3f}",
+            _bytes(row["peak_bytes"]),
+        )
+    if unmeasured:
+        table.caption, table.caption_justify = "\n".join(unmeasured), "left"
+    output.print(table)
+
+
+def _print_load(result: dict[str, Any]) -> None:
+    load = result["load_average_before"][0]
+    if load > QUIET:
+        output.print(f"Other work was running (load average {load:.1f}): times are longer than they need be.")
 
 
 def _encoder_table(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -10,28 +10,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monailabel_dfqsam.artifact import FORMAT_VERSION, Artifact, encode_layer, stored, write_artifact
-from monailabel_dfqsam.config import Policy, Recipe, silent
+from monailabel_dfqsam.artifact import write_artifact
+from monailabel_dfqsam.benchmark.layout import DECODER_WEIGHTS, FLOAT_WEIGHTS, IMAGES, artifact_path
+from monailabel_dfqsam.config import QuantizationConfig, silent
+from monailabel_dfqsam.pipeline import pack
 from monailabel_dfqsam.pretraining.phantoms import label_map, render
 from monailabel_dfqsam.quantization.calibrate import calibrate
-from monailabel_dfqsam.sam.checkpoint import read_checkpoint
-from monailabel_dfqsam.sam.encoder import ImageEncoder
-from monailabel_dfqsam.sam.model import build, build_encoder
+from monailabel_dfqsam.sam.checkpoint import Checkpoint, read_checkpoint
+from monailabel_dfqsam.sam.model import Sam, build
 from monailabel_dfqsam.sam.preprocess import to_input
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
 
-FLOAT_WEIGHTS = "encoder.safetensors"
-ARTIFACT = "artifact.safetensors"
-IMAGES = "images.npy"
 CALIBRATION_IMAGES = 4
-BITS = 4
 
 
 class Preparation:
-    """The encoder in full precision, and the files made of it.
+    """The model in full precision, and the files made of it.
 
-    Files: `FLOAT_WEIGHTS`, the encoder's state dict, float32; `IMAGES`, [N, 3, S, S] float32, normalised
-    phantoms, at least `CALIBRATION_IMAGES`; `ARTIFACT` when `write_artifact` is called, encoder alone.
+    Files: `FLOAT_WEIGHTS`, `DECODER_WEIGHTS`, and `IMAGES`, at least `CALIBRATION_IMAGES` of them;
+    `artifact_path` by each `write_artifact`.
 
     Raises:
         ValueError: when the checkpoint cannot be read or is of another model.
@@ -42,36 +39,31 @@ class Preparation:
     ) -> None:
         torch.set_num_threads(threads)
         self._folder = folder
-        self._variant = VARIANTS[variant]
-        self._encoder = _encoder(self._variant, checkpoint)
-        self._images = phantoms(self._variant, max(images, CALIBRATION_IMAGES))
-        save_file({k: v.contiguous() for k, v in self._encoder.state_dict().items()}, folder / FLOAT_WEIGHTS)
+        known = VARIANTS[variant]
+        self._checkpoint = read_checkpoint(checkpoint, variant) if checkpoint else seeded_checkpoint(known)
+        self._sam = build(self._checkpoint)
+        self._images = phantoms(self._sam.variant, max(images, CALIBRATION_IMAGES))
+        encoder = self._sam.image_encoder.state_dict()
+        decoder = {k: v for k, v in self._sam.state_dict().items() if not k.startswith("image_encoder.")}
+        for name, state in ((FLOAT_WEIGHTS, encoder), (DECODER_WEIGHTS, decoder)):
+            save_file({k: v.contiguous() for k, v in state.items()}, folder / name)
         np.save(folder / IMAGES, self._images.numpy())
 
     def has_cuda(self) -> bool:
         """Whether torch finds an NVIDIA GPU."""
         return torch.cuda.is_available()
 
-    def write_artifact(self) -> dict[str, int]:
-        """Quantizes to W4A4, policy `deploy`; returns bytes of the encoder in both forms."""
+    def write_artifact(self, bits: int) -> dict[str, int]:
+        """Quantizes by the paper's recipe, policy `deploy`; returns bytes of the encoder in both forms."""
         images = self._images[:CALIBRATION_IMAGES]
-        quantized = calibrate(self._encoder, images, BITS, Policy.DEPLOY, Recipe(), silent)
-        layers, tensors = {}, {}
-        for name, layer in quantized.layers.items():
-            layers[name], parts = encode_layer(name, layer)
-            tensors.update(parts)
-        tensors.update({f"image_encoder.{k}": stored(v) for k, v in quantized.float_tensors.items()})
-        header = {
-            "format_version": FORMAT_VERSION,
-            "variant": self._variant.name,
-            "layers": layers,
-            "attention_bits": quantized.attention_bits,
-            "config": {"bits": BITS, "policy": Policy.DEPLOY.value},
-        }
-        write_artifact(Artifact(header, tensors), self._folder / ARTIFACT)
+        config = QuantizationConfig(bits, images=len(images))
+        quantized = calibrate(self._sam.image_encoder, images, bits, config.policy, config.recipe, silent)
+        artifact = pack(self._checkpoint, config, self._sam, quantized, images)
+        write_artifact(artifact, artifact_path(self._folder, bits))
+        floats = self._sam.image_encoder.state_dict().values()
         return {
-            "encoder_float_bytes": _bytes(self._encoder.state_dict()),
-            "encoder_artifact_bytes": _bytes(tensors),
+            "encoder_float_bytes": sum(t.numel() * t.element_size() for t in floats),
+            "encoder_artifact_bytes": artifact.header["sizes"]["encoder_artifact_bytes"],
         }
 
     def write_openvino(self, integer: bool) -> None:
@@ -81,16 +73,16 @@ class Preparation:
         if integer:
             write_int8(self._folder, self._images[:CALIBRATION_IMAGES].numpy())
         else:
-            write_float(self._folder, self._encoder, self._images[:1])
+            write_float(self._folder, self._sam.image_encoder, self._images[:1])
 
 
-def seeded_state(encoder: ImageEncoder) -> dict[str, Tensor]:
+def seeded_checkpoint(variant: Variant) -> Checkpoint:
     """Weights that depend on their names alone: matrices 0.02·n, norms 1 + 0.1·n, biases 0.1·n, n normal.
 
     Variances are 1 + 0.1·|n|.
     """
     state = {}
-    for name, value in encoder.state_dict().items():
+    for name, value in Sam(variant).state_dict().items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(value.shape, generator=generator)
         if name.endswith("running_var"):
@@ -99,7 +91,7 @@ def seeded_state(encoder: ImageEncoder) -> dict[str, Tensor]:
             state[name] = 0.02 * noise
         else:
             state[name] = 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
-    return state
+    return Checkpoint(variant, state, "0" * 64, Path("by-seed"))
 
 
 def phantoms(variant: Variant, count: int) -> Tensor:
@@ -111,16 +103,3 @@ def phantoms(variant: Variant, count: int) -> Tensor:
         pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
         inputs.append(to_input(variant, pixels)[0])
     return torch.cat(inputs)
-
-
-def _encoder(variant: Variant, checkpoint: Path | None) -> ImageEncoder:
-    if checkpoint is not None:
-        return build(read_checkpoint(checkpoint, variant.name)).image_encoder
-    encoder = build_encoder(variant)
-    encoder.load_state_dict(seeded_state(encoder))
-    encoder.fold()
-    return encoder.eval().requires_grad_(False)
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())

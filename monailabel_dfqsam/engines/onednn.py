@@ -14,8 +14,8 @@ from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines.encoder import assemble
 from monailabel_dfqsam.engines.kernels import Kernel, Kernels, attend_quantize
 from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain
+from monailabel_dfqsam.sam import tiny_vit, vit
 from monailabel_dfqsam.sam.encoder import WindowedAttention
-from monailabel_dfqsam.sam.vit import Attention
 
 
 def available() -> bool:
@@ -52,8 +52,11 @@ def _kernels() -> Kernels:
 
 
 def _attend_quantize(attention: WindowedAttention, qkv: Tensor, reader: QuantizedLayer) -> Tensor:
-    if not isinstance(attention, Attention):
-        return attend_quantize(attention, qkv, reader)  # the library knows SAM's relative position only
+    if isinstance(attention, tiny_vit.Attention):
+        pad, biases = attention.pad_qkv, attention.attention_biases
+        return compiled.window_attention(qkv, pad, biases, attention.window, reader)
+    if not isinstance(attention, vit.Attention):
+        return attend_quantize(attention, qkv, reader)
     tables = (attention.rel_pos_h, attention.rel_pos_w) if attention.relative_position else None
     return compiled.attention(qkv, attention.pad_qkv, tables, attention.heads, attention.window, reader)
 

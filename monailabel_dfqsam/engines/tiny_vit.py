@@ -13,7 +13,7 @@ from monailabel_dfqsam.ops import QuantizedLayer
 from monailabel_dfqsam.sam.tiny_vit import Bottleneck, ConvNorm, Merging
 
 # Floats between the convolutions at a time, which then stay in cache; those of a whole image take 67 MB.
-_HIDDEN = 1 << 19
+_HIDDEN = 1 << 20
 
 
 class _Product(NamedTuple):

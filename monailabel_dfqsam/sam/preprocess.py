@@ -93,9 +93,11 @@ def to_input(variant: Variant, rgb: NDArray[np.uint8]) -> tuple[Tensor, Frame]:
         x = F.interpolate(x, size=target, mode="bicubic", align_corners=False, antialias=True)
         return _min_max(x.clamp(darkest, brightest)), frame
     if kind is Preprocessing.LITE_MEDSAM:
+        # Of a grey image, which CT and MR are, one colour tells all.
+        x = x[:, :1] if bool((rgb == rgb[:, :, :1]).all()) else x
         # Its evaluation resizes images of 8 bit to such, halves up where sides are halved.
         x = area_resized(area_resized(x, target[0], 2), target[1], 3)
-        x = _min_max((x + 0.5).floor())
+        x = _min_max((x + 0.5).floor()).expand(-1, 3, -1, -1).contiguous()
     else:
         smooth = kind is not Preprocessing.EFFICIENT_SAM
         x = normalize(F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=smooth))
