@@ -6,10 +6,10 @@ right before a product with a constant of 8-bit integers, converted to float and
     x → + z·s → Clamp(0, (2^bits − 1)·s) → FakeQuantize(0 … 255·s, 256 levels) ┐
     weight i8 → Convert → · scale ─────────────────────────────────────────────┴→ product → + bias'
 
-A FakeQuantize of 16 levels runs in float32, so 4 bits are the lowest levels of 256, to which the clamp keeps.
-Constants of 4 bits would halve the file, but are multiplied in float32, in twice the time. With the
-zero-point z added before and taken off again in bias' = bias − s·z·scale·Σ weight, levels begin at 0, and the
-plugin has nothing to make up for after the product.
+Behind a FakeQuantize of 64 levels products run in float32, so fewer bits are the lowest levels of 256, to
+which the clamp keeps. Constants of 4 bits would be smaller, but are multiplied in float32, in twice the time.
+With the zero-point z added before and taken off again in bias' = bias − s·z·scale·Σ weight, levels begin at
+0, and the plugin has nothing to make up for after the product.
 """
 
 from __future__ import annotations
