@@ -9,11 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from monailabel_dfqsam.config import EngineKind, silent
+from monailabel_dfqsam.engines import load_encoder, onednn
+from monailabel_dfqsam.quantization.calibrate import observe
+from monailabel_dfqsam.quantization.quantizer import search_affine
+from monailabel_dfqsam.quantization.reparameterize import after_norms, reparameterize
 from monailabel_dfqsam.sam import VARIANTS
 from monailabel_dfqsam.sam.efficient_sam import adopted
 from monailabel_dfqsam.sam.model import Sam
-from tests.models import REFERENCE, golden_tensor, needs_reference, relative_error
+from tests.models import REFERENCE, golden_tensor, needs_reference, relative_error, seeded_sam
 from tests.slow_efficient_sam import SlowEfficientSam
+from tests.test_engines import make_artifact
 
 TOLERANCE = 1e-5
 SIZE, DEPTH = 128, 2
@@ -80,3 +86,39 @@ def test_other_families_are_left_as_they_are() -> None:
     keys = json.loads((REFERENCE / "sam_b_256.keys.json").read_text())
     tensors = {key: torch.zeros(()).expand(shape) for key, (shape, _) in keys.items()}
     assert adopted(tensors) == tensors
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a variant of fewer tokens and blocks."""
+    name = "small_efficient_sam"
+    made = replace(VARIANTS["efficient_sam_ti"], name=name, input_size=SIZE, depth=DEPTH)
+    monkeypatch.setitem(VARIANTS, name, made)
+    return name
+
+
+def test_reparameterized_equals_original(small: str) -> None:
+    encoder = seeded_sam(small).image_encoder
+    image = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    samples = {
+        name: rows for part, _ in observe(encoder, image, False, silent) for name, rows in part.items()
+    }
+    ranges = {name: search_affine(samples[name], 4, per_channel=True) for name in after_norms(encoder)}
+    assert len(ranges) == 2 * DEPTH
+    with torch.inference_mode():
+        expected = encoder(image)
+        before = encoder.get_submodule("blocks.0.norm1").weight
+        reparameterize(encoder, ranges)
+        assert not torch.allclose(encoder.get_submodule("blocks.0.norm1").weight, before)
+        assert relative_error(encoder(image), expected) < TOLERANCE
+
+
+@pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN quantized linear")
+def test_engines_agree_in_w4a4(small: str) -> None:
+    artifact = make_artifact(small)
+    assert {layer["weight_bits"] for layer in artifact.header["layers"].values()} == {4, 8}
+    image = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    slow, fast = (
+        load_encoder(artifact, kind).embed(image) for kind in (EngineKind.REFERENCE, EngineKind.ONEDNN)
+    )
+    assert relative_error(fast, slow) < 1e-3
