@@ -30,7 +30,7 @@ from monailabel_dfqsam.server.train_task import PublishingTask, device, quantize
 
 if TYPE_CHECKING:
     from monailabel_dfqsam.finetuning.learning import Judge, Scores
-    from monailabel_dfqsam.finetuning.samples import Labelled, Sample
+    from monailabel_dfqsam.finetuning.samples import Labelled, Reader, Sample
     from monailabel_dfqsam.sam.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -88,37 +88,57 @@ class FinetuneTask(PublishingTask):
         self, base: QuantizationConfig, config: FinetuneConfig, datastore: Datastore, report: Reporter
     ) -> None:
         # The server answers clicks without these.
-        from monailabel_dfqsam.finetuning.learning import Judge, finetune
-        from monailabel_dfqsam.finetuning.samples import Reader, find_samples, split
+        from monailabel_dfqsam.finetuning.samples import Reader, find_samples
         from monailabel_dfqsam.sam import read_checkpoint
 
         labelled = labelled_images(datastore)
         say(f"This training reads {len(labelled)} labelled images of the datastore; nothing leaves here.")
         reader = Reader()
         samples, refused = find_samples(labelled, reader, report)
-        learned, judged = split(samples)
         checkpoint = read_checkpoint(self._settings.checkpoint, self._settings.variant)
         start_key = base.key(checkpoint.sha256)
         key = config.key(start_key, [digest(one) for one in labelled])
         report.name(key)
-        folder = self._folder
+        # The same labels and choices: it was made before, and was better then.
+        header = ready(self._folder.artifact(key))
+        if header is None:
+            counts = {"labels": len(labelled) - refused, "left_out": refused}
+            artifact = self._better(base, config, checkpoint, key, samples, reader, counts, report)
+            if artifact is None:
+                return
+            header = artifact.header
         own_key = self._settings.quantization.key(checkpoint.sha256)
-        header = ready(folder.artifact(key))
-        if header is not None:  # the same labels and choices: it was made before, and was better then
-            self._publish(key, float(header["fidelity"]["mean_iou"]), own_key, report)
-            return
+        self._publish(key, float(header["fidelity"]["mean_iou"]), own_key, report)
+
+    def _better(
+        self, base: QuantizationConfig, config: FinetuneConfig, checkpoint: Checkpoint, key: str,
+        samples: Sequence[Sample], reader: Reader, counts: Mapping[str, int], report: Reporter,
+    ) -> Artifact | None:  # fmt: skip
+        """Makes an artifact, in place under its key; None, as the report then says, when it is not better."""
+        from monailabel_dfqsam.finetuning.learning import Judge, finetune
+        from monailabel_dfqsam.finetuning.samples import split
+
+        learned, judged = split(samples)
+        folder, start_key = self._folder, base.key(checkpoint.sha256)
         quantized(checkpoint, base, folder, report)
-        start = read_artifact(folder.artifact(start_key))
         begun = time.monotonic()
-        judge = Judge(judged, reader)
-        work = self._work(key)
+        judge, work = Judge(judged, reader), self._work(key)
+        start = read_artifact(folder.artifact(start_key))
         result = finetune(
             start, learned, judge, config, work, reader=reader, device=device(), progress=report
         )
         rivals = {"before": result.before, **self._served_scores(judge, start_key)}
+        artifact = result.artifact
+        if artifact is None or not result.after.mean > max(scores.mean for scores in rivals.values()):
+            shutil.rmtree(work, ignore_errors=True)
+            told = ", ".join(
+                f"{name} {scores.mean:.3f}" for name, scores in (*rivals.items(), ("after", result.after))
+            )
+            reason = f"it is not better on images it did not learn from ({told}): the served model stays"
+            report.end("rejected", error=reason)
+            return None
         facts = {
-            "labels": len(labelled) - refused,
-            "left_out": refused,
+            **counts,
             "learned": _counted(learned),
             "judged": _counted(judged),
             "epochs": result.epochs,
@@ -126,21 +146,13 @@ class FinetuneTask(PublishingTask):
             "after": result.after.as_json(),
             **{name: scores.as_json() for name, scores in rivals.items()},
         }
-        say(f"judged after {time.monotonic() - begun:.1f} s, {_told(rivals, result.after)}")
-        best = max(scores.mean for scores in rivals.values())
-        if result.artifact is None or not result.after.mean > best:
-            shutil.rmtree(work, ignore_errors=True)
-            told = _told(rivals, result.after)
-            reason = f"it is not better on images it did not learn from ({told}): the served model stays"
-            report.end("rejected", error=reason)
-            return
-        artifact = self._measured(result.artifact, checkpoint, base, key, facts, begun, report)
+        artifact = self._measured(artifact, checkpoint, base, key, facts, begun, report)
         report("writing", 0, 1)
         folder.building.mkdir(parents=True, exist_ok=True)
         write_artifact(artifact, folder.building / "artifact")
         os.replace(folder.building / "artifact", folder.artifact(key))
         shutil.rmtree(work, ignore_errors=True)
-        self._publish(key, float(artifact.header["fidelity"]["mean_iou"]), own_key, report)
+        return artifact
 
     def _work(self, key: str) -> Path:
         """Where checkpoints go; those of fine-tunings on other labels or with other options are given up."""
@@ -197,17 +209,15 @@ def labelled_images(datastore: Datastore) -> list[Labelled]:
 
     found = []
     for image in sorted(datastore.get_labeled_images()):
-        paths = (
-            Path(datastore.get_image_uri(image)),
-            Path(datastore.get_label_uri(image, DefaultLabelTag.FINAL)),
-        )
-        if not all(path.exists() for path in paths):
+        file = datastore.get_image_uri(image)
+        label = datastore.get_label_uri(image, DefaultLabelTag.FINAL)
+        if not (file and os.path.exists(file) and label and os.path.isfile(label)):
             logger.warning("An image or its label is not there any more: it is left out")
             continue
         about = (datastore.get_label_info(image, DefaultLabelTag.FINAL), datastore.get_image_info(image))
         told = (info.get("modality") for info in about if isinstance(info, Mapping))
         modality = next((text for text in told if isinstance(text, str) and text.strip()), None)
-        found.append(Labelled(*paths, modality))
+        found.append(Labelled(Path(file), Path(label), modality))
     return found
 
 
@@ -219,7 +229,3 @@ def digest(one: Labelled) -> str:
 
 def _counted(samples: Sequence[Sample]) -> dict[str, int]:
     return dict(sorted(Counter(sample.modality for sample in samples).items()))
-
-
-def _told(rivals: Mapping[str, Scores], after: Scores) -> str:
-    return ", ".join(f"{name} {scores.mean:.3f}" for name, scores in (*rivals.items(), ("after", after)))
