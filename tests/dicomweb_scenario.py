@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 from monailabel_dfqsam.slicer_session import ServerAnswer
 from tests.dicom_series import Series
-from tests.server_fixtures import START_SECONDS, Server, checkpoint, free_port, new_server, wait
+from tests.server_fixtures import (
+    START_SECONDS,
+    WORK_SECONDS,
+    Server,
+    checkpoint,
+    free_port,
+    new_server,
+    wait,
+)
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 ROWS, COLUMNS, SLICES = 48, 64, 5
@@ -214,7 +222,17 @@ def start_anew(server: Server, folder: Path, start: Any) -> dict[str, Any]:
     path.write_bytes(reply.content)
     none = requests.get(f"{server.url}/datastore/label?label={PROPOSED.uid}&tag=final", timeout=60)
     info = requests.get(f"{server.url}/datastore/label/info?label={SERIES.uid}&tag=final", timeout=60)
+    # Its own process fetches what is labelled: one series, where two are needed.
+    server.session.train("dfqsam_qat", max_epochs=1)
+    stats: dict[str, Any] = {}
+
+    def ended() -> bool:
+        stats.update(server.session.info()["train_stats"]["dfqsam_qat"])
+        return stats.get("state") == "failed"
+
+    wait(ended, WORK_SECONDS)
     return {
+        "finetuning": stats["error"],
         "stats": store, "status": reply.status_code, "label": str(path), "none": none.status_code,
         "info": info.json(), "next": server.session.next_sample("first").get("id"),
     }  # fmt: skip

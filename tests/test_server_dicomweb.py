@@ -126,6 +126,10 @@ def test_the_label_is_found_again_by_a_server_that_forgot_it(seen: dict[str, Any
     assert again["none"] == 404
 
 
+def test_fine_tuning_finds_labels_in_the_archive(seen: dict[str, Any]) -> None:
+    assert seen["anew"]["finetuning"].startswith("1 of the images has a finished label")
+
+
 def test_what_is_no_volume_is_refused_and_never_proposed(seen: dict[str, Any]) -> None:
     gap, orientations = seen["broken"]["gap"], seen["broken"]["two orientations"]
     assert gap[0] == orientations[0] == seen["broken_image"] == 400
