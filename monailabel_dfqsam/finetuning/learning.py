@@ -122,7 +122,7 @@ def finetune(
         judge: decides which epoch is the best and when to end.
         folder: for checkpoints, of this fine-tuning alone; the caller removes it when all is done.
         device: where to learn; the CPU by default.
-        progress: called with ('fine-tuning', steps done, steps at most).
+        progress: called with ('learning', steps done, steps at most).
 
     Raises:
         ArtifactError: when the artifact's tensors are not those of its model.

@@ -146,4 +146,5 @@ def to_artifact(sam: Sam, start: Artifact) -> Artifact:
     tensors.update(
         {f"mask_decoder.{key}": stored(value) for key, value in sam.mask_decoder.state_dict().items()}
     )
-    return Artifact({**start.header, "layers": layers}, tensors)
+    # Engines and files have them on the CPU, wherever they learned.
+    return Artifact({**start.header, "layers": layers}, {key: value.cpu() for key, value in tensors.items()})
