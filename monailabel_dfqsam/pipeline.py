@@ -118,28 +118,27 @@ def quantize(
     )
 
 
-def measured_fidelity(
-    artifact: Artifact,
+def fidelity_measure(
     checkpoint: Checkpoint,
     config: QuantizationConfig,
     *,
     device: torch.device | None = None,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """The fidelity of an artifact as `quantize` measures it, for one whose weights have changed since.
+) -> Callable[[Artifact], dict[str, Any]]:
+    """What measures the fidelity of artifacts as `quantize` does, for those whose weights have changed since.
 
     Args:
         checkpoint: the model in full precision.
-        config: by which the artifact was quantized.
+        config: by which the artifacts were quantized.
         device, progress: as for `quantize`.
 
     Returns:
-        {mean_iou, n, engine}, as in the header.
+        from an artifact to {mean_iou, n, engine}, as in the header.
     """
     sam = build(checkpoint)
     ceiling = phantom_entropies(sam) if config.synthesis.bounded else None
     unseen = _unseen_images(sam, config, ceiling, device or torch.device("cpu"), progress)
-    return _fidelity(sam, artifact, unseen, own_decoder=True)
+    return lambda artifact: _fidelity(sam, artifact, unseen, own_decoder=True)
 
 
 def gaussian_images(variant: Variant, count: int, seed: int) -> Tensor:

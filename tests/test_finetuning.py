@@ -253,7 +253,7 @@ class TestPrompts:
     def test_prompts_and_target_lie_on_the_object(self, pictures: list[Labelled]) -> None:
         (sample,), _ = find_samples(pictures[:1], Reader())
         found = Reader().read(sample)
-        box, *clicks = asked(
+        box, clicks = asked(
             read_checkpoint().variant, found["image"], found["mask"], np.random.RandomState(3)
         )
         inside = found["mask"][0] > 0
@@ -261,14 +261,13 @@ class TestPrompts:
         scale = np.array([256 / inside.shape[1], 256 / inside.shape[0]])
         edges = np.array([[columns.min(), rows.min()], [columns.max() + 1, rows.max() + 1]]) * scale - 0.5
         side = edges[1] - edges[0]
-        assert box.box is not None
-        drawn = box.box.numpy().reshape(2, 2)
+        assert box.boxes is not None
+        drawn = box.boxes.numpy().reshape(2, 2)
         assert (np.abs(drawn - edges) <= JITTER * side + 1e-3).all()
         assert (drawn != edges).all()
-        assert len(clicks) == CLICKS
-        for click in clicks:
-            assert click.point is not None
-            x, y = (click.point.numpy()[0] + 0.5) / scale
+        assert clicks.points is not None
+        assert len(clicks.points) == CLICKS
+        for x, y in (clicks.points.numpy() + 0.5) / scale:
             assert inside[int(y), int(x)]
         assert float(box.target.mean()) == pytest.approx(inside.mean(), rel=0.02)
 
@@ -277,9 +276,10 @@ class TestPrompts:
         found = Reader().read(sample)
         ask = Ask(read_checkpoint().variant).set_random_state(5)
         several = [ask(found) for _ in range(6)]
-        for one in (one for about in several for one in about if one.point is not None):
-            x, y = one.point[0].numpy()
-            assert one.target[0, 0, int((y + 0.5) / 4), int((x + 0.5) / 4)] > 0
+        for _, clicks in several:
+            assert clicks.points is not None
+            for x, y in clicks.points.numpy():
+                assert clicks.target[0, 0, int((y + 0.5) / 4), int((x + 0.5) / 4)] > 0
         again = Ask(read_checkpoint().variant).set_random_state(5)
         torch.testing.assert_close(again(found)[0].image, several[0][0].image)
         assert found["mask"].sum() >= LEAST_PIXELS
@@ -288,12 +288,14 @@ class TestPrompts:
         target = torch.zeros(1, 1, 16, 16)
         target[..., 4:12, 4:12] = 1
         good = (target * 4 - 2) * 0.5
-        logits = torch.cat([good, -good, good * 0.9, torch.zeros_like(good) - 1]).requires_grad_()
-        PromptLoss()(logits, torch.zeros(4), target).backward()
+        first = torch.cat([good, -good, good * 0.9, torch.zeros_like(good) - 1], 1)
+        logits = torch.cat([first, first.roll(1, 1)]).requires_grad_()
+        PromptLoss()(logits, torch.zeros(2, 4), target).backward()
         assert logits.grad is not None
-        changed = logits.grad.abs().sum((1, 2, 3)) > 0
-        assert changed.tolist() == [True, False, True, False]
-        assert ious(logits.detach(), target).tolist() == [1.0, 0.0, 1.0, 0.0]
+        changed = logits.grad.abs().sum((2, 3)) > 0
+        # Of the second prompt all is one place further on; its single answer is the one that is nothing.
+        assert changed.tolist() == [[True, False, True, False], [True, True, False, False]]
+        assert ious(logits.detach(), target).tolist() == [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]
 
 
 def run(
@@ -355,3 +357,21 @@ class TestLearning:
         found = run(start, pictures, tmp_path, 10, patience=2)
         assert found.epochs == 2
         assert found.artifact is None
+
+    def test_what_may_not_be_served_counts_as_no_better(
+        self, start: Artifact, pictures: list[Labelled], tmp_path: Path
+    ) -> None:
+        samples, _ = find_samples(pictures, Reader())
+        learned, judged = split(samples)
+        config = FinetuneConfig(max_epochs=5, patience=1, learning_rate=2e-3)
+        asked_about: list[Artifact] = []
+
+        def refuse(artifact: Artifact) -> bool:
+            asked_about.append(artifact)
+            return False
+
+        judge = Judge(judged, Reader())
+        found = finetune(start, learned, judge, config, tmp_path, accept=refuse)
+        assert len(asked_about) == found.epochs == 1
+        assert found.artifact is None
+        assert found.after == found.before

@@ -230,6 +230,9 @@ def main(
     work: Annotated[Path, typer.Option(help="What is slow is kept here.")],
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
     bits: Annotated[str, typer.Option(help="Of the models, with commas between.")] = "4",
+    epochs: Annotated[
+        int | None, typer.Option(help="At most, instead of the trainer's.", show_default=False)
+    ] = None,
     quick: Annotated[
         bool, typer.Option(help="Two images a modality, one epoch, one seed; records nothing.")
     ] = False,
@@ -251,7 +254,7 @@ def main(
     ]
     runs, before = [], {}
     for arm in arms:
-        found = run_arm(arm, data, labelled, work, 1 if quick else None)
+        found = run_arm(arm, data, labelled, work, 1 if quick else epochs)
         models = work / arm.name.replace(" ", "-") / "app" / "model"
         first = next(p for p in sorted(models.glob("*.safetensors")) if _is_start(p, arm.bits))
         if str(arm.bits) not in before:
@@ -265,7 +268,14 @@ def main(
     typer.echo(page)
     if quick:
         return
-    record = {**run, "labelled": len(labelled), "unseen": len(unseen), "before": before, "runs": runs}
+    record = {
+        **run,
+        "labelled": len(labelled),
+        "unseen": len(unseen),
+        "max_epochs": epochs,
+        "before": before,
+        "runs": runs,
+    }
     with replacing(HERE / "finetuning.json") as partial:
         partial.write_text(json.dumps(record, indent=1) + "\n")
     text = (HERE / "finetuning.md").read_text().partition(LINE)[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import pickle
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,7 @@ def finetune(
     config: FinetuneConfig,
     folder: Path,
     *,
+    accept: Callable[[Artifact], bool] = lambda artifact: True,
     reader: Reader | None = None,
     device: torch.device | None = None,
     progress: Progress = silent,
@@ -121,6 +122,8 @@ def finetune(
         start: of policy `deploy`.
         judge: decides which epoch is the best and when to end.
         folder: for checkpoints, of this fine-tuning alone; the caller removes it when all is done.
+        accept: whether an artifact may be served; asked of each that is better than all before, and what may
+            not counts as no better.
         device: where to learn; the CPU by default.
         progress: called with ('learning', steps done, steps at most).
 
@@ -130,7 +133,7 @@ def finetune(
         OSError: when the disk is full.
     """
     torch.manual_seed(config.seed)
-    session = _Session(start, learned, judge, config, folder, reader or Reader(), device, progress)
+    session = _Session(start, learned, judge, accept, config, folder, reader or Reader(), device, progress)
     return session.run()
 
 
@@ -142,6 +145,7 @@ class _Session:
         start: Artifact,
         learned: Sequence[Sample],
         judge: Judge,
+        accept: Callable[[Artifact], bool],
         config: FinetuneConfig,
         folder: Path,
         reader: Reader,
@@ -149,7 +153,7 @@ class _Session:
         progress: Progress,
     ) -> None:
         self._start, self._judge, self._config, self._folder = start, judge, config, folder
-        self._progress = progress
+        self._accept, self._progress = accept, progress
         self._device = device or torch.device("cpu")
         self._sam = trainable(start).to(self._device)
         self._parameters = [p for p in self._sam.parameters() if p.requires_grad]
@@ -215,9 +219,10 @@ class _Session:
         artifact = to_artifact(averaged, self._start)
         scores = self._judge.scores(load_segmenter(artifact))
         state: Any = engine.state
-        state.score = scores.mean
         logger.info("Epoch %d: loss %.4f, score %.4f", state.epoch, state.output["loss"], scores.mean)
-        if scores.mean > self._best.scores.mean:
+        state.score = min(scores.mean, self._best.scores.mean)
+        if scores.mean > self._best.scores.mean and self._accept(artifact):
+            state.score = scores.mean
             self._best = _Best(artifact, scores)
             self._best.write(self._folder)
 

@@ -38,23 +38,23 @@ _KEYS = ("image", "mask")
 
 @dataclass(frozen=True)
 class Asked:
-    """One object as the model is asked for it, S the side of its input and M of its masks.
+    """An object as the model is asked for it, P times; S is the side of its input and M of its masks.
 
     Attributes:
         image: [1, 3, S, S] float32.
         target: [1, 1, M, M] float32, how much of each pixel the object covers.
-        box: [1, 4] float32 (x0, y0, x1, y1) in pixels of the input, or None.
-        point: [1, 2] float32 (x, y) likewise, or None.
+        boxes: [P, 4] float32 (x0, y0, x1, y1) in pixels of the input, or None.
+        points: [P, 2] float32 (x, y) likewise, or None.
     """
 
     image: Tensor
     target: Tensor
-    box: Tensor | None
-    point: Tensor | None
+    boxes: Tensor | None
+    points: Tensor | None
 
     def to(self, device: torch.device) -> Asked:
         """The same on a device."""
-        moved = (None if part is None else part.to(device) for part in (self.box, self.point))
+        moved = (None if part is None else part.to(device) for part in (self.boxes, self.points))
         return Asked(self.image.to(device), self.target.to(device), *moved)
 
 
@@ -112,8 +112,8 @@ def asked(
     box = np.clip(box + off, 0, [width, height, width, height])
     clicks = random_pixels(inside, CLICKS, draw)
     return [
-        Asked(x, target, _scaled(box, frame), None),
-        *(Asked(x, target, None, _scaled(click, frame)) for click in clicks),
+        Asked(x, target, _scaled(box, frame).view(1, 4), None),
+        Asked(x, target, None, _scaled(clicks, frame)),
     ]
 
 
@@ -125,18 +125,18 @@ def random_pixels(inside: NDArray[np.bool_], count: int, draw: np.random.RandomS
 
 
 def answer(sam: Sam, embedding: Tensor, one: Asked) -> tuple[Tensor, Tensor]:
-    """The masks that count for a prompt.
+    """The masks that count, for each of P prompts.
 
     Args:
         embedding: [1, C, G, G] float32 of `one.image`.
 
     Returns:
-        logits [K, 1, M, M] and predicted IoUs [K]: the single answer, then the three candidates where the
+        logits [P, K, M, M] and predicted IoUs [P, K]: the single answer, then the three candidates where the
         model has them.
     """
-    logits, scores = sam.predict(embedding, points=one.point, boxes=one.box)
+    logits, scores = sam.predict(embedding, points=one.points, boxes=one.boxes)
     count = 1 if sam.variant.one_mask else logits.shape[1]
-    return logits[0, :count, None], scores[0, :count]
+    return logits[:, :count], scores[:, :count]
 
 
 class PromptLoss:
@@ -150,19 +150,20 @@ class PromptLoss:
         self._loss = DiceCELoss(sigmoid=True)
 
     def __call__(self, logits: Tensor, scores: Tensor, target: Tensor) -> Tensor:
-        """A number; arguments as `answer` and `Asked` have them."""
+        """A number, the mean over prompts; arguments as `answer` and `Asked` have them."""
         reached = ious(logits.detach(), target)
-        loss: Tensor = self._loss(logits[:1], target)
-        if len(logits) > 1:
-            best = 1 + int(reached[1:].argmax())
-            loss = loss + self._loss(logits[best : best + 1], target)
+        target = target.expand(len(logits), -1, -1, -1)
+        loss: Tensor = self._loss(logits[:, :1], target)
+        if logits.shape[1] > 1:
+            best = 1 + reached[:, 1:].argmax(1)
+            loss = loss + self._loss(logits[torch.arange(len(best)), best][:, None], target)
         return loss + F.mse_loss(scores, reached)
 
 
 def ious(logits: Tensor, target: Tensor) -> Tensor:
-    """[K] float32, IoU of each of [K, 1, M, M] logits with [1, 1, M, M]."""
+    """[P, K] float32, IoU of each of [P, K, M, M] logits with [1, 1, M, M]."""
     hit, truth = logits > 0, target > 0.5
-    both, either = (hit & truth).flatten(1).sum(1), (hit | truth).flatten(1).sum(1)
+    both, either = (hit & truth).flatten(2).sum(2), (hit | truth).flatten(2).sum(2)
     return both / either.clamp_min(1)
 
 
@@ -176,7 +177,7 @@ def _target(inside: NDArray[np.bool_], frame: Frame) -> Tensor:
 
 
 def _scaled(places: Any, frame: Frame) -> Tensor:
-    """(x, y) pairs of the image in the input, less what the prompt encoder adds to reach pixels' centres."""
+    """[N, 2] (x, y) of the image in the input, less what the prompt encoder adds to reach pixels' centres."""
     scale = np.array(frame.scale)
     moved = np.asarray(places, dtype=np.float64).reshape(-1, 2) * scale - 0.5
-    return torch.from_numpy(moved.reshape(1, -1)).float()
+    return torch.from_numpy(moved).float()

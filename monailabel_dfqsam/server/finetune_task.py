@@ -117,6 +117,7 @@ class FinetuneTask(PublishingTask):
         """Makes an artifact, in place under its key; None, as the report then says, when it is not better."""
         from monailabel_dfqsam.finetuning.learning import Judge, finetune
         from monailabel_dfqsam.finetuning.samples import split
+        from monailabel_dfqsam.pipeline import fidelity_measure
 
         learned, judged = split(samples)
         folder, start_key = self._folder, base.key(checkpoint.sha256)
@@ -124,9 +125,13 @@ class FinetuneTask(PublishingTask):
         begun = time.monotonic()
         judge, work = Judge(judged, reader), self._work(key)
         start = read_artifact(folder.artifact(start_key))
+        measure = fidelity_measure(checkpoint, base, device=device(), progress=report)
+        least = self._settings.min_fidelity
         result = finetune(
-            start, learned, judge, config, work, reader=reader, device=device(), progress=report
-        )
+            start, learned, judge, config, work,
+            accept=lambda artifact: bool(measure(artifact)["mean_iou"] >= least),
+            reader=reader, device=device(), progress=report,
+        )  # fmt: skip
         rivals = {"before": result.before, **self._served_scores(judge, start_key)}
         artifact = result.artifact
         if artifact is None or not result.after.mean > max(scores.mean for scores in rivals.values()):
@@ -134,7 +139,10 @@ class FinetuneTask(PublishingTask):
             told = ", ".join(
                 f"{name} {scores.mean:.3f}" for name, scores in (*rivals.items(), ("after", result.after))
             )
-            reason = f"it is not better on images it did not learn from ({told}): the served model stays"
+            reason = (
+                f"nothing with a fidelity of {least:.3f} was better on images it did not learn from ({told}): "
+                "the served model stays"
+            )
             report.end("rejected", error=reason)
             return None
         facts = {
@@ -146,7 +154,17 @@ class FinetuneTask(PublishingTask):
             "after": result.after.as_json(),
             **{name: scores.as_json() for name, scores in rivals.items()},
         }
-        artifact = self._measured(artifact, checkpoint, base, key, facts, begun, report)
+        header = {
+            **artifact.header,
+            "key": key,
+            "preset": None,
+            "seed": config.seed,
+            "finetuning": facts,
+            "fidelity": measure(artifact),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - begun, 2),
+        }
+        artifact = Artifact(header, artifact.tensors)
         report("writing", 0, 1)
         folder.building.mkdir(parents=True, exist_ok=True)
         write_artifact(artifact, folder.building / "artifact")
@@ -178,25 +196,6 @@ class FinetuneTask(PublishingTask):
         except ValueError as error:
             logger.warning("The served model cannot be compared with: %s", error)
             return {}
-
-    def _measured(
-        self, artifact: Artifact, checkpoint: Checkpoint, base: QuantizationConfig, key: str,
-        facts: dict[str, Any], begun: float, report: Reporter,
-    ) -> Artifact:  # fmt: skip
-        """The artifact with its own key, fidelity and history in its header."""
-        from monailabel_dfqsam.pipeline import measured_fidelity
-
-        header = {
-            **artifact.header,
-            "key": key,
-            "preset": None,
-            "seed": facts["config"]["seed"],
-            "finetuning": facts,
-            "fidelity": measured_fidelity(artifact, checkpoint, base, device=device(), progress=report),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - begun, 2),
-        }
-        return Artifact(header, artifact.tensors)
 
 
 def labelled_images(datastore: Datastore) -> list[Labelled]:
