@@ -140,7 +140,7 @@ class FinetuneTask(PublishingTask):
                 f"{name} {scores.mean:.3f}" for name, scores in (*rivals.items(), ("after", result.after))
             )
             reason = (
-                f"nothing with a fidelity of {least:.3f} was better on images it did not learn from ({told}): "
+                f"nothing of fidelity {least:.3f} was better on images it did not learn from ({told}): "
                 "the served model stays"
             )
             report.end("rejected", error=reason)
