@@ -6,11 +6,14 @@ IMAGE is [H, W] or [H, W, 3] uint8, MASK becomes [H, W] bool; (x, y) in pixels, 
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
+
+sys.modules["openvino_telemetry"] = None  # without it, OpenVINO cannot report its use to its maker
+import openvino as ov  # noqa: E402
 
 
 def resizing(old, new, kernel="linear", antialias=False):  # a matrix [new, old]
