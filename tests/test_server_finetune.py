@@ -191,6 +191,12 @@ def test_options_are_checked_first(settings: Settings, options: dict[str, object
         FinetuneTask(NAME, settings).check(options)
 
 
+def test_a_server_of_6_bits_fine_tunes_8(settings: Settings) -> None:
+    six = replace(settings, quantization=replace(QUICK, bits=6))
+    FinetuneTask(NAME, six).check({})
+    assert FinetuneTask(NAME, six).config()["bits"] == ["8", "4"]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")

@@ -82,7 +82,7 @@ def read_options(
 def finetuning_defaults(settings: Settings) -> dict[str, Any]:
     """The options of fine-tuning as a viewer shows them."""
     return {
-        "bits": _first(str(settings.quantization.bits), ["4", "8"]),
+        "bits": _first(str(_finetuned_bits(settings)), ["4", "8"]),
         "sampling": [sampling.value for sampling in Sampling],
         "max_epochs": FinetuneConfig.max_epochs,
         "seed": FinetuneConfig.seed,
@@ -102,7 +102,7 @@ def read_finetuning(
     """
     given = _given(request, own_name, FINETUNING_OPTIONS)
     base = settings.quantization
-    bits = _whole(given, "bits", base.bits)
+    bits = _whole(given, "bits", _finetuned_bits(settings))
     if bits not in (4, 8):
         raise OptionError(f"bits must be 4 or 8, not {bits}")
     samplings = [sampling.value for sampling in Sampling]
@@ -139,6 +139,11 @@ def _checkpoint(name: Any, settings: Settings) -> Path:
     except CheckpointError as error:
         raise OptionError(f"checkpoint: {error}") from None
     return path
+
+
+def _finetuned_bits(settings: Settings) -> int:
+    """The server's own where fine-tuning takes these, the next more otherwise."""
+    return 4 if settings.quantization.bits == 4 else 8
 
 
 def _given(request: Mapping[str, Any], own_name: str, known: Sequence[str]) -> dict[str, Any]:
