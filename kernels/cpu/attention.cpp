@@ -109,12 +109,7 @@ struct Buffers {
 // Divides memory, or, without any, only counts the floats it takes.
 int64_t divide(const Shape& s, float* memory, Buffers* b) {
   const int64_t m = std::max(s.side, kQueriesPerBlock);
-  int64_t used = 0;
-  auto take = [&used, memory](int64_t n) {
-    float* start = memory == nullptr ? nullptr : memory + used;
-    used += round_up(n, kLanes);
-    return start;
-  };
+  Division take{memory};
   b->keys = take(round_up(s.keys(), kPanel) * s.dim);
   b->values = take(s.keys() * s.columns());
   b->queries = take(m * s.dim);
@@ -125,7 +120,7 @@ int64_t divide(const Shape& s, float* memory, Buffers* b) {
   b->output = take(m * s.columns());
   b->peak = take(m);
   b->sum = take(m);
-  return used;
+  return take.used;
 }
 
 // A query's result so far gives way to logits of a higher peak.

@@ -145,4 +145,15 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// Divides memory into parts that begin on whole vectors, or, without any, only counts the floats they take.
+struct Division {
+  float* memory;
+  int64_t used = 0;
+  float* operator()(int64_t floats) {
+    float* start = memory == nullptr ? nullptr : memory + used;
+    used += round_up(floats, kLanes);
+    return start;
+  }
+};
+
 }  // namespace

@@ -30,18 +30,13 @@ struct Buffers {
 
 // Divides memory, or, without any, only counts the floats it takes.
 int64_t divide(const Shape& s, float* memory, Buffers* b) {
-  int64_t used = 0;
-  auto take = [&used, memory](int64_t n) {
-    float* start = memory == nullptr ? nullptr : memory + used;
-    used += round_up(n, kLanes);
-    return start;
-  };
+  Division take{memory};
   b->keys = take(round_up(s.lanes(), kPanel) * s.dim);
   b->values = take(s.keys() * s.columns());
   b->queries = take(kQueriesPerBlock * s.dim);
   b->logits = take(kQueriesPerBlock * s.lanes());
   b->output = take(kQueriesPerBlock * s.columns());
-  return used;
+  return take.used;
 }
 
 // biases [side, side] by distance in rows and columns, to [query's column, offset in rows, key's column].

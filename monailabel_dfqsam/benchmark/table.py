@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.table import Table
@@ -43,27 +44,19 @@ def print_volume(result: dict[str, Any]) -> None:
         f"{result['variant']}, {volume['slices']} slices of {volume['name']} ({shape}), "
         f"weights {result['weights']}"
     )
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("engine", no_wrap=True)
     stages = list(result["rows"][0]["stages"])
-    for header in ("× torch", "s", *(f"{stage[:3]}. ms" for stage in stages), "IoU", "peak"):
-        table.add_column(header, justify="right", no_wrap=True)
-    unmeasured = []
-    for row in result["rows"]:
-        if row["median_s"] is None:
-            unmeasured.append(f"{row['engine']}: not measured ({row['reason']})")
-            continue
-        table.add_row(
-            row["engine"],
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [
             _times(row["times_torch_eager"]),
             f"{row['median_s']:.2f}",
             *(_milliseconds(row["stages"][stage] / row["slices"]) for stage in stages),
             "" if row["mask_iou"] is None else f"{row['mask_iou']:.3f}",
             _bytes(row["peak_bytes"]),
-        )
-    if unmeasured:
-        table.caption, table.caption_justify = "\n".join(unmeasured), "left"
-    output.print(table)
+        ]
+
+    headers = ("× torch", "s", *(f"{stage[:3]}. ms" for stage in stages), "IoU", "peak")
+    output.print(_engine_table(title, headers, result["rows"], cells))
 
 
 def _print_load(result: dict[str, Any]) -> None:
@@ -73,18 +66,8 @@ def _print_load(result: dict[str, Any]) -> None:
 
 
 def _encoder_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("engine", no_wrap=True)
-    headers = ["× torch", "× int8", "floor", "ms", "min", "p95", "spread", "ms/image", "peak"]
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
-    unmeasured = []
-    for row in rows:
-        if row["median_s"] is None:
-            unmeasured.append(f"{row['engine']}: not measured ({row['reason']})")
-            continue
-        table.add_row(
-            row["engine"],
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [
             _times(row["times_torch_eager"]),
             _times(row["times_openvino_int8"]),
             _percent(row["floor_share"]),
@@ -92,7 +75,29 @@ def _encoder_table(title: str, rows: list[dict[str, Any]]) -> Table:
             _percent(row["spread"]),
             _milliseconds(row["median_s"] / row["batch"]),
             _bytes(row["peak_bytes"]),
-        )
+        ]
+
+    headers = ("× torch", "× int8", "floor", "ms", "min", "p95", "spread", "ms/image", "peak")
+    return _engine_table(title, headers, rows, cells)
+
+
+def _engine_table(
+    title: str,
+    headers: Iterable[str],
+    rows: list[dict[str, Any]],
+    cells: Callable[[dict[str, Any]], list[str]],
+) -> Table:
+    """A line for each engine that was measured; below, why the others were not."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("engine", no_wrap=True)
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    unmeasured = []
+    for row in rows:
+        if row["median_s"] is None:
+            unmeasured.append(f"{row['engine']}: not measured ({row['reason']})")
+            continue
+        table.add_row(row["engine"], *cells(row))
     if unmeasured:
         table.caption, table.caption_justify = "\n".join(unmeasured), "left"
     return table

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Iterable
 from ctypes import c_double, c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -116,15 +117,8 @@ def attention(
     Raises:
         ValueError: for sizes that do not fit each other.
     """
-    b, h, w, c3 = qkv.shape
-    out = torch.empty(b, h, w, c3 // 3, dtype=torch.float32 if reader is None else torch.uint8)
-    places = (out.data_ptr(), None) if reader is None else (None, out.data_ptr())
     inputs = (qkv, pad, *(tables or (None, None)))
-    sizes = (b, h, w, heads, c3 // 3 // heads, window)
-    levels = (1.0, 0.0, 0.0) if reader is None else _range(reader)
-    if _call("dfqsam_attention", *map(_pointer, inputs), *places, *sizes, *levels):
-        raise ValueError(f"attention cannot run on {list(qkv.shape)} with {heads} heads and window {window}")
-    return out
+    return _attended("dfqsam_attention", inputs, qkv.shape, heads, window, reader)
 
 
 def window_attention(
@@ -145,14 +139,26 @@ def window_attention(
     Raises:
         ValueError: for sizes that do not fit each other.
     """
-    b, h, w, c3 = qkv.shape
-    heads = len(biases)
+    inputs = (qkv, pad, biases)
+    return _attended("dfqsam_window_attention", inputs, qkv.shape, len(biases), window, reader)
+
+
+def _attended(
+    name: str,
+    inputs: Iterable[Tensor | None],
+    shape: torch.Size,
+    heads: int,
+    window: int,
+    reader: QuantizedLayer | None,
+) -> Tensor:
+    """What a function of the library makes of qkv of a shape [B, H, W, 3C], the first of its inputs."""
+    b, h, w, c3 = shape
     out = torch.empty(b, h, w, c3 // 3, dtype=torch.float32 if reader is None else torch.uint8)
     places = (out.data_ptr(), None) if reader is None else (None, out.data_ptr())
     sizes = (b, h, w, heads, c3 // 3 // heads, window)
     levels = (1.0, 0.0, 0.0) if reader is None else _range(reader)
-    if _call("dfqsam_window_attention", *map(_pointer, (qkv, pad, biases)), *places, *sizes, *levels):
-        raise ValueError(f"attention cannot run on {list(qkv.shape)} with {heads} heads and window {window}")
+    if _call(name, *map(_pointer, inputs), *places, *sizes, *levels):
+        raise ValueError(f"attention cannot run on {list(shape)} with {heads} heads and window {window}")
     return out
 
 
