@@ -1,6 +1,7 @@
-# make demo   quantize and click through a phantom study; pictures, table and report in demo-output/
-# make test   ruff, mypy and all tests
-# make check  the same with the quick tests only
+# make demo       quantize and click through a phantom study; pictures, table and report in demo-output/
+# make test       ruff, mypy and the tests of everything by itself and of the server as a whole
+# make test-all   these and what takes long: viewers, a fuzzer, full disks, sanitizers, benchmarks, GPU kernels
+# make lint       ruff and mypy alone
 # make kernels    compile the GPU kernels, for GPUs from Turing to Blackwell; needs nvcc 12.8 or later, no GPU
 # make gpu-check  on a machine with an NVIDIA GPU, after `make kernels`: correctness, then the benchmark
 #
@@ -18,16 +19,19 @@ CUTLASS_DIR := build/$(CUTLASS)
 NVCC ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
 JOBS ?= 2
 
-.PHONY: demo test check lint kernels gpu-check clean
+# One thread for each process of tests: more would wait for one another.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup --durations=15
+
+.PHONY: demo test test-all lint kernels gpu-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dfqsam demo
 
 test: lint
-	$(BIN)/pytest
+	$(PYTEST) -m "not slow"
 
-check: lint
-	$(BIN)/pytest -m "not slow"
+test-all: lint
+	$(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import nibabel
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.slicer_session import InferReply, SlicerSession
+from tests import forked
 
 SAMPLE_APP = Path(__file__).parents[1] / "sample-apps" / "dfqsam"
 SHAPE = (72, 56, 7)  # no two axes alike
@@ -31,6 +31,7 @@ OBJECT = (44, 20, 3)  # voxel in the middle of the bright ball, far from every a
 QUANTIZED = ("W4A4 (onednn)", "W4A4 (openvino)")  # whichever wins the race here
 START_SECONDS = 240.0  # a busy machine imports slowly
 WORK_SECONDS = 180.0
+END_SECONDS = 30.0
 
 
 def checkpoint(folder: Path) -> Path:
@@ -79,7 +80,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.session = SlicerSession(self.url)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkServerProcess | None = None
 
     def start(
         self,
@@ -89,15 +90,14 @@ class Server:
     ) -> float:
         """Starts and waits until `path` answers; answers the seconds that took."""
         pairs = [word for key, value in (conf or {}).items() for word in ("--conf", key, str(value))]
-        line = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(self.app)]
+        line = ["monailabel.main", "start_server", "--app", str(self.app)]
         line += ["--studies", self.studies, "--host", "127.0.0.1", "--port", str(self.port), *pairs]
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         variables = {**os.environ, "PATH": programs, "OMP_NUM_THREADS": "1", **(environment or {})}
         begin = time.monotonic()
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(line, stdout=log, stderr=log, env=variables)
-        wait(lambda: self._answers(path) or self._process.poll() is not None, START_SECONDS)  # type: ignore[union-attr]
-        if self._process.poll() is not None:
+        self._process = process = forked.start(line, variables, self.log)
+        wait(lambda: self._answers(path) or not process.is_alive(), START_SECONDS)
+        if not process.is_alive():
             raise RuntimeError(f"the server ended:\n{self.text()[-3000:]}")
         return time.monotonic() - begin
 
@@ -105,13 +105,15 @@ class Server:
     def pid(self) -> int:
         """The server's process."""
         assert self._process is not None
+        assert self._process.pid is not None
         return self._process.pid
 
     def stop(self) -> None:
         """SIGTERM, and waits for the end."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
-            self._process.wait(30)
+            self._process.terminate()
+            self._process.join(END_SECONDS)
+            assert not self._process.is_alive(), "the server does not end"
             self._process = None
 
     def serving(self) -> str:

@@ -33,7 +33,7 @@ class Adder:
         os.kill(os.getpid(), code)
 
     def sleep(self) -> None:
-        time.sleep(60)
+        time.sleep(3600)
 
 
 def test_calls_reach_one_object_in_another_process(tmp_path: Path) -> None:
@@ -75,8 +75,6 @@ def test_closing_ends_a_busy_child(tmp_path: Path) -> None:
     child = Child(Adder, 0, log=tmp_path / "log")
     pid = child.call("pid")
     child._pipe.send(("sleep", ()))
-    begin = time.monotonic()
-    child.close()
-    assert time.monotonic() - begin < 10
+    child.close()  # its sleep is longer than this test may take
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

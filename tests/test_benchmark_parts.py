@@ -94,7 +94,7 @@ def test_the_floor_takes_each_shapes_best_round() -> None:
 def test_the_floor_times_every_product() -> None:
     turn = GemmFloor("tiny", 1, 1).turn()
     assert set(turn) == {*layer_shapes(VARIANTS["tiny"], 1), FLOAT_SHAPE}
-    assert all(0 < seconds < 1 for seconds in turn.values())
+    assert min(turn.values()) > 0
 
 
 def test_statistics() -> None:

@@ -8,14 +8,15 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from monailabel_dfqsam.cli import app
 from monailabel_dfqsam.engines import onednn
+from tests.server_fixtures import START_SECONDS, wait
 
 COMMAND = ("benchmark", "encoder", "--variant", "tiny")
 
@@ -62,6 +63,14 @@ def test_an_unreadable_checkpoint_is_refused(tmp_path: Path) -> None:
     assert "there is no checkpoint file 'none.pth'" in result.stderr
 
 
+def _computed(benchmark: int, engine: str) -> float:
+    """Seconds that an engine's process has computed; 0 when there is none."""
+    for child in psutil.Process(benchmark).children():
+        if any(file.path.endswith(f"/{engine}.log") for file in child.open_files()):
+            return float(child.cpu_times().user)
+    return 0.0
+
+
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     process = subprocess.Popen(
@@ -72,10 +81,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
         # A shell that runs the tests in the background has them ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("dfqsam-benchmark-*/onednn.log")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(10)  # loading, and some rounds
+    wait(lambda: _computed(process.pid, "onednn") > 0, START_SECONDS)
+    # The floor is idle while the other engine is loaded; in this time both have had many turns.
+    before = _computed(process.pid, "gemm-floor")
+    wait(lambda: _computed(process.pid, "gemm-floor") > before + 2, START_SECONDS)
     os.killpg(process.pid, signal.SIGINT)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -9,8 +9,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from monailabel_dfqsam.slicer_session import SlicerSession
+from tests import forked
 from tests.server_fixtures import OBJECT, Server, checkpoint, new_server
 
 KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -81,49 +80,8 @@ def realm() -> Iterator[HTTPServer]:
     realm.shutdown()
 
 
-LIST_ROUTES = """
-import json, sys
-from monailabel.config import settings
-settings.MONAI_LABEL_APP_DIR, settings.MONAI_LABEL_STUDIES = sys.argv[1:]
-from monailabel.app import app
-from monailabel.interfaces.utils.app import app_instance
-app_instance().server_mode(True)
-
-def walk(routes):
-    for route in routes:
-        inner = getattr(route, "original_router", None)  # FastAPI keeps included routers whole, or did not
-        if inner is not None:
-            yield from walk(inner.routes)
-        else:
-            yield from ((method, route.path) for method in sorted(getattr(route, "methods", None) or {"GET"}))
-
-print(json.dumps(list(walk(app.routes))))
-"""
-
-
 @pytest.fixture(scope="module")
-def route_list(
-    tmp_path_factory: pytest.TempPathFactory, realm: HTTPServer
-) -> Iterator[subprocess.Popen[str]]:
-    """Lists the routes of an application, while the server starts."""
-    server = new_server(tmp_path_factory.mktemp("routes"), volumes=0)
-    line = [sys.executable, "-c", LIST_ROUTES, str(server.app), server.studies]
-    process = subprocess.Popen(
-        line,
-        env={**os.environ, **environment(realm)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.kill()
-    process.communicate()
-
-
-@pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, realm: HTTPServer, route_list: object
-) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, realm: HTTPServer) -> Iterator[Server]:
     folder: Path = tmp_path_factory.mktemp("login")
     server = new_server(folder)
     conf = {"quantize": "false", "checkpoint": checkpoint(folder)}
@@ -307,11 +265,14 @@ def test_each_role_may_do_what_is_its_own(server: Server, method: str, path: str
         assert answer.status_code == expected, (role, answer.text[:300])
 
 
-def test_the_table_has_a_row_for_every_route(route_list: subprocess.Popen[str]) -> None:
+def test_the_table_has_a_row_for_every_route(tmp_path: Path, realm: HTTPServer) -> None:
     """The routes of an application made as the server makes it, those outside of its description too."""
-    found, errors = route_list.communicate(timeout=300)
-    assert route_list.returncode == 0, errors[-3000:]
-    routes = {(method, path) for method, path in json.loads(found.splitlines()[-1])}
+    made, log = new_server(tmp_path, volumes=0), tmp_path / "log"
+    line = ["tests.list_routes", str(made.app), made.studies]
+    process = forked.start(line, {**os.environ, **environment(realm)}, log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+    routes = {(method, path) for method, path in json.loads(log.read_text().splitlines()[-1])}
     # Starlette answers HEAD wherever it answers GET, by the same rules.
     routes -= {(method, path) for method, path in routes - ROWS.keys() if method == "HEAD"}
     assert routes == ROWS.keys()

@@ -7,7 +7,7 @@ import time
 
 from monailabel_dfqsam.server.neighbours import Neighbours
 
-PATIENCE = 5.0  # seconds, far more than needed
+PATIENCE = 60.0  # seconds, far more than needed
 QUIET = 0.5  # seconds in which a job that may start would have started
 
 

@@ -21,7 +21,16 @@ from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.segmentation.segmenter import Prompts, load_segmenter
 from monailabel_dfqsam.slicer_session import InferReply, ServerAnswer
-from tests.server_fixtures import OBJECT, QUANTIZED, SHAPE, Running, affine, wait, write_volume
+from tests.server_fixtures import (
+    OBJECT,
+    QUANTIZED,
+    SHAPE,
+    WORK_SECONDS,
+    Running,
+    affine,
+    wait,
+    write_volume,
+)
 
 TINY = 1e-4  # millimetres, float32 headers
 SAME_MASK = 0.999  # IoU: rounding of one grey value may move a pixel on the edge
@@ -412,7 +421,7 @@ def test_the_server_answers_while_it_segments(running: Running) -> None:
     for thread in threads:
         thread.start()
     running.server.session.info()
-    wait(lambda: len(done) == SHAPE[2], 60)
+    wait(lambda: len(done) == SHAPE[2], WORK_SECONDS)
     assert {reply.params["slice"] for reply in done} == set(range(SHAPE[2]))
 
 
@@ -426,4 +435,4 @@ def test_neighbouring_slices_are_ready_before_they_are_clicked(running: Running)
             bool(before >= 3) and session.infer("phantom0", [[5, 5, 2]], window="ct brain").params["cached"]
         )
 
-    wait(ready, 30, every=1.0)
+    wait(ready, WORK_SECONDS)

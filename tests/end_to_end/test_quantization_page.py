@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import HTTPServer
@@ -41,7 +40,6 @@ ARGUMENTS = [
     "--no-first-run",
     "--disable-background-networking",
 ]
-LOAD_SECONDS = 1.0
 LONG = "50000"  # iterations, far from done when the test is
 # DFQSAM_PICTURES=docs/pictures has the documentation's picture taken anew, of a model made by the server's
 # own defaults, which takes minutes.
@@ -120,13 +118,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def watched(browser: Any, server: Server) -> Iterator[Watched]:
     """The page, opened once for all tests, which go on where the one before them ended."""
     watched = watch(browser)
-    seconds = []
-    for _ in range(3):  # the browser's own start, and other work on the machine, are not the page's
-        begin = time.monotonic()
-        watched.page.goto(f"{server.url}/dfqsam/")
-        watched.page.wait_for_selector("#board:not([hidden])")
-        seconds.append(time.monotonic() - begin)
-    assert min(seconds) < LOAD_SECONDS, seconds
+    watched.page.goto(f"{server.url}/dfqsam/")
+    watched.page.wait_for_selector("#board:not([hidden])")
     yield watched
     assert watched.complaints == []
     assert watched.hosts <= {urlsplit(server.url).netloc, ""}  # data: pictures have no host
