@@ -20,7 +20,7 @@ NVCC ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
 JOBS ?= 2
 
 # One thread for each process of tests: more would wait for one another.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup --durations=15
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15
 
 .PHONY: demo test test-all lint kernels gpu-check clean
 

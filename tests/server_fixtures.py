@@ -77,6 +77,8 @@ class Server:
 
     def __init__(self, app: Path, studies: str, log: Path) -> None:
         self.app, self.studies, self.log = app, studies, log
+        # Of its own, since what is left there is looked at, and other servers run at the same time.
+        self.temporary = log.parent / "temporary-files"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.session = SlicerSession(self.url)
@@ -93,7 +95,9 @@ class Server:
         line = ["monailabel.main", "start_server", "--app", str(self.app)]
         line += ["--studies", self.studies, "--host", "127.0.0.1", "--port", str(self.port), *pairs]
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        variables = {**os.environ, "PATH": programs, "OMP_NUM_THREADS": "1", **(environment or {})}
+        self.temporary.mkdir(exist_ok=True)
+        variables = {**os.environ, "PATH": programs, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
+        variables.update(environment or {})
         begin = time.monotonic()
         self._process = process = forked.start(line, variables, self.log)
         wait(lambda: self._answers(path) or not process.is_alive(), START_SECONDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from tests.server_fixtures import (
 TINY = 1e-4  # millimetres, float32 headers
 SAME_MASK = 0.999  # IoU: rounding of one grey value may move a pixel on the edge
 MOSTLY = 0.6  # far above what a mask with its axes turned would reach, which is 0
-UPLOADS = Path(tempfile.gettempdir())
 
 
 def image_of(reply: InferReply, folder: Path) -> sitk.Image:
@@ -209,7 +207,6 @@ def test_an_existing_mask_is_a_prompt(running: Running, tmp_path: Path) -> None:
         fields = {"params": (None, json.dumps({"result_extension": ".nrrd", **params}))}
         return requests.post(url, files={**fields, "label": ("mask.nrrd", reply.image)}, timeout=60)
 
-    before = set(UPLOADS.glob("dfqsam-*"))
     answer = refine(label="organ")
     assert answer.status_code == 200, answer.text
     path = tmp_path / "refined.nrrd"
@@ -221,7 +218,7 @@ def test_an_existing_mask_is_a_prompt(running: Running, tmp_path: Path) -> None:
     assert (answer.status_code, "empty" in answer.text) == (400, True)
     answer = refine(mask="/etc/passwd")
     assert (answer.status_code, "mask" in answer.text) == (400, True)
-    assert set(UPLOADS.glob("dfqsam-*")) <= before
+    wait(lambda: not list(running.server.temporary.glob("dfqsam-*")), WORK_SECONDS)
 
 
 def test_what_the_object_is_not_makes_no_mask(running: Running, tmp_path: Path) -> None:
@@ -311,7 +308,6 @@ def test_an_upload_that_is_no_volume(
         nibabel.save(nibabel.Nifti1Image(np.zeros(shape, dtype=np.int16), np.eye(4)), path)
     else:
         path.write_bytes(b"")
-    before = set(UPLOADS.glob("*.nii.gz"))
     answer = requests.post(
         f"{running.server.url}/infer/dfqsam",
         files={"file": (path.name, path.read_bytes()), "params": (None, '{"foreground": [[1, 1, 1]]}')},
@@ -319,7 +315,7 @@ def test_an_upload_that_is_no_volume(
     )
     assert answer.status_code == 400, answer.text
     assert word in answer.json()["detail"]
-    assert set(UPLOADS.glob("*.nii.gz")) <= before
+    wait(lambda: not list(running.server.temporary.glob("*.nii.gz")), WORK_SECONDS)
 
 
 def test_training_options_are_checked_before_anything_runs(running: Running) -> None:
@@ -357,7 +353,12 @@ def test_no_path_is_read(running: Running, tmp_path: Path) -> None:
 def test_no_path_is_written(running: Running, tmp_path: Path) -> None:
     server, content = running.server, (tmp_path / "x.nii.gz")
     write_volume(content)
-    before = {p for p in server.app.parent.rglob("*") if "logs" not in p.parts}
+
+    def files() -> set[Path]:
+        found = server.app.parent.rglob("*")
+        return {p for p in found if "logs" not in p.parts and server.temporary not in p.parents}
+
+    before = files()
     for url, field, name in (
         ("/datastore/image?image=../x", "file", "x.nii.gz"),
         ("/datastore/?image=../x", "file", "x.nii.gz"),
@@ -373,7 +374,7 @@ def test_no_path_is_written(running: Running, tmp_path: Path) -> None:
         answer = requests.put(server.url + url, files={field: (name, content.read_bytes())}, timeout=60)
         assert answer.status_code in (400, 403), (url, answer.text)
         assert answer.json()["detail"]
-    assert {p for p in server.app.parent.rglob("*") if "logs" not in p.parts} == before
+    assert files() == before
 
 
 def test_upstreams_open_doors_are_closed(running: Running) -> None:
