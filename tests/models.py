@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +40,12 @@ def golden_state(sam: Sam) -> dict[str, torch.Tensor]:
     return {key: golden_tensor(key, list(value.shape)) for key, value in sam.state_dict().items()}
 
 
-def seeded_sam(variant: str) -> Sam:
-    """A SAM whose weights follow their names; norms vary by channel, so that reparameterization has work."""
-    sam = Sam(VARIANTS[variant])
+def seeded_sam(variant: str, **changes: Any) -> Sam:
+    """A SAM whose weights follow their names; norms vary by channel, so that reparameterization has work.
+
+    `changes` of the variant, such as fewer blocks, make it smaller.
+    """
+    sam = Sam(replace(VARIANTS[variant], **changes))
     sam.load_state_dict(golden_state(sam))
     return sam.eval().requires_grad_(False)
 
