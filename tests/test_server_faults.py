@@ -168,6 +168,7 @@ can_mount = pytest.mark.skipif(
 
 
 @can_mount
+@pytest.mark.slow
 def test_full_disks_lose_nothing(tmp_path: Path) -> None:
     line = ["unshare", "-rm", sys.executable, "-m", "tests.full_disk_scenario", str(tmp_path)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=500, check=False)
