@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from monailabel_dfqsam.sam import VARIANTS, Sam
-from monailabel_dfqsam.server.model_folder import ModelFolder
+from monailabel_dfqsam.server.runs.folder import ModelFolder
 from tests.server_fixtures import (
     OBJECT,
     QUANTIZED,

@@ -13,15 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from monailabel_dfqsam.server.train_task import QuantizeTask
 
 from monailabel_dfqsam.artifact import read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.sam.checkpoint import file_sha256
-from monailabel_dfqsam.server.model_folder import HISTORY, STOPPED, ModelFolder
 from monailabel_dfqsam.server.models import FULL_PRECISION, ChoiceError, Models
 from monailabel_dfqsam.server.options import OptionError
+from monailabel_dfqsam.server.runs.folder import HISTORY, STOPPED, ModelFolder
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.train_task import QuantizeTask
 from tests.server_fixtures import checkpoint, wait
 
 SWAP_SECONDS = 30.0
