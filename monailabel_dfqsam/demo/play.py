@@ -170,7 +170,8 @@ class _Play:
                 if last[0] and run["stage"] != last[0]:
                     progress(last[0], last[1], last[1])
                 if run["stage"] not in ("", "starting"):
-                    progress(run["stage"], run["step"], run["steps"])
+                    ended = run["state"] in ("published", "rejected")
+                    progress(run["stage"], run["steps"] if ended else run["step"], run["steps"])
                     last = (run["stage"], run["steps"])
 
             run = self._session.ended_run(identity, look)

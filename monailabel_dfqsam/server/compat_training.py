@@ -127,7 +127,14 @@ class Training:
             "id": run.id,
             "status": _STATUS[run.state],
             "request": {"model": run.trainer, **run.options},
-            "start_ts": datetime.fromisoformat(run.created).astimezone().strftime("%Y-%m-%d %H:%M:%S"),
-            "details": self._queue.lines(run.id),
+            "start_ts": _local(run.created),
+            **({"end_ts": _local(run.ended)} if run.ended else {}),
+            # 3D Slicer shows the last line of one that was stopped, and fails where there is none.
+            "details": self._queue.lines(run.id) or [run.error or run.state.value],
             "run": run.told(),
         }
+
+
+def _local(moment: str) -> str:
+    """A time in UTC, ISO 8601, as upstream writes it."""
+    return datetime.fromisoformat(moment).astimezone().strftime("%Y-%m-%d %H:%M:%S")

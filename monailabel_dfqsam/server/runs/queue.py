@@ -78,7 +78,7 @@ class RunQueue:
                 for run in self._folder.runs():
                     if not run.state.ended:
                         _kill_orphan(run)
-                        self._write(replace(run, state=RunState.STOPPED, error=SERVER_ENDED))
+                        self._write(run.end(RunState.STOPPED, SERVER_ENDED))
                 self._folder.sweep()
                 self._is_settled = True
             return self._is_settled
@@ -160,9 +160,9 @@ class RunQueue:
             if run.state.ended:
                 return
             if job.is_stopped:
-                self._write(replace(run, state=RunState.STOPPED, error=STOPPED_BY_REQUEST))
+                self._write(run.end(RunState.STOPPED, STOPPED_BY_REQUEST))
             else:
-                self._write(replace(run, state=RunState.FAILED, error=error))
+                self._write(run.end(RunState.FAILED, error))
 
     def _launch(self, job: _Job) -> str:
         """Starts a run's process; answers why there is none, or ""."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
@@ -52,6 +52,7 @@ class Run:
         options: what was chosen, whole, by its name in a request.
         id: 32 hexadecimal digits.
         created: when it was accepted, ISO 8601 in UTC.
+        ended: when it ended, likewise, or "".
         stage: what it does now, a word; "" before its process says so.
         step, steps: how much of the stage is done.
         seconds: since its process began to work.
@@ -65,6 +66,7 @@ class Run:
     options: Mapping[str, Any]
     id: str = field(default_factory=_new_id)
     created: str = field(default_factory=_now)
+    ended: str = ""
     state: RunState = RunState.QUEUED
     stage: str = ""
     step: int = 0
@@ -74,6 +76,10 @@ class Run:
     fidelity: float | None = None
     error: str = ""
     pid: int | None = None
+
+    def end(self, state: RunState, error: str = "", fidelity: float | None = None) -> Run:
+        """The record of this run ended now."""
+        return replace(self, state=state, error=error, fidelity=fidelity, ended=_now())
 
     def as_json(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -66,16 +66,20 @@ class Reporter:
 
     def end(self, outcome: Outcome) -> None:
         """The last line: how it ended."""
-        self._update(state=outcome.state, fidelity=outcome.fidelity, error=outcome.error)
+        self._keep(lambda run: run.end(outcome.state, outcome.error, outcome.fidelity))
         told = outcome.error or f"fidelity {outcome.fidelity:.3f}"
         say(f"{outcome.state.value} after {self.run.seconds} s, {told}")
 
     def _update(self, **changes: Any) -> None:
+        self._keep(lambda run: replace(run, **changes))
+
+    def _keep(self, change: Callable[[Run], Run]) -> None:
+        """Changes the record, unless it says already how the run ended."""
         with self._lock:
             if self.run.state.ended:
                 return
             seconds = round(time.monotonic() - self._begin, 1)
-            self.run = replace(self.run, seconds=seconds, **changes)
+            self.run = change(replace(self.run, seconds=seconds))
             try:
                 self._folder.write_run(self.run)
             except OSError as error:  # of a full disk; nobody's model is worse for it
