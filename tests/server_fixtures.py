@@ -146,6 +146,16 @@ def process_exists(pid: int) -> bool:
         return False
 
 
+def slow_processes(folder: Path, seconds: float, then: str = "") -> str:
+    """A PYTHONPATH by which trainings' processes sleep before they import anything, and then run `then`."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "if any('runs.process' in word or 'utils.app' in word for word in sys.orig_argv):\n"
+        f"    time.sleep({seconds})\n    {then or 'pass'}\n"
+    )
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
 def quantize(server: Server, **options: object) -> dict[str, object]:
     """Has a server quantize, and waits; the run's record then."""
     run = server.session.ended_run(server.session.train(**options))

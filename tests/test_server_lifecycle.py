@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.server.runs.queue import STOPPED_BY_REQUEST
 from monailabel_dfqsam.server.runs.record import Run
+from monailabel_dfqsam.slicer_session import ServerAnswer
 from tests.server_fixtures import (
     OBJECT,
     QUANTIZED,
@@ -22,6 +24,7 @@ from tests.server_fixtures import (
     Server,
     new_server,
     process_exists,
+    slow_processes,
     wait,
 )
 
@@ -41,9 +44,11 @@ def beside(running: Running, folder: Path) -> Server:
 
 @pytest.fixture(scope="module")
 def second(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = beside(running, tmp_path_factory.mktemp("second"))
+    """Its trainings' processes begin late, as on a slow machine."""
+    folder = tmp_path_factory.mktemp("second")
+    server = beside(running, folder)
     try:
-        server.start(running.conf)
+        server.start(running.conf, {"PYTHONPATH": slow_processes(folder, 5.0)})
         yield server
     finally:
         server.stop()
@@ -70,6 +75,33 @@ def train(server: Server) -> Run:
 def test_the_second_start_is_quantized_at_once(second: Server) -> None:
     assert second.session.infer("phantom0", [OBJECT]).params["model"] in QUANTIZED
     assert not second.session.is_training()
+
+
+def test_a_run_is_there_when_its_request_is_answered(second: Server) -> None:
+    """Whoever asks next is told of it, not of the one before."""
+    session = second.session
+    (before,) = session.overview()["runs"]
+    identity = session.train(**LONG)
+    assert identity != before["id"]
+    stats = session.info()["train_stats"]["dfqsam"]
+    assert (stats["id"], stats["state"] in ("queued", "running")) == (identity, True)
+    status = session.train_status()
+    assert (status["id"], status["status"] in ("SUBMITTED", "RUNNING")) == (identity, True)
+    assert status["details"]  # 3D Slicer shows the last one
+    assert session.is_training()
+    overview = session.overview()
+    assert overview["running"]["id"] == identity
+    assert [run["id"] for run in overview["runs"]] == [identity, before["id"]]
+    with pytest.raises(ServerAnswer, match="running already") as busy:
+        session.train(seed=2)
+    assert busy.value.status == 429
+    waiting = requests.post(f"{second.url}/train/dfqsam?enqueue=true", json={"seed": 2}, timeout=60).json()
+    assert (waiting["status"], session.run(waiting["id"])["state"]) == ("SUBMITTED", "queued")
+    stopped = session.stop_training()
+    assert (stopped["id"], stopped["status"]) == (identity, "STOPPED")
+    assert session.run(waiting["id"])["state"] == "stopped"
+    assert not session.is_training()
+    assert session.stop_training() is None
 
 
 def test_a_stopped_quantization_leaves_the_served_model(second: Server) -> None:
