@@ -22,6 +22,7 @@ from monailabel_dfqsam.server import (
     compat,
     compat_disk,
     compat_shared,
+    compat_start,
     finetune_task,
     page,
     propose_task,
@@ -126,6 +127,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         os.environ[SERVER_PID] = str(os.getpid())
         self._models.folder.prepare()
         self._models.start(quantize=lambda: self.async_training(NAME))
+        compat_start.settle()
 
     def on_save_label(self, image_id: str, label_id: str) -> None:
         """Nothing to do: labels are learned from only when somebody asks for it."""
