@@ -34,7 +34,7 @@ def start() -> None:
 
 
 def settle() -> None:
-    """To be called when all is loaded: of that, nothing becomes garbage, and it need not be searched for any."""
+    """To be called when all is loaded: nothing of that becomes garbage, so it is never searched for any."""
     gc.freeze()
     gc.enable()
 
