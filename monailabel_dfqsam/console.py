@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,6 +20,8 @@ from monailabel_dfqsam.numbers import in_seconds
 
 errors = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 _LINE_SECONDS = 10.0
 

@@ -34,7 +34,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "server",
         "evaluation report slicer_session",
         "demo",
-        "benchmark doctor",
+        "benchmark doctor quantize_command",
         "cli",
         "__main__",
     )
