@@ -43,7 +43,8 @@ def moved(tree: ast.Module) -> ast.Module:
     tree.body = [node for node in tree.body if node not in later]
     for function in _functions(tree):
         used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-        function.body[:0] = [node for node in later if used & _names(node)]
+        start = 0 if ast.get_docstring(function, clean=False) is None else 1
+        function.body[start:start] = [node for node in later if used & _names(node)]
     return tree
 
 
