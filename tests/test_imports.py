@@ -49,8 +49,8 @@ NOT_FOR_CLICKS = ("synthesis", "pretraining", "pipeline", "finetuning", "report"
 # What a start does not wait for: upstream's, and of ours what only a volume or an archive's label needs.
 NOT_FOR_A_START = (
     "monai", "ignite", "mlflow", "torchvision", "pandas", "matplotlib", "skimage", "sklearn", "itk",
-    "openvino", "brevitas", "jinja2", "sympy", "triton", "torch._dynamo", "torch.distributed.tensor", "scipy.signal", "scipy.stats",
-    "pydicom.sr",
+    "openvino", "brevitas", "jinja2", "sympy", "triton", "torch._dynamo", "torch.distributed.tensor",
+    "scipy.signal", "scipy.stats", "pydicom.sr",
 )  # fmt: skip
 
 
