@@ -22,6 +22,7 @@ from monailabel_dfqsam.server import (
     compat,
     compat_disk,
     compat_shared,
+    compat_start,
     page,
     propose_task,
 )
@@ -127,6 +128,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         except OSError as error:
             logger.error("No model can be made here: the model folder cannot be written to (%s)", error)
         self._models.start(quantize=self._quantize_first)
+        compat_start.settle()
 
     def on_save_label(self, image_id: str, label_id: str) -> None:
         """Nothing to do: labels are learned from only when somebody asks for it."""
