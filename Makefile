@@ -60,7 +60,9 @@ $(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard kernels/cpu/*)
 	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]'
+	@# What is installed editable, uv does not compile; and some machines forbid Python to do it at the first start.
+	$(BIN)/python -m compileall -q monailabel_dfqsam
 	@touch $@
 
 clean:

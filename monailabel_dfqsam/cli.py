@@ -13,26 +13,25 @@ from dataclasses import replace
 from enum import Enum
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from monailabel_dfqsam.benchmark.commands import benchmark
-from monailabel_dfqsam.config import (
-    Calibration,
-    EngineKind,
-    Policy,
-    Preset,
-    QuantizationConfig,
+from monailabel_dfqsam.config import EngineKind
+from monailabel_dfqsam.console import (
+    JsonFlag,
+    output,
+    plain_errors,
+    print_rows,
+    progress_bars,
+    training_bar,
 )
-from monailabel_dfqsam.console import errors, output, plain_errors, print_rows, progress_bars, training_bar
 from monailabel_dfqsam.export.commands import export
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.machine import own_memory
-from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
-
-if TYPE_CHECKING:
-    from monailabel_dfqsam.sam.checkpoint import Checkpoint
+from monailabel_dfqsam.numbers import in_bytes, in_seconds
+from monailabel_dfqsam.quantize_command import quantize
 
 app = typer.Typer(
     help="Segment Anything for MONAI Label, quantized to 4 bit without data.",
@@ -41,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # locals may hold what a patient's file says
 )
 app.add_typer(benchmark, name="benchmark")
+app.command()(quantize)
 app.command()(export)
 
 
@@ -63,9 +63,6 @@ class InspectedKind(str, Enum):
 
     ARTIFACT = "artifact"
     CHECKPOINT = "checkpoint"
-
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -144,160 +141,6 @@ def demo(
             raise ValueError(f"the server refused a request: {error}") from None
     if not complete:
         raise typer.Exit(1)
-
-
-@app.command()
-def quantize(
-    out: Annotated[Path, typer.Option(help="Folder for <key>.safetensors and report.html.")],
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A .pth, .pt or .safetensors file; the embedded model without it.", show_default=False
-        ),
-    ] = None,
-    bits: Annotated[int, typer.Option(help="Of linear weights and activations: 4, 6 or 8.")] = 4,
-    policy: Annotated[
-        Policy, typer.Option(help="What is quantized; every engine runs 'deploy'.")
-    ] = Policy.DEPLOY,
-    calibration: Annotated[
-        str, typer.Option(metavar="synthetic|gaussian|DIR", help="Where calibration images come from.")
-    ] = "synthetic",
-    images: Annotated[
-        int | None,
-        typer.Option(help="How many calibration images, instead of the preset's.", show_default=False),
-    ] = None,
-    iterations: Annotated[
-        int | None, typer.Option(help="Synthesis steps, instead of the preset's.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
-    preset: Annotated[
-        Preset,
-        typer.Option(
-            help="How much is done for fidelity: fast synthesizes 1 image, best 4; both in 300 steps each, "
-            "see 16 views of each, and let layers make up for the error of those before them."
-        ),
-    ] = Preset.FAST,
-    as_json: JsonFlag = False,
-) -> None:
-    """Quantizes a checkpoint out of its own weights and writes the artifact and its report.
-
-    The same checkpoint and options always make the same <key>: when that file is there, nothing is done.
-    """
-    with plain_errors():
-        config = _configuration(bits, policy, calibration, images, iterations, seed, preset)
-        from monailabel_dfqsam.artifact import read_header
-        from monailabel_dfqsam.sam import read_checkpoint
-
-        source = read_checkpoint(checkpoint) if checkpoint else read_checkpoint()
-        path = out / f"{config.key(source.sha256)}.safetensors"
-        made = not _is_whole(path)
-        if made:
-            _quantize_into(out, path, source, config)
-        header = read_header(path)
-    summary = _summary(header, path, made)
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2))
-    else:
-        _print_summary(summary)
-
-
-def _configuration(
-    bits: int,
-    policy: Policy,
-    calibration: str,
-    images: int | None,
-    iterations: int | None,
-    seed: int,
-    preset: Preset,
-) -> QuantizationConfig:
-    """The options as a configuration; a calibration that is neither word is a folder."""
-    folder = None
-    if calibration in (Calibration.SYNTHETIC.value, Calibration.GAUSSIAN.value):
-        kind = Calibration(calibration)
-    elif Path(calibration).is_dir():
-        kind, folder = Calibration.FOLDER, str(Path(calibration).resolve())
-    else:
-        raise ValueError(
-            f"--calibration must be synthetic, gaussian or a folder of images, not '{calibration}'"
-        )
-    base = preset.config
-    steps = base.synthesis.iterations if iterations is None else iterations
-    return replace(
-        base,
-        bits=bits,
-        policy=policy,
-        calibration=kind,
-        images=base.images if images is None else images,
-        seed=seed,
-        folder=folder,
-        synthesis=replace(base.synthesis, iterations=steps),
-    )
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether an artifact is there and undamaged."""
-    from monailabel_dfqsam.artifact import ArtifactError, read_artifact
-
-    if not path.exists():
-        return False
-    try:
-        read_artifact(path)
-    except ArtifactError as error:
-        errors.print(f"Making it again: {error}", markup=False)
-        return False
-    return True
-
-
-def _quantize_into(out: Path, path: Path, source: Checkpoint, config: QuantizationConfig) -> None:
-    import torch
-
-    from monailabel_dfqsam.artifact import write_artifact
-    from monailabel_dfqsam.pipeline import quantize as run
-    from monailabel_dfqsam.report import write_report
-
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with progress_bars() as progress:
-        result = run(source, config, device=device, progress=progress)
-    # The report first: where the artifact is, a report was written.
-    write_report(result, source, out / "report.html")
-    write_artifact(result.artifact, path)
-
-
-def _summary(header: dict[str, Any], path: Path, made: bool) -> dict[str, Any]:
-    return {
-        "artifact": str(path),
-        "report": str(path.with_name("report.html")),
-        "key": header["key"],
-        "made": made,
-        "model": header["variant"],
-        "bits": header["config"]["bits"],
-        "policy": header["config"]["policy"],
-        "preset": header.get("preset"),
-        "fidelity": header["fidelity"],
-        "sizes": header["sizes"],
-        "bops": header["bops"],
-        "bops_float": header["bops_float"],
-        "seconds": header["seconds"],
-    }
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    sizes, fidelity = summary["sizes"], summary["fidelity"]
-    before, after = sizes["checkpoint_bytes"], sizes["artifact_bytes"]
-    bops_float, bops = summary["bops_float"], summary["bops"]
-    earlier = "" if summary["made"] else ", in an earlier run: nothing was to do now"
-    print_rows(
-        {
-            "model": f"{summary['model']}, W{summary['bits']}A{summary['bits']}, policy {summary['policy']}",
-            "fidelity": f"{fidelity['mean_iou']:.3f} mean IoU with full precision, {fidelity['n']} masks",
-            "size": f"{in_bytes(before)} in 32-bit float → {in_bytes(after)} ({before / after:.1f}×)",
-            "bit operations": f"{in_thousands(bops_float)} → {in_thousands(bops)} ({bops_float / bops:.0f}×)",
-            "time": in_seconds(summary["seconds"]) + earlier,
-            "artifact": summary["artifact"],
-            "report": summary["report"],
-        }
-    )
 
 
 @app.command()

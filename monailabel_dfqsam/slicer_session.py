@@ -6,7 +6,8 @@ For the demo, for tests, and for scripts: one annotator's session without a view
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
@@ -16,6 +17,7 @@ import requests
 from requests_toolbelt.multipart.decoder import MultipartDecoder  # type: ignore[import-untyped]
 
 _TIMEOUT_SECONDS = 120.0
+_POLL_SECONDS = 0.5
 
 
 class ServerAnswer(Exception):
@@ -138,9 +140,47 @@ class SlicerSession:
             files = {"params": (None, params), "label": (label.name, file)}
             return self._json("PUT", "/datastore/label", params={"image": image}, files=files)
 
-    def train(self, trainer: str = "dfqsam", **options: Any) -> dict[str, Any]:
-        """Starts a quantization."""
-        return self._json("POST", f"/train/{trainer}", json=self._with_id(options))
+    def train(self, trainer: str = "dfqsam", **options: Any) -> str:
+        """Asks for a run of a trainer; answers its id."""
+        return str(self._json("POST", f"/train/{trainer}", json=self._with_id(options))["id"])
+
+    def run(self, identity: str) -> dict[str, Any]:
+        """A run's record, as `server.runs.record.Run` describes it."""
+        return self._json("GET", f"/dfqsam/runs/{identity}")
+
+    def overview(self) -> dict[str, Any]:
+        """What the quantization page is told, see `server.overview`."""
+        return self._json("GET", "/dfqsam/status")
+
+    def ended_run(
+        self, identity: str, look: Callable[[dict[str, Any]], None] = lambda run: None
+    ) -> dict[str, Any]:
+        """Waits until a run has ended; its record then.
+
+        Args:
+            look: called with the record now and then; what it raises ends the waiting.
+        """
+        while True:
+            run = self.run(identity)
+            look(run)
+            if run["state"] not in ("queued", "running"):
+                return run
+            time.sleep(_POLL_SECONDS)
+
+    def settled(self, look: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Waits until the server has made up its mind which model answers; `overview` then.
+
+        It has when its start is over, which may have asked for a run, and what was published is loaded.
+
+        Args:
+            look: called now and then; what it raises ends the waiting.
+        """
+        while True:
+            overview = self.overview()
+            if not overview["changing"]:
+                return overview
+            look()
+            time.sleep(_POLL_SECONDS)
 
     def train_status(self) -> dict[str, Any]:
         """The last quantization; raises ServerAnswer 404 when there was none."""

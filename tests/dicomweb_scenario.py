@@ -23,7 +23,6 @@ from monailabel_dfqsam.slicer_session import ServerAnswer
 from tests.dicom_series import Series
 from tests.server_fixtures import (
     START_SECONDS,
-    WORK_SECONDS,
     Server,
     checkpoint,
     free_port,
@@ -223,16 +222,9 @@ def start_anew(server: Server, folder: Path, start: Any) -> dict[str, Any]:
     none = requests.get(f"{server.url}/datastore/label?label={PROPOSED.uid}&tag=final", timeout=60)
     info = requests.get(f"{server.url}/datastore/label/info?label={SERIES.uid}&tag=final", timeout=60)
     # Its own process fetches what is labelled: one series, where two are needed.
-    server.session.train("dfqsam_qat", max_epochs=1)
-    stats: dict[str, Any] = {}
-
-    def ended() -> bool:
-        stats.update(server.session.info()["train_stats"]["dfqsam_qat"])
-        return stats.get("state") == "failed"
-
-    wait(ended, WORK_SECONDS)
+    run = server.session.ended_run(server.session.train("dfqsam_qat", max_epochs=1))
     return {
-        "finetuning": stats["error"],
+        "finetuning": [run["state"], run["error"]],
         "stats": store, "status": reply.status_code, "label": str(path), "none": none.status_code,
         "info": info.json(), "next": server.session.next_sample("first").get("id"),
     }  # fmt: skip

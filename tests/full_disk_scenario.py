@@ -49,8 +49,8 @@ def save(server: Server, label: Path, info: list[dict[str, Any]]) -> list[Any]:
 
 def attempt(server: Server) -> dict[str, str]:
     """Quantizes, and how that ended."""
-    stats = quantize(server, seed=3)
-    return {"state": str(stats["state"]), "error": str(stats.get("error", ""))}
+    run = quantize(server, seed=3)
+    return {"state": str(run["state"]), "error": str(run["error"])}
 
 
 def labels(server: Server, folder: Path) -> dict[str, Any]:

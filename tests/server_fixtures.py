@@ -152,20 +152,28 @@ def process_exists(pid: int) -> bool:
         return False
 
 
+def slow_processes(folder: Path, seconds: float, then: str = "") -> str:
+    """A PYTHONPATH by which trainings' processes sleep before they import anything, and then run `then`."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "if any('runs.process' in word or 'utils.app' in word for word in sys.orig_argv):\n"
+        f"    time.sleep({seconds})\n    {then or 'pass'}\n"
+    )
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
 def quantize(server: Server, **options: object) -> dict[str, object]:
-    """Has a server quantize, and waits; its statistics then."""
+    """Has a server quantize, and waits; the run's record then."""
+    run = server.session.ended_run(server.session.train(**options))
+    server.session.settled()
+    return run
 
-    def started() -> object:
-        return server.session.info()["train_stats"]["dfqsam"].get("started")
 
-    wait(lambda: not server.session.is_training(), WORK_SECONDS)  # an earlier one may still be ending
-    before = started()
-    server.session.train(**options)
-    # MONAI Label says that something is running only after the process has been started.
-    wait(lambda: started() != before, WORK_SECONDS)
-    wait(lambda: not server.session.is_training(), WORK_SECONDS)
-    stats: dict[str, object] = server.session.info()["train_stats"]["dfqsam"]
-    return stats
+def first_run(server: Server) -> dict[str, object]:
+    """Waits for what a server quantizes of its own accord, and until that answers; the run's record then."""
+    run = server.session.ended_run(server.session.settled()["runs"][0]["id"])
+    server.session.settled()
+    return run
 
 
 def new_server(folder: Path, volumes: int = 1) -> Server:
@@ -209,8 +217,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     try:
         server.start(conf)
         first = server.session.infer("phantom0", [OBJECT])
-        wait(lambda: server.serving().startswith("W4A4"), WORK_SECONDS)
-        wait(lambda: not server.session.is_training(), WORK_SECONDS)  # that process takes seconds to end
+        first_run(server)
         yield Running(server, conf, first, weights)
     finally:
         server.stop()

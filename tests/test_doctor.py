@@ -22,7 +22,7 @@ from monailabel_dfqsam.doctor.speed import model
 from monailabel_dfqsam.doctor.surroundings import PORT, archive, folder, settings, viewers
 from monailabel_dfqsam.doctor.telling import as_json
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
-from monailabel_dfqsam.server.model_folder import ModelFolder
+from monailabel_dfqsam.server.runs.folder import ModelFolder
 from tests.server_fixtures import write_volume
 
 SECONDS = 20.0  # on an idle machine; its own clock is asked, since a busy one is no fault of the doctor's

@@ -43,6 +43,7 @@ def test_values_choose_names(values: list[int], idx: list[int | None], expected:
         ("bone", "Tissue", "Bone"),
         ("other", "Tissue", "Tissue"),
         ("hypothesis 7b", "Tissue", "Tissue"),
+        ("hip joint", "Tissue", "Tissue"),  # of which DICOM has two
     ],
 )
 def test_codes_are_those_of_dicom_or_plain_tissue(name: str, category: str, kind: str) -> None:

@@ -127,7 +127,9 @@ def test_the_label_is_found_again_by_a_server_that_forgot_it(seen: dict[str, Any
 
 
 def test_fine_tuning_finds_labels_in_the_archive(seen: dict[str, Any]) -> None:
-    assert seen["anew"]["finetuning"].startswith("1 of the images has a finished label")
+    state, error = seen["anew"]["finetuning"]
+    assert state == "failed"
+    assert error.startswith("1 of the images has a finished label")
 
 
 def test_what_is_no_volume_is_refused_and_never_proposed(seen: dict[str, Any]) -> None:

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from monailabel_dfqsam.sam import VARIANTS, Sam
-from monailabel_dfqsam.server.model_folder import ModelFolder
+from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.record import RunState
+from monailabel_dfqsam.server.runs.reporter import SERVER_ENDED
 from tests.server_fixtures import (
     OBJECT,
     QUANTIZED,
@@ -59,22 +61,20 @@ def kept(server: Server) -> dict[str, int]:
             (".safetensors", ".html")}  # fmt: skip
 
 
-def kill_at(server: Server, stage: str, seed: int) -> bool:
-    """Starts a quantization and kills it at a stage; whether that came about before it was done."""
-    wait(lambda: not server.session.is_training(), WORK_SECONDS)  # the one before, which may be ending
+def kill_at(server: Server, stage: str, seed: int) -> str | None:
+    """Starts a quantization and kills it at a stage; its id, or None when it was done before it could be."""
     folder = ModelFolder(server.app / "model")
-    old = folder.read_progress().get("started")
-    server.session.train(seed=seed, iterations=2 if stage != "synthesis" else 50_000)
+    identity = server.session.train(seed=seed, iterations=2 if stage != "synthesis" else 50_000)
     end = time.monotonic() + WORK_SECONDS
     while time.monotonic() < end:
-        progress = folder.read_progress()
-        if progress.get("started") == old:
-            time.sleep(0.01)
-        elif progress["state"] != "running":
-            return False
-        elif progress["stage"] == stage and (stage != "writing" or folder.building.is_dir()):
-            _kill(progress["pid"])
-            return True
+        run = folder.run(identity)
+        assert run is not None
+        if run.state.ended:
+            return None
+        if run.pid and run.stage == stage and (stage != "writing" or folder.building.is_dir()):
+            _kill(run.pid)
+            return identity
+        time.sleep(0.001)
     raise TimeoutError(stage)
 
 
@@ -88,13 +88,17 @@ def test_a_killed_quantization_leaves_everything_as_it_was(server: Server, stage
     seeds = range(100, 100 + _ATTEMPTS)
     before = kept(server)
     for seed in seeds:
-        if kill_at(server, stage, seed):
+        identity = kill_at(server, stage, seed)
+        if identity:
             break
         before = kept(server)  # it was done before it could be killed
     else:
         pytest.fail(f"no quantization was caught at '{stage}'")
-    assert server.session.info()["train_stats"]["dfqsam"]["state"] == "stopped"
+    run = server.session.ended_run(identity)
+    assert run["state"] == "failed"
+    assert "ended by SIGKILL" in run["error"]
     assert kept(server) == before
+    assert not (server.app / "model" / "building").exists()
     assert model(server) in QUANTIZED
 
 
@@ -127,10 +131,10 @@ def test_an_artifact_damaged_under_the_server_goes_on_serving(server: Server, da
 def test_a_checkpoint_replaced_by_rubbish_is_said_and_the_model_stays(server: Server) -> None:
     path = server.app.parent / "tiny.safetensors"
     path.write_bytes(b"not a checkpoint" * 100)
-    stats = quantize(server, seed=300)
-    assert stats["state"] == "failed"
-    assert "tiny.safetensors" in str(stats["error"])
-    assert str(path.parent) not in str(stats["error"])
+    run = quantize(server, seed=300)
+    assert run["state"] == "failed"
+    assert "tiny.safetensors" in str(run["error"])
+    assert str(path.parent) not in str(run["error"])
     assert model(server) in QUANTIZED
 
 
@@ -148,13 +152,13 @@ def test_a_checkpoint_replaced_by_another_is_quantized_on_demand(server: Server)
 def test_sigterm_leaves_no_orphan(server: Server) -> None:
     """The last test of its server, which it ends."""
     folder = ModelFolder(server.app / "model")
-    old = folder.read_progress().get("started")
-    server.session.train(seed=400, iterations=50_000)
-    wait(lambda: folder.read_progress().get("started") != old, WORK_SECONDS)
-    pid = folder.read_progress()["pid"]
+    identity = server.session.train(seed=400, iterations=50_000)
+    wait(lambda: folder.run(identity).pid is not None, WORK_SECONDS)  # type: ignore[union-attr]
     server.stop()
-    wait(lambda: not process_exists(pid), END_SECONDS)
-    assert folder.read_progress()["state"] == "stopped"
+    wait(lambda: not process_exists(folder.run(identity).pid), END_SECONDS)  # type: ignore[union-attr, arg-type]
+    run = folder.run(identity)
+    assert run is not None
+    assert (run.state, run.error) == (RunState.STOPPED, SERVER_ENDED)
 
 
 can_mount = pytest.mark.skipif(

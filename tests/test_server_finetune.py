@@ -19,14 +19,16 @@ from monailabel_dfqsam.artifact import read_artifact, read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.sam.checkpoint import file_sha256
 from monailabel_dfqsam.segmentation.segmenter import load_segmenter
-from monailabel_dfqsam.server.finetune_task import NAME, FinetuneTask, labelled_images
-from monailabel_dfqsam.server.model_folder import ModelFolder
 from monailabel_dfqsam.server.models import Models
 from monailabel_dfqsam.server.options import OptionError
 from monailabel_dfqsam.server.overview import Overview
+from monailabel_dfqsam.server.runs.finetuning import NAME, labelled_images
+from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.queue import RunQueue
+from monailabel_dfqsam.server.runs.trainers import FinetuneTask
 from monailabel_dfqsam.server.settings import Settings
 from monailabel_dfqsam.slicer_session import ServerAnswer
-from tests.server_fixtures import SAMPLE_APP, WORK_SECONDS, Server, checkpoint, wait
+from tests.server_fixtures import SAMPLE_APP, WORK_SECONDS, Server, checkpoint, first_run, wait
 
 pytest.importorskip("brevitas", reason="brevitas is not installed: pip install 'monailabel-dfqsam[qat]'")
 
@@ -78,7 +80,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def finetuned(settings: Settings, store: LocalDatastore) -> dict[str, object]:
     """The statistics of a fine-tuning that began with nothing in the model folder."""
-    return FinetuneTask(NAME, settings)({"model": NAME, "max_epochs": 3}, store)
+    return FinetuneTask(settings)({"model": NAME, "max_epochs": 3}, store)
 
 
 def test_only_finished_labels_count(store: LocalDatastore) -> None:
@@ -135,14 +137,15 @@ def test_what_it_makes_is_what_the_label_shows(settings: Settings, finetuned: di
 
 @pytest.mark.slow
 def test_the_page_tells_it_from_quantization(settings: Settings, finetuned: dict[str, object]) -> None:
-    status = Overview(Models(settings), settings).status()
+    models = Models(settings)
+    status = Overview(models, settings, RunQueue(models.folder, {})).status()
     (one,) = [one for one in status["artifacts"] if one["key"] == finetuned["key"]]
     assert one["learned"]["labels"] == 6
     assert one["learned"]["after"] > one["learned"]["before"]
     assert [other["learned"] for other in status["artifacts"] if other is not one] == [None]
     options = one["options"]
-    assert (options["trainer"], options["sampling"], options["labels"]) == (NAME, "balanced", 6)
-    assert status["history"][0]["options"]["trainer"] == NAME
+    assert (options["sampling"], options["labels"]) == ("balanced", 6)
+    assert status["runs"][0]["trainer"] == NAME
 
 
 @pytest.mark.slow
@@ -151,7 +154,7 @@ def test_the_same_labels_are_learned_from_once(
 ) -> None:
     path = ModelFolder(settings.model_dir).artifact(str(finetuned["key"]))
     before = path.stat().st_mtime_ns
-    again = FinetuneTask(NAME, settings)({"max_epochs": 3}, store)
+    again = FinetuneTask(settings)({"max_epochs": 3}, store)
     assert (again["state"], again["key"]) == ("published", finetuned["key"])
     assert path.stat().st_mtime_ns == before
 
@@ -162,7 +165,7 @@ def test_what_is_not_better_is_not_served(
 ) -> None:
     """One epoch from the same start is behind the three that are served."""
     before = ModelFolder(settings.model_dir).stamp()
-    stats = FinetuneTask(NAME, settings)({"max_epochs": 1}, store)
+    stats = FinetuneTask(settings)({"max_epochs": 1}, store)
     assert stats["state"] == "rejected"
     assert "better on images it did not learn from" in stats["error"]
     assert ModelFolder(settings.model_dir).stamp() == before
@@ -172,7 +175,7 @@ def test_what_is_not_better_is_not_served(
 def test_without_labels_it_says_what_is_needed(settings: Settings, tmp_path: Path) -> None:
     fill(tmp_path / "studies", 2)
     store = LocalDatastore(str(tmp_path / "studies"), extensions=["*.png"])
-    task = FinetuneTask(NAME, replace(settings, model_dir=tmp_path / "model"))
+    task = FinetuneTask(replace(settings, model_dir=tmp_path / "model"))
     with pytest.raises(ValueError, match="at least 2"):
         task({}, store)
     stats = task.stats()
@@ -188,13 +191,13 @@ def test_without_labels_it_says_what_is_needed(settings: Settings, tmp_path: Pat
 )  # fmt: skip
 def test_options_are_checked_first(settings: Settings, options: dict[str, object], word: str) -> None:
     with pytest.raises(OptionError, match=word):
-        FinetuneTask(NAME, settings).check(options)
+        FinetuneTask(settings).accepted(options)
 
 
 def test_a_server_of_6_bits_fine_tunes_8(settings: Settings) -> None:
     six = replace(settings, quantization=replace(QUICK, bits=6))
-    FinetuneTask(NAME, six).check({})
-    assert FinetuneTask(NAME, six).config()["bits"] == ["8", "4"]
+    FinetuneTask(six).accepted({})
+    assert FinetuneTask(six).config()["bits"] == ["8", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -214,23 +217,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_from_labels_to_the_model_served_over_http(server: Server) -> None:
     """As an annotator saves them and an administrator asks; stopped once, and asked again."""
     session = server.session
-    wait(lambda: session.info()["models"]["dfqsam"]["serving"]["key"] is not None, WORK_SECONDS)
-    wait(lambda: not session.is_training(), WORK_SECONDS)
+    first_run(server)
     start = session.info()["models"]["dfqsam"]["serving"]["key"]
     assert "READS THE IMAGES AND LABELS" in session.info()["trainers"][NAME]["description"]
     # Nothing learns because something was saved, or because everything is trained.
     for image, label in sorted((p.stem, p) for p in Path(server.studies).with_name("labels").iterdir()):
         session.save_label(image, label, [{"name": "organ", "idx": 1}])
-    before = session.info()["train_stats"][NAME]["started"]
     answer = requests.post(f"{server.url}/train/", json={"seed": 0}, timeout=60)
     assert set(answer.json()) == {"dfqsam"}
-    # It is answered before the process runs.
-    wait(lambda: session.info()["train_stats"][NAME]["started"] != before, WORK_SECONDS)
-    wait(lambda: not session.is_training(), WORK_SECONDS)
+    session.ended_run(answer.json()["dfqsam"]["result"]["id"])
     with pytest.raises(ServerAnswer, match="bits"):
         session.train(NAME, bits=5)
 
-    session.train(NAME, max_epochs=2)
+    stopped = session.train(NAME, max_epochs=2)
 
     def said() -> list[str]:
         return session.train_status().get("details", [])  # type: ignore[no-any-return]
@@ -242,14 +241,12 @@ def test_from_labels_to_the_model_served_over_http(server: Server) -> None:
     assert stats["stage"] == "learning"
     assert 0 < stats["epoch"] < stats["total_epochs"]
     session.stop_training()
-    wait(lambda: session.info()["train_stats"][NAME]["state"] == "stopped", WORK_SECONDS)
+    assert session.run(stopped)["state"] == "stopped"
     assert session.info()["models"]["dfqsam"]["serving"]["key"] == start
 
-    session.train(NAME, max_epochs=2)
-    wait(lambda: session.info()["train_stats"][NAME]["state"] not in ("running", "stopped"), WORK_SECONDS)
-    stats = session.info()["train_stats"][NAME]
-    assert stats["state"] == "published", stats
+    run = session.ended_run(session.train(NAME, max_epochs=2))
+    assert run["state"] == "published", run
     assert not any("picture" in line for line in said())
-    wait(lambda: session.info()["models"]["dfqsam"]["serving"]["key"] == stats["key"], WORK_SECONDS)
+    assert session.settled()["model"]["key"] == run["key"]
     assert not any(folder.glob("*"))
     assert "picture" not in server.text()

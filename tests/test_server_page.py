@@ -14,9 +14,10 @@ import requests
 from PIL import Image
 
 from monailabel_dfqsam.artifact import read_header
-from monailabel_dfqsam.server.model_folder import ModelFolder
 from monailabel_dfqsam.server.models import Models
 from monailabel_dfqsam.server.overview import Overview
+from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.settings import Settings
 from tests.server_fixtures import OBJECT, Running, checkpoint
 
@@ -49,7 +50,8 @@ def test_the_status_says_what_the_artifact_says(running: Running) -> None:
     key = folder(running).published()["key"]  # type: ignore[index]
     header = read_header(folder(running).artifact(key))
     assert found["model"]["name"] == running.server.serving()
-    assert (found["model"]["key"], found["own_key"], found["task"]) == (key, key, None)
+    assert (found["model"]["key"], found["own_key"], found["running"]) == (key, key, None)
+    assert found["changing"] is False
     assert found["checkpoint"] == {"name": running.weights.name, "bytes": running.weights.stat().st_size}
     assert found["threshold"] == 0
     (artifact,) = found["artifacts"]
@@ -61,8 +63,10 @@ def test_the_status_says_what_the_artifact_says(running: Running) -> None:
 
 
 def test_the_history_has_the_quantization_of_the_first_start(running: Running) -> None:
-    (row,) = status(running)["history"]
-    assert (row["state"], row["reason"]) == ("published", "")
+    (row,) = status(running)["runs"]
+    assert (row["trainer"], row["state"], row["error"]) == ("dfqsam", "published", "")
+    assert "pid" not in row
+    assert get(running, f"runs/{row['id']}").json() == row
     assert row["key"] == status(running)["model"]["key"]
     assert row["options"] == {
         "bits": 4, "policy": "deploy", "calibration": "synthetic", "iterations": running.conf["iterations"],
@@ -70,6 +74,13 @@ def test_the_history_has_the_quantization_of_the_first_start(running: Running) -
     }  # fmt: skip
     assert 0 < row["seconds"] < 600
     assert row["fidelity"] == status(running)["model"]["fidelity"]
+
+
+@pytest.mark.parametrize("identity", ["0" * 32, "x", "current", "%2e%2e%2fcurrent"])
+def test_a_run_is_named_by_its_id_alone(running: Running, identity: str) -> None:
+    answer = get(running, f"runs/{identity}")
+    assert answer.status_code in (400, 404)
+    assert isinstance(answer.json()["detail"], str)
 
 
 def test_speed_is_that_of_the_clicks_answered(running: Running) -> None:
@@ -152,7 +163,8 @@ def test_a_model_that_cannot_be_served_says_why(running: Running, tmp_path: Path
     (tmp_path / f"{UNKNOWN}.safetensors").write_bytes(whole[:100])
     (tmp_path / "other.pth").touch()
     settings = Settings(tmp_path, checkpoint=checkpoint(tmp_path), min_fidelity=1.0)
-    overview = Overview(Models(settings), settings)
+    models = Models(settings)
+    overview = Overview(models, settings, RunQueue(models.folder, {}))
     found = overview.status()
     assert found["model"]["name"] == "loading"
     refusals = {artifact["key"]: artifact["refusal"] for artifact in found["artifacts"]}

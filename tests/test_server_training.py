@@ -17,11 +17,12 @@ import pytest
 from monailabel_dfqsam.artifact import read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.sam.checkpoint import file_sha256
-from monailabel_dfqsam.server.model_folder import HISTORY, STOPPED, ModelFolder
 from monailabel_dfqsam.server.models import FULL_PRECISION, ChoiceError, Models
-from monailabel_dfqsam.server.options import OptionError
+from monailabel_dfqsam.server.options import OptionError, read_options
+from monailabel_dfqsam.server.runs.folder import HISTORY, ModelFolder
+from monailabel_dfqsam.server.runs.record import Run, RunState, run_from_json
+from monailabel_dfqsam.server.runs.trainers import FinetuneTask, QuantizeTask
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.train_task import QuantizeTask
 from tests.server_fixtures import checkpoint, wait
 
 SWAP_SECONDS = 30.0
@@ -51,7 +52,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def quantized(settings: Settings) -> Settings:
     """A model folder with one published artifact, made while nothing may be read."""
-    stats = QuantizeTask("dfqsam", settings)({"model": "dfqsam", "gpus": "all"}, Untouchable())
+    stats = QuantizeTask(settings)({"model": "dfqsam", "gpus": "all"}, Untouchable())
     assert stats["state"] == "published"
     return settings
 
@@ -78,7 +79,7 @@ def test_quantization_needs_no_data(quantized: Settings) -> None:
 
 
 def test_statistics_are_in_slicers_words(quantized: Settings) -> None:
-    stats = QuantizeTask("dfqsam", quantized).stats()
+    stats = QuantizeTask(quantized).stats()
     model = ModelFolder(quantized.model_dir)
     fidelity = read_header(model.artifact(key_of(quantized)))["fidelity"]["mean_iou"]
     assert stats["best_metric"] == pytest.approx(fidelity, abs=1e-4)  # rounded for people
@@ -93,13 +94,13 @@ def test_quantization_needs_no_network(quantized: Settings, tmp_path: Path) -> N
         from pathlib import Path
         from monailabel_dfqsam.config import *
         from monailabel_dfqsam.server.settings import Settings
-        from monailabel_dfqsam.server.train_task import QuantizeTask
+        from monailabel_dfqsam.server.runs.trainers import QuantizeTask
         config = QuantizationConfig(calibration=Calibration.GAUSSIAN, synthesis=SynthesisConfig(iterations=2))
         settings = Settings(
             Path({str(tmp_path)!r}), checkpoint=Path({str(quantized.checkpoint)!r}), quantization=config,
             min_fidelity=0.0,
         )
-        print(QuantizeTask("dfqsam", settings)({{}}, None)["state"])
+        print(QuantizeTask(settings)({{}}, None)["state"])
     """
     line = ["unshare", "-rn", sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=True)
@@ -109,14 +110,14 @@ def test_quantization_needs_no_network(quantized: Settings, tmp_path: Path) -> N
 def test_the_same_request_quantizes_nothing_twice(folder: Settings) -> None:
     path = ModelFolder(folder.model_dir).artifact(key_of(folder))
     before = path.stat().st_mtime_ns
-    assert QuantizeTask("dfqsam", folder)({}, Untouchable())["state"] == "published"
+    assert QuantizeTask(folder)({}, Untouchable())["state"] == "published"
     assert path.stat().st_mtime_ns == before
 
 
 def test_low_fidelity_is_not_published(folder: Settings) -> None:
     strict = replace(folder, min_fidelity=1.0)
     before = ModelFolder(folder.model_dir).stamp()
-    stats = QuantizeTask("dfqsam", strict)({"seed": 1}, Untouchable())
+    stats = QuantizeTask(strict)({"seed": 1}, Untouchable())
     assert stats["state"] == "rejected"
     assert "fidelity" in stats["error"]
     assert ModelFolder(folder.model_dir).stamp() == before
@@ -125,7 +126,7 @@ def test_low_fidelity_is_not_published(folder: Settings) -> None:
 def test_a_failure_is_told_and_leaves_nothing(folder: Settings, tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no weights")
-    task = QuantizeTask("dfqsam", replace(folder, checkpoint=broken))
+    task = QuantizeTask(replace(folder, checkpoint=broken))
     before = sorted(folder.model_dir.glob("*.safetensors"))
     with pytest.raises(ValueError, match="broken"):
         task({}, Untouchable())
@@ -135,22 +136,8 @@ def test_a_failure_is_told_and_leaves_nothing(folder: Settings, tmp_path: Path) 
 
 def test_a_wrong_option_fails_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="bits"):
-        QuantizeTask("dfqsam", Settings(tmp_path / "model"))({"bits": 5}, Untouchable())
+        QuantizeTask(Settings(tmp_path / "model"))({"bits": 5}, Untouchable())
     assert not (tmp_path / "model").exists()
-
-
-def test_a_killed_quantization_shows_as_stopped(folder: Settings) -> None:
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    model = ModelFolder(folder.model_dir)
-    begun = {"started": "2026-01-01T00:00:00.000+00:00", "state": "running", "pid": ended.pid, "seconds": 0}
-    model.write_history(begun)
-    model.write_progress({**begun, "seconds": 7})
-    stopped = {**begun, "seconds": 7, "state": "stopped", "error": STOPPED}
-    assert model.read_history()[0] == stopped
-    stopped.pop("pid")
-    # Slicer's bar: nothing of one step, where the record does not say.
-    assert QuantizeTask("dfqsam", folder).stats() == {**stopped, "epoch": 0, "total_epochs": 1}
 
 
 def test_the_published_artifact_is_served(folder: Settings) -> None:
@@ -212,63 +199,80 @@ def test_an_artifact_below_the_threshold_is_neither_served_nor_made_again(folder
     assert asked == []
 
 
-def test_a_start_clears_what_was_interrupted(tmp_path: Path) -> None:
-    model = ModelFolder(tmp_path)
+def test_sweeping_clears_what_was_interrupted_and_nothing_else(tmp_path: Path) -> None:
+    model, gone = ModelFolder(tmp_path), subprocess.Popen(["true"])
+    gone.wait()
     model.building.mkdir()
     (model.building / "artifact").touch()
-    (tmp_path / f".current.json.{os.getpid()}.partial").touch()
+    for writer in (gone.pid, os.getpid()):
+        (tmp_path / f".current.json.{writer}-7.partial").touch()
     (tmp_path / "keep.safetensors").touch()
-    model.prepare()
-    assert [path.name for path in tmp_path.iterdir()] == ["keep.safetensors"]
+    model.sweep()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"keep.safetensors", f".current.json.{os.getpid()}-7.partial"}
 
 
 def test_the_history_says_what_was_asked_for_and_how_it_ended(folder: Settings, tmp_path: Path) -> None:
     model = ModelFolder(folder.model_dir)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no weights")
-    QuantizeTask("dfqsam", replace(folder, min_fidelity=1.0))({}, Untouchable())
+    QuantizeTask(replace(folder, min_fidelity=1.0))({}, Untouchable())
     with pytest.raises(ValueError, match="broken"):
-        QuantizeTask("dfqsam", replace(folder, checkpoint=broken))({"seed": 3, "bits": 8}, Untouchable())
-    failed, rejected, published = model.read_history()
-    assert (published["state"], published["key"]) == ("published", key_of(folder))
+        QuantizeTask(replace(folder, checkpoint=broken))({"seed": 3, "bits": 8}, Untouchable())
+    failed, rejected, published = model.runs()
+    assert (published.state, published.key) == (RunState.PUBLISHED, key_of(folder))
     header = read_header(model.artifact(key_of(folder)))
-    assert published["fidelity"] == rejected["fidelity"] == header["fidelity"]["mean_iou"]
-    assert "fidelity" not in failed
-    assert published["options"] == {
+    assert published.fidelity == rejected.fidelity == header["fidelity"]["mean_iou"]
+    assert failed.fidelity is None
+    assert published.options == {
         "bits": 4, "policy": "deploy", "calibration": "gaussian", "iterations": 2, "images": 1, "seed": 0,
         "checkpoint": folder.checkpoint.name,
     }  # fmt: skip
-    assert (rejected["state"], rejected["key"]) == ("rejected", key_of(folder))
-    assert "fidelity" in rejected["error"]
-    assert (failed["state"], failed["key"], failed["options"]["seed"]) == ("failed", "", 3)
-    assert failed["options"]["bits"] == 8
-    assert "broken" in failed["error"]
-    assert failed["started"] >= rejected["started"] > published["started"]
+    assert (rejected.state, rejected.key) == (RunState.REJECTED, key_of(folder))
+    assert "fidelity" in rejected.error
+    assert (failed.state, failed.key, failed.options["seed"]) == (RunState.FAILED, "", 3)
+    assert failed.options["bits"] == 8
+    assert "broken" in failed.error
+    assert failed.created >= rejected.created > published.created
+
+
+@pytest.mark.parametrize(
+    "request_", [{}, {"bits": 8, "seed": 4}, {"preset": "best"}, {"preset": ["best"], "iterations": "7"}]
+)
+def test_a_runs_options_choose_what_its_request_chose(folder: Settings, request_: dict[str, object]) -> None:
+    run = QuantizeTask(folder).accepted({**request_, "client_id": "somebody", "gpus": "0"})
+    assert read_options(run.options, folder, "dfqsam") == read_options(request_, folder, "dfqsam")
+
+
+def test_statistics_are_the_trainers_own(folder: Settings) -> None:
+    """What the other one did last is not told as one's own."""
+    task, other = QuantizeTask(folder), FinetuneTask(folder)
+    assert other.stats() == {"epoch": 0, "total_epochs": 1}
+    before = task.stats()
+    ModelFolder(folder.model_dir).write_run(Run(other.name, {}, state=RunState.RUNNING, step=3, steps=9))
+    assert task.stats() == before
+    assert (other.stats()["epoch"], other.stats()["total_epochs"]) == (3, 9)
+    assert "total_time" not in other.stats()
 
 
 def test_the_history_is_bounded_and_survives_damage(tmp_path: Path) -> None:
     model = ModelFolder(tmp_path)
-    for n in range(HISTORY + 5):
-        model.write_history({"started": f"{n:03}", "state": "published"})
-    assert [record["started"] for record in model.read_history()] == [
-        f"{n:03}" for n in reversed(range(5, HISTORY + 5))
-    ]
-    (tmp_path / "history.json").write_text('[{"started": "1"')
-    assert model.read_history() == []
-    model.write_history({"started": "1", "state": "published"})
-    assert len(model.read_history()) == 1
+    runs = [Run("dfqsam", {}, created=f"{n:03}", state=RunState.PUBLISHED) for n in range(HISTORY + 5)]
+    for run in runs:
+        model.write_run(run)
+    assert model.runs() == runs[: -HISTORY - 1 : -1]
+    damaged = tmp_path / "runs" / f"{runs[-1].id}.json"
+    damaged.write_text(damaged.read_text()[:40])
+    assert model.run(runs[-1].id) is None
+    assert len(model.runs()) == HISTORY - 1
 
 
-def test_what_ran_when_the_machine_went_down_is_stopped_at_the_next_start(tmp_path: Path) -> None:
-    """Another process may have its number by then, like this one here."""
-    model = ModelFolder(tmp_path)
-    record = {"started": "1", "state": "running", "pid": os.getpid()}
-    model.write_history(record)
-    model.write_progress({**record, "seconds": 5})
-    assert model.read_history()[0]["state"] == "running"
-    model.prepare()
-    assert model.read_history() == [{**record, "seconds": 5, "state": "stopped", "error": STOPPED}]
-    assert model.read_progress()["state"] == "stopped"
+@pytest.mark.parametrize("wrong", [None, [], {}, {"id": "x"}, {"state": "unknown"}, {"more": 1}])
+def test_what_is_no_record_is_refused(wrong: object) -> None:
+    whole = Run("dfqsam", {}).as_json()
+    assert run_from_json(whole).as_json() == whole
+    with pytest.raises(ValueError, match=r"record|RunState"):
+        run_from_json({**whole, **wrong} if isinstance(wrong, dict) and wrong else wrong)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +281,7 @@ def two(quantized: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     model_dir = tmp_path_factory.mktemp("two") / "model"
     shutil.copytree(quantized.model_dir, model_dir)
     settings = replace(quantized, model_dir=model_dir)
-    assert QuantizeTask("dfqsam", settings)({"seed": 1}, Untouchable())["state"] == "published"
+    assert QuantizeTask(settings)({"seed": 1}, Untouchable())["state"] == "published"
     return settings, ModelFolder(model_dir).published()["key"]  # type: ignore[index]
 
 

@@ -15,8 +15,7 @@ import json
 import random
 import shutil
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,14 +34,12 @@ from monailabel_dfqsam.evaluation import evaluate
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.segmentation.segmenter import full_precision_segmenter, load_segmenter
-from monailabel_dfqsam.server.finetune_task import NAME
+from monailabel_dfqsam.server.runs.finetuning import NAME
 from monailabel_dfqsam.slicer_session import SlicerSession
 
 HERE = Path(__file__).parent
 LINE = "<!-- written by finetuning.py from here on -->"
 PROMPTS = ("box", "point")
-POLL_SECONDS = 2.0
-WAIT_SECONDS = 2 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -115,40 +112,26 @@ def run_arm(
         shutil.copytree(start, app)
     with DemoServer(studies, app, home / "server.log") as server:
         session = SlicerSession(server.url)
-        _wait(lambda: session.info()["models"]["dfqsam"]["serving"]["key"] is not None)
-        _wait(lambda: not session.is_training())
+        for run in session.settled()["runs"]:
+            session.ended_run(run["id"])
         if not start.is_dir():
             shutil.copytree(app, start)
         label_everything(session, data, rows, labels)
         options = {} if epochs is None else {"max_epochs": epochs}
-        session.train(NAME, bits=arm.bits, sampling=arm.sampling.value, seed=arm.seed, **options)
-        _wait(lambda: _has_ended(session.info()["train_stats"][NAME]))
-        stats = session.info()["train_stats"][NAME]
+        asked = session.train(NAME, bits=arm.bits, sampling=arm.sampling.value, seed=arm.seed, **options)
+        run = session.ended_run(asked)
     result = {
         "bits": arm.bits,
         "sampling": arm.sampling.value,
         "seed": arm.seed,
-        "state": stats["state"],
-        "key": stats["key"],
-        "error": stats.get("error"),
-        "seconds": stats["total_time"],
+        "state": run["state"],
+        "key": run["key"],
+        "error": run["error"] or None,
+        "seconds": run["seconds"],
     }
     with replacing(done) as partial:
         partial.write_text(json.dumps(result))
     return result
-
-
-def _has_ended(stats: dict[str, Any]) -> bool:
-    """Whether the last training was a fine-tuning and is over; it begins a while after it is asked for."""
-    return stats["options"].get("trainer") == NAME and stats["state"] != "running"
-
-
-def _wait(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError("the server took too long")
-        time.sleep(POLL_SECONDS)
 
 
 def scored(path: Path, data: Path) -> list[dict[str, Any]]:

@@ -23,8 +23,6 @@ from monailabel_dfqsam.benchmark import stock_app
 from monailabel_dfqsam.benchmark.phantom import organ_centre, write_phantom
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.demo.server import DemoServer
-from monailabel_dfqsam.numbers import in_seconds
-from monailabel_dfqsam.server.models import FULL_PRECISION
 from monailabel_dfqsam.server.serve import prepare_app
 from monailabel_dfqsam.slicer_session import InferReply, SlicerSession
 
@@ -32,7 +30,6 @@ IMAGE = "volume"
 _ITERATIONS = 10
 _NEIGHBOURHOOD = 3  # slices from one uncached click to the next, so that none is another's neighbour
 _REPEATS = 10  # of the kinds of click that need a slice each
-_QUANTIZE_SECONDS = 1800.0
 _WAIT_SECONDS = 120.0
 _POLL_SECONDS = 0.1
 _STAGES = ("load", "embed", "decode", "post", "write")
@@ -239,38 +236,18 @@ def quantize_quickly(
         checkpoint: a name in the server's model folder; None takes the server's own.
 
     Raises:
-        ClickError: when that fails, or takes longer than half an hour.
+        ClickError: when that fails.
     """
     named = {} if checkpoint is None else {"checkpoint": checkpoint}
     progress("quantizing", 0, 1)
-
-    def state() -> str:
-        check()
-        return str(session.info()["train_stats"]["dfqsam"].get("state", ""))
-
-    _wait(session.is_training, check)
+    session.settled(check)  # the start has asked for its own run by then
     session.stop_training()
-    _wait(lambda: not session.is_training(), check)
-    session.train(iterations=_ITERATIONS, **named)
-    _wait(lambda: state() in ("published", "rejected", "failed") and not session.is_training(), check)
-    if state() != "published":
-        reason = session.info()["train_stats"]["dfqsam"].get("error", "see its log")
-        raise ClickError(f"the server does not serve its quantized model: {reason}")
-
-    def served() -> bool:
-        return str(session.info()["models"]["dfqsam"]["serving"]["model"]) != FULL_PRECISION
-
-    _wait(served, check)
+    run = session.ended_run(session.train(iterations=_ITERATIONS, **named), lambda run: check())
+    if run["state"] != "published":
+        raise ClickError(f"the server does not serve its quantized model: {run['error']}")
+    if session.settled(check)["model"]["key"] != run["key"]:
+        raise ClickError("the server could not load its quantized model: its log says why")
     progress("quantizing", 1, 1)
-
-
-def _wait(condition: Callable[[], bool], check: Callable[[], None]) -> None:
-    deadline = time.monotonic() + _QUANTIZE_SECONDS
-    while not condition():
-        check()
-        if time.monotonic() > deadline:
-            raise ClickError(f"quantizing took more than {in_seconds(_QUANTIZE_SECONDS)}")
-        time.sleep(_POLL_SECONDS)
 
 
 def _stock_row(

@@ -83,7 +83,6 @@ def measure_load(*, clients: int = 8, seconds: float = 180.0, progress: Progress
             load = _Load(server, clients, seconds)
             load.run(progress)
             alone |= _alone(session, clients, progress)
-            requantized = session.info()["train_stats"]["dfqsam"]
     clicks = load.clicks
     wrong = sum(alone.get((c.artifact, c.volume, c.point)) != c.digest for c in clicks)
     return {
@@ -93,7 +92,7 @@ def measure_load(*, clients: int = 8, seconds: float = 180.0, progress: Progress
         "errors": sorted(set(load.errors)),
         "wrong": wrong,
         "artifacts": len({c.artifact for c in clicks}),
-        "requantized": requantized.get("state"),
+        "requantized": load.requantized,
         **summary([c.seconds for c in clicks]),
         "memory_mib": _memory(load.memory, seconds),
     }
@@ -104,6 +103,7 @@ class _Load:
 
     Attributes:
         clicks, errors: of all clients, appended to by their threads.
+        requantized: the state in which the quantization ended.
         memory: (seconds since the beginning, bytes resident, bytes of them cached embeddings).
     """
 
@@ -123,7 +123,7 @@ class _Load:
         self._begin = time.monotonic()
         with ThreadPoolExecutor(self._clients) as pool:
             done = [pool.submit(self._annotate, n) for n in range(self._clients)]
-            session.train(seed=1, iterations=_ITERATIONS)
+            run = session.train(seed=1, iterations=_ITERATIONS)
             while (now := time.monotonic() - self._begin) < self._seconds:
                 self._server.check()
                 cached = session.info()["models"]["dfqsam"]["embedding_cache"]["bytes"]
@@ -132,9 +132,8 @@ class _Load:
                 time.sleep(_SAMPLE_SECONDS)
             for future in done:
                 future.result()
-        while session.is_training() or not _is_served(session):
-            self._server.check()
-            time.sleep(_SAMPLE_SECONDS)
+        self.requantized = str(session.ended_run(run, lambda run: self._server.check())["state"])
+        session.settled(self._server.check)
 
     def _annotate(self, volume: int) -> None:
         session = SlicerSession(self._server.url, client_id=f"annotator-{volume}")
@@ -152,14 +151,6 @@ class _Load:
             self.clicks.append(
                 _Click(at, elapsed, volume, point, str(reply.params["artifact"]), _digest(reply))
             )
-
-
-def _is_served(session: SlicerSession) -> bool:
-    """Whether what was quantized last answers, if it is to."""
-    info = session.info()
-    last = info["train_stats"]["dfqsam"]
-    serving = info["models"]["dfqsam"]["serving"]
-    return bool(last["state"] != "published" or serving["key"] == last["key"])
 
 
 def _alone(session: SlicerSession, clients: int, progress: Progress) -> dict[tuple[str, int, Place], str]:

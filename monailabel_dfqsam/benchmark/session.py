@@ -64,7 +64,8 @@ class Session:
             for turn, name in enumerate(names[start:] + names[:start]):
                 self._progress(f"rounds{self._label}", index * len(names) + turn, rounds * len(names))
                 self._turn(name)
-        self._progress(f"rounds{self._label}", 1, 1)
+        turns = rounds * max(1, len(self._children))
+        self._progress(f"rounds{self._label}", turns, turns)
 
     def ask(self, name: str, method: str) -> Any:
         """What a method of an engine's object gives, None where the engine is not there.

@@ -22,13 +22,9 @@ from monailabel_dfqsam.demo.server import DemoServer
 from monailabel_dfqsam.numbers import in_bytes, in_seconds
 from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.segmentation.volume import load_volume
-from monailabel_dfqsam.server.model_folder import ModelFolder
-from monailabel_dfqsam.server.models import FULL_PRECISION
+from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.slicer_session import SlicerSession
 
-QUANTIZE_SECONDS = 1800.0
-SWAP_SECONDS = 60.0
-POLL_SECONDS = 0.5
 REQUANTIZE_SEED = 1
 REQUANTIZE_ITERATIONS = 50
 
@@ -102,10 +98,8 @@ class _Play:
             f"  first answer {in_seconds(until_first)} after the start, by {first.model}", markup=False
         )
         full = {**self._ask_all(), (0, "point"): first}
-        seconds = self._wait_for_quantization("quantizing")
-        header = self._published_header()
+        seconds, header = self._first_quantization()
         shutil.copy(self._folder.report(header["key"]), self._out / "report.html")
-        self._wait_for_swap({"model": FULL_PRECISION})
         comparison = Comparison(self._cases, full, self._ask_all())
         output.print(comparison.table())
         output.print("Full precision answered while the same machine was quantizing.")
@@ -151,81 +145,71 @@ class _Play:
             for prompt in PROMPTS
         }
 
-    def _stats(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._session.info()["train_stats"]["dfqsam"]
-        return found
+    def _first_quantization(self) -> tuple[float, dict[str, Any]]:
+        """Follows the run that the start asked for until its model answers; its seconds, and that model's
+        header.
+        """
+        output.print("Waiting until the server has asked itself for a quantization …")
+        runs = self._session.settled(self._server.check)["runs"]
+        if not runs:
+            raise DemoError("the server began no quantization: its log says why")
+        run = self._followed(runs[0]["id"])
+        if run["state"] != "published":
+            raise DemoError(f"the quantized model was not published: {run['error']}")
+        self._swapped(run["key"])
+        return float(run["seconds"]), read_header(self._folder.artifact(run["key"]))
 
-    def _serving(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._session.info()["models"]["dfqsam"]["serving"]
-        return found
-
-    def _wait_for_quantization(self, title: str) -> float:
-        """Until the trainer has ended; returns the seconds that it took by its own clock."""
-        deadline = time.monotonic() + QUANTIZE_SECONDS
+    def _followed(self, identity: str) -> dict[str, Any]:
+        """A run's record once it has ended, published or rejected; a bar a stage shows how it goes."""
         last = ("", 1)
         with progress_bars() as progress:
-            while time.monotonic() < deadline:
-                stats = self._stats()
-                stage, total = str(stats.get("stage", "")), int(stats.get("total_epochs", 1))
-                ended = stats.get("state") in ("published", "rejected")
-                if last[0] and (ended or stage != last[0]):
-                    progress(last[0], last[1], last[1])
-                if ended:
-                    return float(stats["total_time"])
-                if stats.get("state") in ("failed", "stopped"):
-                    raise DemoError(
-                        f"{title} ended as '{stats['state']}': {stats.get('error', 'see the log')}"
-                    )
-                if stage not in ("", "starting"):
-                    progress(stage, int(stats["epoch"]), total)
-                    last = (stage, total)
+
+            def look(run: dict[str, Any]) -> None:
+                nonlocal last
                 self._server.check()
-                time.sleep(POLL_SECONDS)
-        raise DemoError(f"{title} took more than {in_seconds(QUANTIZE_SECONDS)}")
+                if last[0] and run["stage"] != last[0]:
+                    progress(last[0], last[1], last[1])
+                if run["stage"] not in ("", "starting"):
+                    ended = run["state"] in ("published", "rejected")
+                    progress(run["stage"], run["steps"] if ended else run["step"], run["steps"])
+                    last = (run["stage"], run["steps"])
 
-    def _published_header(self) -> dict[str, Any]:
-        published = self._folder.published()
-        if published is None:
-            reason = self._stats().get("error", "no reason given")
-            raise DemoError(f"the quantized model was not published: {reason}")
-        return read_header(self._folder.artifact(published["key"]))
+            run = self._session.ended_run(identity, look)
+        if run["state"] not in ("published", "rejected"):
+            raise DemoError(f"the quantization ended as '{run['state']}': {run['error']}")
+        return run
 
-    def _wait_for_swap(self, old: dict[str, Any]) -> dict[str, Any]:
-        """Clicks until another model than `old` answers; `old` holds some of `serving`'s entries."""
-        deadline = time.monotonic() + SWAP_SECONDS
-        while time.monotonic() < deadline:
-            self._ask(0, "point")
-            now = self._serving()
-            if any(now[key] != value for key, value in old.items()):
-                return now
-            time.sleep(POLL_SECONDS)
-        raise DemoError(f"the server still answers with {old} after {in_seconds(SWAP_SECONDS)}")
-
-    def _wait_until_idle(self) -> None:
-        while self._session.is_training():
-            self._server.check()
-            time.sleep(POLL_SECONDS)
+    def _swapped(self, key: str) -> dict[str, Any]:
+        """Waits until a published model answers; how it is, in the words of the quantization page."""
+        output.print("Waiting until the server has loaded the new model …")
+        model: dict[str, Any] = self._session.settled(self._server.check)["model"]
+        if model["key"] != key:
+            raise DemoError(f"the server still answers with {model['name']}: its log says why")
+        return model
 
     def _requantize(self) -> dict[str, Any]:
         """Asks for another quantization by the admin API, and sees the model change without a restart."""
-        before = self._serving()
+        before = self._session.overview()["model"]
         text = f"with seed {REQUANTIZE_SEED} and {REQUANTIZE_ITERATIONS} iterations"
         output.print(f"\nPOST /train/dfqsam {text}:", markup=False)
-        self._wait_until_idle()  # the last one has published, but its process may still be ending
-        self._session.train(seed=REQUANTIZE_SEED, iterations=REQUANTIZE_ITERATIONS)
-        self._wait_until_idle()
-        seconds = self._wait_for_quantization("requantizing")
-        stats = self._stats()
-        if stats["state"] == "rejected":
-            output.print(f"  not published: {stats['error']}", markup=False)
-            return {"published": False, "seconds": seconds, "reason": stats["error"]}
-        now = self._wait_for_swap({key: before[key] for key in ("model", "fidelity")})
+        run = self._followed(self._session.train(seed=REQUANTIZE_SEED, iterations=REQUANTIZE_ITERATIONS))
+        seconds = float(run["seconds"])
+        if run["state"] == "rejected":
+            output.print(f"  not published: {run['error']}", markup=False)
+            return {"published": False, "seconds": seconds, "reason": run["error"]}
+        now = self._swapped(run["key"])
         output.print(
             f"  {in_seconds(seconds)} later the same server answers with another model,\n"
             f"  of fidelity {now['fidelity']:.3f} where the last had {before['fidelity']:.3f}",
             markup=False,
         )
-        return {"published": True, "seconds": seconds, "before": before, "now": now}
+        kept = ("name", "engine", "key", "fidelity")
+        models = {"before": before, "now": now}
+        return {
+            "published": True,
+            "seconds": seconds,
+            **{when: {name: model[name] for name in kept} for when, model in models.items()},
+        }
 
     def _save_label(self, comparison: Comparison) -> None:
         """Submits the first box's mask as a finished label, as Slicer's Submit button does."""

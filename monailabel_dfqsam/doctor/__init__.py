@@ -13,7 +13,7 @@ from monailabel_dfqsam.doctor.finding import Finding, Level
 from monailabel_dfqsam.doctor.software import engines, hardware, packages
 from monailabel_dfqsam.doctor.speed import Measured, model
 from monailabel_dfqsam.doctor.surroundings import archive, folder, is_archive, settings, viewers
-from monailabel_dfqsam.server.model_folder import ModelFolder
+from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.server.serve import default_app_dir
 
 __all__ = ["Diagnosis", "Finding", "Level", "diagnose"]

@@ -21,7 +21,7 @@ from monailabel_dfqsam.sam.checkpoint import EMBEDDED, file_sha256
 from monailabel_dfqsam.segmentation.engine_race import load_fastest
 from monailabel_dfqsam.segmentation.memory import embed_bytes
 from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, full_precision_segmenter
-from monailabel_dfqsam.server.model_folder import ModelFolder
+from monailabel_dfqsam.server.runs.folder import ModelFolder
 
 _SIDE = 512
 _REPEATS = 5

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, signal
+from scipy import ndimage
 
 Mask = NDArray[np.bool_]
 
@@ -78,6 +78,8 @@ def shift(likeness: NDArray[np.float64], mask: Mask) -> tuple[int, int]:
     Returns:
         (rows, columns) to move the mask by; (0, 0) where nothing is gained.
     """
+    from scipy.signal import correlate  # slow to import, and a server starts without it
+
     ((rows, columns),) = ndimage.find_objects(mask.astype(np.uint8))
     cut = mask[rows, columns].astype(np.float64)
     reach = max(1, round(_REACH * float(np.sqrt(cut.size))))
@@ -85,7 +87,7 @@ def shift(likeness: NDArray[np.float64], mask: Mask) -> tuple[int, int]:
     wide = np.pad(likeness, reach)[
         rows.start : rows.stop + 2 * reach, columns.start : columns.stop + 2 * reach
     ]
-    gain = signal.correlate(wide, cut, mode="valid") / cut.sum()
+    gain = correlate(wide, cut, mode="valid") / cut.sum()
     dy, dx = np.indices(gain.shape) - reach
     gain = gain - _MOVING_COSTS * (dx**2 + dy**2) / reach**2
     best = np.unravel_index(int(gain.argmax()), gain.shape)

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -20,9 +21,11 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from monailabel_dfqsam.server.compat import image_path
+from monailabel_dfqsam.server.parent import exit_with_parent
 from monailabel_dfqsam.server.propose_task import ProposeTask, reason, summarize
-from monailabel_dfqsam.server.train_report import exit_with_parent
 from monailabel_dfqsam.server.workbench import Clock
+
+logger = logging.getLogger(__name__)
 
 CONFIDENCE = "confidence"
 
@@ -45,7 +48,7 @@ class ConfidenceScoring(ScoringMethod):  # type: ignore[misc]
         Returns:
             How many images were `scored`, had been judged `before`, and were `skipped`.
         """
-        exit_with_parent("scoring")
+        exit_with_parent(lambda: logger.warning("The server has gone: scoring stops"))
         identity = self._task.workbench.served().identity
         unlabelled = sorted(datastore.get_unlabeled_images())
         infos = {image: datastore.get_image_info(image) for image in unlabelled}

@@ -22,24 +22,24 @@ from monailabel_dfqsam.server import (
     compat,
     compat_disk,
     compat_shared,
-    finetune_task,
+    compat_start,
     page,
     propose_task,
 )
 from monailabel_dfqsam.server.infer_task import InteractiveTask, SegmentTask
 from monailabel_dfqsam.server.models import Models
-from monailabel_dfqsam.server.options import OptionError
+from monailabel_dfqsam.server.parent import SERVER_PID
 from monailabel_dfqsam.server.request import STORED, WINDOWS
-from monailabel_dfqsam.server.security import Refusal
+from monailabel_dfqsam.server.runs import finetuning, quantizing
+from monailabel_dfqsam.server.runs.queue import RunQueue
+from monailabel_dfqsam.server.runs.trainers import FinetuneTask, QuantizeTask, Trainer
 from monailabel_dfqsam.server.settings import read_settings
-from monailabel_dfqsam.server.train_report import SERVER_PID
-from monailabel_dfqsam.server.train_task import PublishingTask, QuantizeTask
 from monailabel_dfqsam.server.volume_task import LabelsTask, VolumeTask
 from monailabel_dfqsam.server.workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
-NAME = "dfqsam"
+NAME = quantizing.NAME
 
 _SCORING_PAUSE_SECONDS = 600.0
 
@@ -56,6 +56,8 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         self._settings = read_settings(conf or {}, Path(app_dir), tuple(WINDOWS))
         self._models = Models(self._settings)
         self._workbench = Workbench(self._models, self._settings.cache_mb)
+        server = {"app_dir": app_dir, "studies": studies, "conf": dict(conf or {})}
+        self._queue = RunQueue(self._models.folder, server)
         compat.quieten()
         compat_disk.repair_writing()
         compat_shared.share_datastore()
@@ -86,12 +88,9 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             propose_task.NAME: propose_task.ProposeTask(self._workbench, self._settings),
         }
 
-    def init_trainers(self) -> dict[str, PublishingTask]:
+    def init_trainers(self) -> dict[str, Trainer]:
         """Quantization, and fine-tuning, which runs only when it is named."""
-        return {
-            NAME: QuantizeTask(NAME, self._settings),
-            finetune_task.NAME: finetune_task.FinetuneTask(finetune_task.NAME, self._settings),
-        }
+        return {task.name: task for task in (QuantizeTask(self._settings), FinetuneTask(self._settings))}
 
     def init_strategies(self) -> dict[str, Any]:
         """Which image next: any, the first unlabelled one by name, or the one the model is least sure of."""
@@ -112,20 +111,24 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             from monailabel.app import app
             from monailabel.config import settings
 
-            compat.install(
-                app,
-                self._check_training,
-                self._settings.trusted_hosts,
-                self._settings.max_upload_mb << 20,
-            )
-            app.include_router(page.router(self._models, self._settings), prefix=settings.MONAI_LABEL_API_STR)
+            from monailabel_dfqsam.server.compat_training import Training
+
+            compat.install(app, self._settings.trusted_hosts, self._settings.max_upload_mb << 20)
+            self._training = Training(self._trainers, self._queue, self._models.folder)
+            self._training.install(self._trainings_for)
+            routes = page.router(self._models, self._settings, self._queue)
+            app.include_router(routes, prefix=settings.MONAI_LABEL_API_STR)
 
     def on_init_complete(self) -> None:
         """Loads the model in the background, and quantizes it if that has not been done."""
         super().on_init_complete()
         os.environ[SERVER_PID] = str(os.getpid())
-        self._models.folder.prepare()
-        self._models.start(quantize=lambda: self.async_training(NAME))
+        try:
+            self._queue.own()
+        except OSError as error:
+            logger.error("No model can be made here: the model folder cannot be written to (%s)", error)
+        self._models.start(quantize=self._quantize_first)
+        compat_start.settle()
 
     def on_save_label(self, image_id: str, label_id: str) -> None:
         """Nothing to do: labels are learned from only when somebody asks for it."""
@@ -143,7 +146,13 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             AsyncTask.run("scoring", request={"method": "confidence"})  # unless it runs already
         return found
 
-    def trainings_for(self, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def async_training(
+        self, model: str, params: dict[str, Any] | None = None, enqueue: bool = False
+    ) -> dict[str, Any]:
+        """Accepts a run of a trainer, in server mode; upstream's answer."""
+        return self._training.run_model(model, params, False, enqueue)
+
+    def _trainings_for(self, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """What runs where no trainer is named, with the options of each.
 
         Args:
@@ -153,7 +162,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         return {
             name: {**common, **(params.get(name) or {})}
             for name in self._trainers
-            if name != finetune_task.NAME or name in params
+            if name != finetuning.NAME or name in params
         }
 
     def check_batch(self, model: str, params: Mapping[str, Any]) -> None:
@@ -201,11 +210,9 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             for image in store.get_unlabeled_images()
         )
 
-    def _check_training(self, name: str, params: Mapping[str, Any]) -> None:
-        trainer = self._trainers.get(name)
-        if trainer is None:
-            raise Refusal(404, f"there is no trainer '{name}'; there is: {', '.join(self._trainers)}")
+    def _quantize_first(self) -> None:
+        """What the server does of its own accord when no artifact is there."""
         try:
-            trainer.check(params)
-        except OptionError as error:
-            raise Refusal(400, str(error)) from None
+            self.async_training(NAME)
+        except HTTPException as error:
+            logger.warning("Full precision answers: %s", error.detail)

@@ -6,8 +6,8 @@
 - A request of any size is received, before its sender is known: `bodies.BodyLimit`.
 - `POST /infer/{model}` blocks the event loop, takes `image` from its JSON too, leaves uploads behind when it
   fails, and answers unknown models and images with 500: our own route before it, in a worker thread.
-- Options of training, scoring, batches and strategies are only read when they run: checked before anything is
-  started.
+- Options of scoring, batches and strategies are only read when they run: checked before anything is started.
+- Trainings have runs of their own: `compat_training`.
 - The datastore and sessions: `compat_store`; the datastore between processes: `compat_shared`; logins:
   `compat_login`.
 - The random strategy fails on images that were all proposed within a second.
@@ -27,10 +27,9 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -46,7 +45,6 @@ from monailabel.endpoints import logs as logs_endpoint
 from monailabel.endpoints import ohif as ohif_endpoint
 from monailabel.endpoints import proxy as proxy_endpoint
 from monailabel.endpoints import scoring as scoring_endpoint
-from monailabel.endpoints import train as train_endpoint
 from monailabel.endpoints.user import auth
 from monailabel.interfaces.exception import (
     ImageNotFoundException,
@@ -56,7 +54,6 @@ from monailabel.interfaces.exception import (
 )
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.tasks.activelearning import random as random_strategy
-from monailabel.utils.async_tasks.task import AsyncTask
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse
@@ -71,7 +68,7 @@ from monailabel_dfqsam.server.compat_store import (
     check_upload,
     repair_store,
 )
-from monailabel_dfqsam.server.json_input import check_value, read_object
+from monailabel_dfqsam.server.json_input import check_options, check_own, read_object
 from monailabel_dfqsam.server.request import MASK, STORED
 from monailabel_dfqsam.server.security import Guard, Refusal, check_name, check_session, check_tag
 
@@ -90,22 +87,14 @@ _CHUNK = 1 << 20
 
 # The decoder's memory grows with the square of the number of points.
 _MAX_POINTS = 1000
-# The options travel to the training process as one argument of a command, of which Linux takes 128 KiB.
-_MAX_OPTIONS_BYTES = 1 << 16
 _MAX_LOG_LINES = 100_000
-_DEVICES = re.compile(r"(all|[0-9,]*)")
-
-CheckTraining = Callable[[str, Mapping[str, Any]], None]
 
 
-def install(
-    app: FastAPI, check_training: CheckTraining, trusted_hosts: Sequence[str], max_upload: int = MAX_UPLOAD
-) -> None:
+def install(app: FastAPI, trusted_hosts: Sequence[str], max_upload: int = MAX_UPLOAD) -> None:
     """Puts MONAI Label's server right.
 
     Args:
         app: MONAI Label's, starting.
-        check_training: raises Refusal for a trainer's name or options that cannot be used.
         trusted_hosts: as for `Guard`.
         max_upload: as for `BodyLimit`.
     """
@@ -113,7 +102,6 @@ def install(
     path = f"{upstream.MONAI_LABEL_API_STR}/infer/{{model}}"
     app.add_api_route(path, _infer, methods=["POST"], include_in_schema=False)
     app.router.routes.insert(0, app.router.routes.pop())
-    _check_training(check_training)
     _check_scoring()
     _check_batch()
     _check_strategies()
@@ -257,42 +245,12 @@ def _is_archive() -> bool:
     return str(upstream.MONAI_LABEL_STUDIES).startswith(("http://", "https://"))
 
 
-def _check_training(check: CheckTraining) -> None:
-    run_model = train_endpoint.run_model
-
-    @functools.wraps(run_model)
-    def checked_model(
-        model: str, params: dict[str, Any] | None = None, run_sync: bool = False, enqueue: bool = False
-    ) -> Any:
-        _check_options(params, run_sync)
-        check(model, params or {})
-        return run_model(model, params, False, enqueue)
-
-    def checked_all(params: dict[str, Any] | None = None, run_sync: bool = False) -> dict[str, Any]:
-        _check_options(params, run_sync)
-        app = app_instance()
-        for model in app.info()["trainers"]:
-            _check_own(params, model)
-        own = app.trainings_for(params or {})
-        for model, options in own.items():
-            check(model, options)
-        found = {}
-        for model, options in own.items():
-            result, detail = AsyncTask.run(
-                "train", request={"model": model}, params=options, force_sync=False, enqueue=True
-            )
-            found[model] = {"result": result, "detail": detail}
-        return found
-
-    train_endpoint.run_model, train_endpoint.run = checked_model, checked_all
-
-
 def _check_scoring() -> None:
     run_method, run = scoring_endpoint.run_method, scoring_endpoint.run
 
     @functools.wraps(run_method)
     def checked_method(method: str, params: dict[str, Any] | None = None, run_sync: bool = False) -> Any:
-        _check_options(params, run_sync)
+        check_options(params, run_sync)
         known = app_instance().info()["scoring"]
         if method not in known:
             raise Refusal(
@@ -302,9 +260,9 @@ def _check_scoring() -> None:
 
     @functools.wraps(run)
     def checked_all(params: dict[str, Any] | None = None, run_sync: bool = False) -> Any:
-        _check_options(params, run_sync)
+        check_options(params, run_sync)
         for method in app_instance().info()["scoring"]:
-            _check_own(params, method)
+            check_own(params, method)
         return run(params, False)
 
     scoring_endpoint.run_method, scoring_endpoint.run = checked_method, checked_all
@@ -315,7 +273,7 @@ def _check_batch() -> None:
 
     @functools.wraps(run)
     def checked(model: str, images: Any, params: dict[str, Any] | None = None, run_sync: bool = False) -> Any:
-        _check_options(params, run_sync)
+        check_options(params, run_sync)
         app_instance().check_batch(model, params or {})
         return run(model, images, params, False)
 
@@ -327,7 +285,7 @@ def _check_strategies() -> None:
 
     @functools.wraps(sample)
     def checked(strategy: str, params: dict[str, Any] | None = None, user: str | None = None) -> Any:
-        _check_options(params, False)
+        check_options(params, False)
         known = app_instance().info()["strategies"]
         if strategy not in known:
             raise Refusal(404, f"there is no strategy '{strategy}'; there is: {', '.join(known)}")
@@ -343,24 +301,6 @@ def _check_strategies() -> None:
     random_strategy.random = SimpleNamespace(
         choices=lambda images, weights: random.choices(images, [max(weight, 1) for weight in weights])
     )
-
-
-def _check_options(params: Mapping[str, Any] | None, run_sync: bool | None) -> None:
-    """What holds for the options of anything that runs in a process of its own."""
-    if run_sync:
-        raise Refusal(400, "run_sync is not offered: it would hold up every other request")
-    check_value(params or {}, "the options")
-    if len(json.dumps(params)) > _MAX_OPTIONS_BYTES:
-        raise Refusal(400, f"the options must be at most {_MAX_OPTIONS_BYTES >> 10} KiB")
-    gpus = (params or {}).get("gpus") or "all"
-    if not isinstance(gpus, str) or not _DEVICES.fullmatch(gpus):
-        raise Refusal(400, "gpus must be 'all' or numbers with commas between them")
-
-
-def _check_own(params: Mapping[str, Any] | None, name: str) -> None:
-    """What is for one of several stands under its name."""
-    if not isinstance((params or {}).get(name) or {}, dict):
-        raise Refusal(400, f"{name} must be an object of options")
 
 
 def _repair_proxy() -> None:

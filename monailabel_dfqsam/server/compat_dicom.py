@@ -19,8 +19,9 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pydicom
@@ -36,24 +37,15 @@ from monailabel.datastore.utils.convert import dicom_seg_to_itk_image, dicom_to_
 from monailabel.datastore.utils.dicom import dicom_web_download_series
 from monailabel.endpoints import activelearning as activelearning_endpoint
 from pydicom.dataset import Dataset
-from pydicom.sr.codedict import codes
-from pydicom.sr.coding import Code
 
 from monailabel_dfqsam.segmentation.reading import ImageError, read_itk
 from monailabel_dfqsam.server.security import Refusal
 
+if TYPE_CHECKING:
+    from pydicom.sr.coding import Code
+
 Info = Mapping[str, Any]
 
-_ABNORMAL = codes.SCT.MorphologicallyAbnormalStructure
-_ANATOMY = codes.cid7150.AnatomicalStructure
-_TISSUE = codes.SCT.Tissue
-# DICOM's lists of what may be segmented, with the category of each; the first that has a name counts.
-_LISTS = ((codes.cid7159, _ABNORMAL), (codes.cid7166, _TISSUE), (codes.cid7151, _ANATOMY))
-_MORE = {
-    "lesion": (codes.SCT.Lesion, _ABNORMAL), "tumour": (codes.SCT.Neoplasm, _ABNORMAL),
-    "tumor": (codes.SCT.Neoplasm, _ABNORMAL), "vessel": (codes.SCT.BloodVessel, _TISSUE),
-    "organ": (codes.SCT.Organ, _ANATOMY),
-}  # fmt: skip
 _RGB = re.compile(r"rgba?\(\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*(?:,[^)]*)?\)")
 _RED = (255, 0, 0)
 _OFF = 0.1  # voxels
@@ -241,14 +233,33 @@ def _segment(value: int, info: Info) -> dict[str, Any]:
 
 def _code(name: str) -> tuple[Code, Code]:
     """Type and category; plain tissue for a name that DICOM does not list."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    if plain in _MORE:
-        return _MORE[plain]
-    for codes_of, category in _LISTS:
-        for known in codes_of.dir():
-            if known.lower() == plain:
-                return getattr(codes_of, known), category
-    return _TISSUE, _TISSUE
+    known = _known_codes()
+    return known.get(_plain(name), known["tissue"])
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+@functools.cache
+def _known_codes() -> dict[str, tuple[Code, Code]]:
+    """Type and category by the letters of a name; of DICOM's lists the first that has a name counts."""
+    from pydicom.sr.codedict import codes  # slow to import, and a server starts without it
+
+    abnormal = codes.SCT.MorphologicallyAbnormalStructure
+    anatomy, tissue = codes.cid7150.AnatomicalStructure, codes.SCT.Tissue
+    found = {
+        "lesion": (codes.SCT.Lesion, abnormal),
+        "tumour": (codes.SCT.Neoplasm, abnormal),
+        "tumor": (codes.SCT.Neoplasm, abnormal),
+        "vessel": (codes.SCT.BloodVessel, tissue),
+        "organ": (codes.SCT.Organ, anatomy),
+    }
+    for named, category in ((codes.cid7159, abnormal), (codes.cid7166, tissue), (codes.cid7151, anatomy)):
+        for name in named.dir():
+            with suppress(AttributeError):  # a pacemaker has two codes
+                found.setdefault(name.lower(), (getattr(named, name), category))
+    return {"tissue": (tissue, tissue), **found}
 
 
 def _written(code: Code) -> dict[str, str]:

@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 from types import SimpleNamespace
 
-import uvicorn
-from monailabel import main
+from monailabel_dfqsam.server import compat_imports
 
 # Less than the ten after which a container is killed.
 _FAREWELL_SECONDS = 5
@@ -21,11 +21,22 @@ _FAREWELL_SECONDS = 5
 
 def start() -> None:
     """What `monailabel` does with the command line."""
+    gc.disable()  # until `settle`
+    compat_imports.defer()
+    import uvicorn
+    from monailabel import main
+
     main.json = SimpleNamespace(dumps=functools.partial(json.dumps, default=str))
     main.uvicorn = SimpleNamespace(
         run=functools.partial(uvicorn.run, timeout_graceful_shutdown=_FAREWELL_SECONDS)
     )
     main.Main().run()
+
+
+def settle() -> None:
+    """To be called when all is loaded: nothing of that becomes garbage, so it is never searched for any."""
+    gc.freeze()
+    gc.enable()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from monailabel_dfqsam.server.security import Refusal
 
 MAX_DEPTH = 32
 MAX_ENTRIES = 10_000
+# The options of a batch travel to its process as one argument of a command, of which Linux takes 128 KiB.
+_MAX_OPTIONS_BYTES = 1 << 16
+_DEVICES = re.compile(r"(all|[0-9,]*)")
 _WHOLE = 1 << 63  # what other readers of JSON hold
 
 
@@ -81,3 +85,21 @@ def _check_text(text: str, what: str) -> None:
         raise Refusal(
             400, f"{what} must hold Unicode text; there is half of a surrogate pair in it"
         ) from None
+
+
+def check_options(params: Mapping[str, Any] | None, run_sync: bool | None) -> None:
+    """What holds for the options of anything that runs in a process of its own."""
+    if run_sync:
+        raise Refusal(400, "run_sync is not offered: it would hold up every other request")
+    check_value(params or {}, "the options")
+    if len(json.dumps(params)) > _MAX_OPTIONS_BYTES:
+        raise Refusal(400, f"the options must be at most {_MAX_OPTIONS_BYTES >> 10} KiB")
+    gpus = (params or {}).get("gpus") or "all"
+    if not isinstance(gpus, str) or not _DEVICES.fullmatch(gpus):
+        raise Refusal(400, "gpus must be 'all' or numbers with commas between them")
+
+
+def check_own(params: Mapping[str, Any] | None, name: str) -> None:
+    """What is for one of several stands under its name."""
+    if not isinstance((params or {}).get(name) or {}, dict):
+        raise Refusal(400, f"{name} must be an object of options")

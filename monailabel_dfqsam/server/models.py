@@ -21,7 +21,7 @@ from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import file_sha256
 from monailabel_dfqsam.segmentation.engine_race import load_fastest
 from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter
-from monailabel_dfqsam.server.model_folder import ModelFolder, is_key
+from monailabel_dfqsam.server.runs.folder import ModelFolder, is_key
 from monailabel_dfqsam.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class Models:
         self._speeds: dict[str, Speed] = {}  # by key, so that a model chosen back goes on with its own
         self._stamp: tuple[int, int] | None = None
         self._loading = False
+        self._is_started = False
 
     def start(self, quantize: Callable[[], None]) -> None:
         """Loads in the background, so that the server answers at once.
@@ -114,6 +115,7 @@ class Models:
                     quantize()
             except Exception as error:
                 logger.error("No model can be served: %s", error)
+            self._is_started = True
 
         threading.Thread(target=work, name="dfqsam-models", daemon=True).start()
 
@@ -161,6 +163,13 @@ class Models:
     def served(self) -> Served | None:
         """The model that answers; None while the first one loads, for which this does not wait."""
         return None if self._served is None else self.current()
+
+    def is_changing(self) -> bool:
+        """Whether another model may answer soon without anybody asking for more: the first one loads, or a
+        published one; a start that quantizes has asked for it when this becomes false.
+        """
+        self.served()  # notices what was published
+        return self._loading or not self._is_started
 
     def describe(self) -> dict[str, Any]:
         """What `/info/` says about the model served; it does not wait for the first one to load."""

@@ -79,6 +79,41 @@ def read_options(
     return config, _checkpoint(given.get("checkpoint"), settings)
 
 
+def quantization_options(request: Mapping[str, Any], settings: Settings, own_name: str) -> dict[str, Any]:
+    """What a request chooses, whole; `read_options` makes the same of these as of the request.
+
+    Args:
+        request, settings, own_name: as for `read_options`.
+
+    Raises:
+        OptionError: as `read_options`.
+    """
+    config, checkpoint = read_options(request, settings, own_name)
+    given = _given(request, own_name, OPTIONS)
+    return {
+        "bits": config.bits,
+        "policy": config.policy.value,
+        "calibration": config.calibration.value,
+        "iterations": config.synthesis.iterations,
+        "images": config.images,
+        "seed": config.seed,
+        "checkpoint": checkpoint.name,
+        # More than iterations and images hang on it.
+        **({"preset": given["preset"]} if "preset" in given else {}),
+    }
+
+
+def finetuning_options(request: Mapping[str, Any], settings: Settings, own_name: str) -> dict[str, Any]:
+    """The same for fine-tuning and `read_finetuning`."""
+    start, config = read_finetuning(request, settings, own_name)
+    return {
+        "bits": start.bits,
+        "sampling": config.sampling.value,
+        "max_epochs": config.max_epochs,
+        "seed": config.seed,
+    }
+
+
 def finetuning_defaults(settings: Settings) -> dict[str, Any]:
     """The options of fine-tuning as a viewer shows them."""
     return {

@@ -1,26 +1,26 @@
 """What the quantization page shows, as JSON values: the model, the models kept, the history, work going on.
 
-Read from the folder of models and from MONAI Label's list of tasks; the datastore is not asked for anything.
+Read from the folder of models and from the queue of runs; the datastore is not asked for anything.
 An artifact's header is read once and again when its file has changed, so that asking every second is cheap.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from monailabel.utils.async_tasks.utils import processes, tasks
-
 from monailabel_dfqsam.artifact import read_header
-from monailabel_dfqsam.server import finetune_task
-from monailabel_dfqsam.server.model_folder import is_key
 from monailabel_dfqsam.server.models import FULL_PRECISION, Models, Speed
 from monailabel_dfqsam.server.options import defaults
+from monailabel_dfqsam.server.runs import finetuning, quantizing
+from monailabel_dfqsam.server.runs.folder import is_key
+from monailabel_dfqsam.server.runs.queue import RunQueue
+from monailabel_dfqsam.server.runs.reporter import PRINTED
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.train_report import PRINTED
 
 _LINES = 8
 _CHECKPOINTS = (".pth", ".pt", ".safetensors")
@@ -30,8 +30,9 @@ _PNG = "data:image/png;base64,"
 class Overview:
     """One server's; its methods may be called from any thread."""
 
-    def __init__(self, models: Models, settings: Settings) -> None:
+    def __init__(self, models: Models, settings: Settings, queue: RunQueue) -> None:
         self._models = models
+        self._queue = queue
         self._settings = settings
         self._lock = threading.Lock()
         self._artifacts: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
@@ -40,20 +41,31 @@ class Overview:
         """Everything but the pictures.
 
         Returns:
-            `model`, which answers; `checkpoint`, its name and bytes; `threshold`, the least fidelity to be
+            `model`, which answers; `changing`, whether another one may soon, as the server starts or loads
+            what was published; `checkpoint`, its name and bytes; `threshold`, the least fidelity to be
             served; `own_key`, of the artifact that the server's own settings make; `artifacts`, the newest
-            first; `history`, the newest first; `task`, the quantization going on, or None; `options` of
-            another one, as the trainer offers them.
+            first; `runs`, the newest first, and `running`, the one going on or the next to, or None: each as
+            `Run` describes it; `lines`, which that one printed last; `options` of another one, as the trainer
+            offers them.
         """
+        # Asked before the model, which is the last one then where nothing changes.
+        changing = self._models.is_changing()
+        with contextlib.suppress(OSError):
+            self._queue.own()  # should another server of this folder have gone, its runs have ended
+        runs = self._models.folder.runs()
+        running = next((run for run in reversed(runs) if not run.state.ended), None)
+        lines = [] if running is None else self._queue.lines(running.id)
         checkpoint = self._settings.checkpoint
         return {
             "model": self._model(),
+            "changing": changing,
             "checkpoint": {"name": checkpoint.name, "bytes": _size(checkpoint)},
             "threshold": self._settings.min_fidelity,
             "own_key": self._models.own_key,
             "artifacts": self._kept(),
-            "history": [_row(record) for record in self._models.folder.read_history()],
-            "task": self._task(),
+            "runs": [run.told() for run in runs],
+            "running": running and running.told(),
+            "lines": [line for line in lines if PRINTED.fullmatch(line)][-_LINES:],
             "options": {**defaults(self._settings), **self._checkpoints()},
         }
 
@@ -107,30 +119,6 @@ class Overview:
             nothing = dict.fromkeys(("options", "learned", "fidelity", "bytes", "checkpoint_bytes", "made"))
             return {"key": key, "name": key, **nothing, "refusal": str(error)}
 
-    def _task(self) -> dict[str, Any] | None:
-        task = next((task for task in tasks("train") if task["status"] in ("SUBMITTED", "RUNNING")), None)
-        record = self._models.folder.read_progress()
-        if task is None:
-            if record.get("state") != "running":
-                return None
-            task, record = {}, {**record, "state": "stopping"}  # killed, which takes a moment
-        else:
-            process = next(iter(processes("train").values()), None)
-            # Until the process has said something, the progress is that of an earlier one. A task that runs
-            # and has no process has had one, and ends just now.
-            own = process.pid if process is not None else record.get("pid")
-            if task["status"] != "RUNNING" or record.get("pid") != own:
-                record = {"state": "running", "stage": "starting"}
-        return {
-            "started": record.get("started"),
-            "stage": record.get("stage", "") if record.get("state") == "running" else "ending",
-            "step": record.get("epoch", 0),
-            "steps": record.get("total_epochs", 1),
-            "seconds": record.get("seconds", 0.0),
-            "options": record.get("options"),
-            "lines": [line for line in list(task.get("details", ())) if PRINTED.fullmatch(line)][-_LINES:],
-        }
-
     def _checkpoints(self) -> dict[str, list[str]]:
         """A choice of checkpoints, where there is any beside the server's own."""
         own, folder = self._settings.checkpoint.name, self._settings.model_dir
@@ -155,12 +143,13 @@ def _summary(key: str, header: Mapping[str, Any], least: float) -> dict[str, Any
     options = {name: config[name] for name in ("bits", "policy", "calibration", "images", "seed")}
     learned = header.get("finetuning")
     if learned:
-        options["trainer"], options["labels"] = finetune_task.NAME, learned["labels"]
+        options["labels"] = learned["labels"]
         options.update({name: learned["config"][name] for name in ("sampling", "seed")})
     low = f"its fidelity, {fidelity:.3f}, is below {least:.3f}"
     return {
         "key": key,
         "name": f"W{config['bits']}A{config['bits']}",
+        "trainer": finetuning.NAME if learned else quantizing.NAME,
         "options": {
             **options,
             "iterations": config["synthesis"]["iterations"],
@@ -177,19 +166,6 @@ def _summary(key: str, header: Mapping[str, Any], least: float) -> dict[str, Any
         "checkpoint_bytes": int(header["sizes"]["checkpoint_bytes"]),
         "made": str(header["created"]),
         "refusal": "" if fidelity >= least else low,
-    }
-
-
-def _row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A quantization's record in the page's words."""
-    return {
-        "started": record.get("started", ""),
-        "options": record.get("options", {}),
-        "key": record.get("key", ""),
-        "state": record.get("state", "stopped"),
-        "reason": record.get("error", ""),
-        "seconds": record.get("seconds", 0.0),
-        "fidelity": record.get("fidelity"),
     }
 
 

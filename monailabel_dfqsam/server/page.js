@@ -23,6 +23,7 @@ const STAGES = {
 };
 const OF_QUANTIZATION = ["synthesis", "calibration", "quantization", "fidelity", "writing"];
 const OF_FINE_TUNING = ["labels", "learning", "fidelity", "writing"];
+const TITLES = { dfqsam: "Quantizing", dfqsam_qat: "Fine-tuning" };
 const OUTCOMES = {
   published: "The new model answers", rejected: "The model was made, but does not answer",
   failed: "It failed", stopped: "It was stopped",
@@ -34,7 +35,7 @@ const CALIBRATION_WORDS = {
 };
 
 const at = (id) => document.getElementById(id);
-let token = "", running = false, before = "", asking = 0, timer = 0;
+let token = "", running = null, asking = 0, timer = 0;  // running: the run that is watched, or null
 const shown = {};  // what each part of the page was last made from, as JSON
 
 // Asking the server
@@ -57,7 +58,6 @@ async function call(path, method = "GET", body = undefined) {
 }
 
 async function sentence(response) {
-  if (response.status === 429) return "A quantization is running already.";
   let detail = null;
   try { detail = (await response.json()).detail; } catch { /* not one of the server's own answers */ }
   if (Array.isArray(detail)) detail = detail.map((part) => part.msg).join("; ");
@@ -116,33 +116,29 @@ function part(name, values, draw) {
 }
 
 function render(status) {
-  const ended = running && !status.task, latest = status.history[0];
-  running = status.task !== null;
+  const ended = running && status.running?.id !== running.id && status.runs.find((run) => run.id === running.id);
+  running = status.running;
   const artifact = status.artifacts.find((one) => one.key === status.model.key) || null;
   part("model", { model: status.model, artifact, checkpoint: status.checkpoint, threshold: status.threshold }, showModel);
   part("pictures", artifact && artifact.key, () => showPictures(artifact));
   part("fields", status.options, showFields);
   part("models", { artifacts: status.artifacts, now: status.model.key, own: status.own_key, checkpoint: status.checkpoint.name }, showKept);
-  part("history", { history: status.history, own: status.checkpoint.name }, showHistory);
+  part("history", { runs: status.runs, own: status.checkpoint.name }, showHistory);
   at("progress").hidden = !running;
-  at("start-form").hidden = running;
-  at("work-title").textContent = running ? "Quantizing" : "Quantize again";
+  at("start-form").hidden = running !== null;
+  at("work-title").textContent = running ? TITLES[running.trainer] : "Quantize again";
   if (running) {
     say("outcome", "");
-    part("task", status.task, showTask);
-  } else if (ended && (latest === undefined || latest.started === before)) {
-    say("outcome", "It ended before it began; the server's log says why.", true);
+    part("run", { run: running, lines: status.lines }, showRun);
   } else if (ended) {
-    const reason = latest.reason && latest.state !== "stopped" ? `: ${latest.reason}` : "";
-    say("outcome", `${OUTCOMES[latest.state]}, after ${seconds(latest.seconds)}${reason}.`, ["rejected", "failed"].includes(latest.state));
+    const reason = ended.error && ended.state !== "stopped" ? `: ${ended.error}` : "";
+    say("outcome", `${OUTCOMES[ended.state]}, after ${seconds(ended.seconds)}${reason}.`, ["rejected", "failed"].includes(ended.state));
   }
-  // Which quantization was the latest before the next one said anything.
-  if (!running || status.task.started === null) before = latest ? latest.started : "";
 }
 
 function showModel({ model, artifact, checkpoint, threshold }) {
   at("model").textContent = model.name === "loading" ? "Loading…" : model.key ? model.name : "Full precision";
-  at("model-words").textContent = artifact ? described(artifact.options, checkpoint.name) :
+  at("model-words").textContent = artifact ? described(artifact, checkpoint.name) :
     model.name === "loading" ? "The server reads its first model." : `${checkpoint.name}, not quantized, by ${model.engine}`;
   at("fidelity").textContent = model.fidelity === null ? "–" : model.fidelity.toFixed(3);
   at("fidelity-words").textContent = model.fidelity === null ? "full precision is what quantized models are compared with" :
@@ -220,22 +216,22 @@ function showFields(options) {
   }));
 }
 
-function showTask(task) {
-  at("asked").textContent = task.options ? described(task.options) : "";
-  const { trainer, calibration } = task.options || { calibration: "synthetic" };
-  const names = trainer ? OF_FINE_TUNING : OF_QUANTIZATION.filter((name) => name !== "synthesis" || calibration === "synthetic");
-  const now = names.indexOf(task.stage);
+function showRun({ run, lines: printed }) {
+  at("asked").textContent = described(run);
+  const names = run.trainer !== "dfqsam" ? OF_FINE_TUNING :
+    OF_QUANTIZATION.filter((name) => name !== "synthesis" || run.options.calibration === "synthetic");
+  const now = names.indexOf(run.stage);
   at("stages").replaceChildren(...names.map((name, index) => {
-    const item = make("li", { className: index < now || task.stage === "ending" ? "done" : "" }, STAGES[name]);
+    const item = make("li", { className: index < now ? "done" : "" }, STAGES[name]);
     if (index === now) item.setAttribute("aria-current", "step");
     return item;
   }));
-  const begun = task.stage !== "starting" && task.stage !== "ending";
-  at("step").textContent = begun ?
-    `${STAGES[task.stage] || task.stage}, ${task.step} of ${task.steps} · ${seconds(task.seconds)} so far` : `Its process is ${task.stage} …`;
-  if (begun) { at("step-bar").max = task.steps; at("step-bar").value = task.step; } else at("step-bar").removeAttribute("value");
+  const begun = run.stage in STAGES;
+  at("step").textContent = begun ? `${STAGES[run.stage]}, ${run.step} of ${run.steps} · ${seconds(run.seconds)} so far` :
+    run.state === "queued" ? "It waits for its turn …" : "Its process is starting …";
+  if (begun) { at("step-bar").max = run.steps; at("step-bar").value = run.step; } else at("step-bar").removeAttribute("value");
   const lines = at("lines"), followed = lines.scrollTop + lines.clientHeight >= lines.scrollHeight - 4;
-  lines.textContent = task.lines.join("\n");
+  lines.textContent = printed.join("\n");
   if (followed) lines.scrollTop = lines.scrollHeight;
 }
 
@@ -246,7 +242,7 @@ function showKept({ artifacts, now, own, checkpoint }) {
     const name = make("div", {}, `${artifact.name} `);
     if (artifact.key === own) name.append(make("span", { className: "tag own", title: "What this server's own settings make" }, "this server's default"));
     return make("tr", {},
-      cell("Model", name, make("small", {}, artifact.options ? described(artifact.options, checkpoint) : artifact.key)),
+      cell("Model", name, make("small", {}, artifact.options ? described(artifact, checkpoint) : artifact.key)),
       cell("Fidelity", artifact.fidelity === null ? "–" : artifact.fidelity.toFixed(3), "number"),
       cell("Size", artifact.bytes === null ? "–" : inBytes(artifact.bytes), "number"),
       cell("Made", when(artifact.made)),
@@ -259,23 +255,23 @@ function choice(artifact, now) {
   if (artifact.refusal) return make("small", {}, `Cannot answer: ${artifact.refusal}.`);
   const button = make("button", { type: "button", className: "plain" }, "Serve this one");
   button.dataset.key = artifact.key;
-  button.setAttribute("aria-label", `Serve ${artifact.name}, ${described(artifact.options)}`);
+  button.setAttribute("aria-label", `Serve ${artifact.name}, ${described(artifact)}`);
   button.addEventListener("click", () => choose(artifact, button));
   return button;
 }
 
-function showHistory({ history, own }) {
-  at("no-history").hidden = history.length > 0;
-  at("history").closest("table").hidden = history.length === 0;
-  at("history").replaceChildren(...history.map((record) => {
-    const ended = make("div", {}, make("span", { className: `tag ${record.state}` }, record.state));
-    if (record.reason) ended.append(make("small", {}, record.reason));
+function showHistory({ runs, own }) {
+  at("no-history").hidden = runs.length > 0;
+  at("history").closest("table").hidden = runs.length === 0;
+  at("history").replaceChildren(...runs.map((run) => {
+    const ended = make("div", {}, make("span", { className: `tag ${run.state}` }, run.state));
+    if (run.error) ended.append(make("small", {}, run.error));
     return make("tr", {},
-      cell("Started", when(record.started)),
-      cell("Asked for", make("div", {}, described(record.options, own))),
+      cell("Asked", when(run.created)),
+      cell("For", make("div", {}, described(run, own))),
       cell("Ended", ended),
-      cell("Fidelity", record.fidelity === null ? "–" : record.fidelity.toFixed(3), "number"),
-      cell("Took", seconds(record.seconds), "number"));
+      cell("Fidelity", run.fidelity === null ? "–" : run.fidelity.toFixed(3), "number"),
+      cell("Took", seconds(run.seconds), "number"));
   }));
 }
 
@@ -288,11 +284,11 @@ function cell(label, ...content) {
 
 // Words for values
 
-function described(options, own = null) {
-  const { bits, policy, calibration, iterations, images, seed, checkpoint, trainer, sampling, labels } = options;
-  const words = trainer ? [`${bits} bit`, "fine-tuned on labels", sampling] : [`${bits} bit`, policy, calibration];
+function described({ trainer, options }, own = null) {
+  const { bits, policy, calibration, iterations, images, seed, checkpoint, sampling, labels } = options;
+  const tuned = trainer !== "dfqsam", words = tuned ? [`${bits} bit`, "fine-tuned on labels", sampling] : [`${bits} bit`, policy, calibration];
   if (labels) words.push(labels === 1 ? "1 image" : `${labels} images`);
-  if (!trainer && calibration === "synthetic") words.push(`${iterations} iterations`, images === 1 ? "1 image" : `${images} images`);
+  if (!tuned && calibration === "synthetic") words.push(`${iterations} iterations`, images === 1 ? "1 image" : `${images} images`);
   words.push(`seed ${seed}`);
   if (checkpoint && checkpoint !== own) words.push(checkpoint);
   return words.map((word) => word.replaceAll(" ", "\u00a0")).join("\u00a0· ");
@@ -357,7 +353,9 @@ at("start-form").addEventListener("submit", (event) => {
   for (const input of at("fields").querySelectorAll("input, select")) {
     options[input.name] = input.type === "number" ? Number(input.value) : input.value;
   }
-  act(at("start"), "outcome", () => call("../train/dfqsam", "POST", options).then(() => { running = true; }));
+  act(at("start"), "outcome", async () => {
+    running = (await (await call("../train/dfqsam", "POST", options)).json()).run;
+  });
 });
 
 at("stop").addEventListener("click", () => act(at("stop"), "outcome", () => call("../train/", "DELETE").then(() => "")));

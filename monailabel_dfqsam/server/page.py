@@ -26,9 +26,10 @@ from monailabel.config import RBAC_ADMIN, RBAC_USER
 from monailabel.config import settings as upstream
 from monailabel.endpoints.user import auth
 
-from monailabel_dfqsam.server.model_folder import is_key
 from monailabel_dfqsam.server.models import ChoiceError, Models
 from monailabel_dfqsam.server.overview import Overview
+from monailabel_dfqsam.server.runs.folder import is_key
+from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.security import Refusal
 from monailabel_dfqsam.server.settings import Settings
 
@@ -45,10 +46,10 @@ _FILES = {"": ("page.html", "text/html"), "page.css": ("page.css", "text/css"),
           "page.js": ("page.js", "text/javascript")}  # fmt: skip
 
 
-def router(models: Models, settings: Settings) -> APIRouter:
+def router(models: Models, settings: Settings, queue: RunQueue) -> APIRouter:
     """The routes, to be included once into the server that `models` belongs to."""
     routes = APIRouter(prefix="/dfqsam", tags=["DFQ-SAM"])
-    overview = Overview(models, settings)
+    overview = Overview(models, settings, queue)
     user = [Depends(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_USER))]
     admin = [Depends(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_ADMIN))]
     for name in _FILES:
@@ -59,6 +60,13 @@ def router(models: Models, settings: Settings) -> APIRouter:
     )
     def status() -> dict[str, Any]:
         return overview.status()
+
+    @routes.get("/runs/{run}", summary=f"{RBAC_USER}How a run of a trainer is", dependencies=user)
+    def run(run: str) -> dict[str, Any]:
+        found = models.folder.run(run)
+        if found is None:
+            raise Refusal(404, "there is no such run, or no more: the id is what POST /train/ answered")
+        return found.told()
 
     @routes.get("/pictures/{key}", summary=f"{RBAC_USER}What a model was calibrated on", dependencies=user)
     def pictures(key: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel_dfqsam.segmentation.proposals import Proposals, propose
 from monailabel_dfqsam.segmentation.volume import slice_rgb
 from monailabel_dfqsam.server.infer_task import InteractiveTask
+from monailabel_dfqsam.server.parent import exit_with_parent
 from monailabel_dfqsam.server.request import WINDOWS, read_format, with_defaults
 from monailabel_dfqsam.server.security import Refusal, check_tag
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.train_report import exit_with_parent
 from monailabel_dfqsam.server.workbench import Clock, Shown, Workbench, write_answer
+
+logger = logging.getLogger(__name__)
 
 NAME = "dfqsam_propose"
 
@@ -118,7 +121,7 @@ class ProposeBatch(BatchInferTask):  # type: ignore[misc]
         Returns:
             How many images were `saved`, and how many `skipped`.
         """
-        exit_with_parent("the batch")
+        exit_with_parent(lambda: logger.warning("The server has gone: the batch stops"))
         images = sorted(self.get_images(request, datastore))
         images = images[: request.get("max_batch_size") or None]
         options = {key: request[key] for key in ("window", "slice") if key in request}

@@ -88,9 +88,8 @@ def serving(session: SlicerSession) -> dict[str, Any]:
 
 
 def wait_for_another(session: SlicerSession, key: str | None) -> None:
-    """Until a quantized model answers other than `key`, and its process is done."""
+    """Until a quantized model answers other than `key`."""
     wait(lambda: serving(session).get("key") not in (None, key), WORK_SECONDS)
-    wait(lambda: not session.is_training(), WORK_SECONDS)
 
 
 def asked(session: SlicerSession, series: str, clicks: Clicks, folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tests.server_fixtures import (
     WORK_SECONDS,
     Server,
     checkpoint,
+    first_run,
     new_server,
     wait,
 )
@@ -104,8 +105,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = new_server(folder)
     try:
         server.start({**CONF, "checkpoint": checkpoint(folder)})
-        wait(lambda: server.serving().startswith("W4A4"), PATIENCE)
-        wait(lambda: not server.session.is_training(), WORK_SECONDS)
+        first_run(server)
         for k in (OBJECT[2], OBJECT[2] - 2):
             for _ in range(3):
                 server.session.infer("phantom0", [(*OBJECT[:2], k)])

@@ -1,0 +1,95 @@
+"""The trainer `dfqsam`: quantizes the checkpoint, without any data.
+
+Its process has no datastore and does not even import MONAI Label. The artifact is made in `building/` and
+moved into place whole, so that stopping at any time leaves the model served as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from monailabel_dfqsam.artifact import ArtifactError, read_artifact, write_artifact
+from monailabel_dfqsam.config import QuantizationConfig
+from monailabel_dfqsam.sam import read_checkpoint
+from monailabel_dfqsam.sam.checkpoint import Checkpoint, file_sha256
+from monailabel_dfqsam.server.options import read_options
+from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.record import RunState
+from monailabel_dfqsam.server.runs.reporter import Outcome, Reporter
+from monailabel_dfqsam.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+NAME = "dfqsam"
+DESCRIPTION = "Quantizes the Segment Anything model to few bits, out of its own weights"
+
+
+def work(options: Mapping[str, Any], settings: Settings, folder: ModelFolder, report: Reporter) -> Outcome:
+    """Quantizes and publishes.
+
+    Raises:
+        ValueError: for options or a checkpoint that cannot be used.
+    """
+    config, path = read_options(options, settings, NAME)
+    variant = settings.variant if path == settings.checkpoint else None
+    checkpoint = read_checkpoint(path, variant)
+    report.name(config.key(checkpoint.sha256))
+    header = quantized(checkpoint, config, folder, report)
+    own = checkpoint.sha256 if path == settings.checkpoint else file_sha256(settings.checkpoint)
+    return publish(config.key(checkpoint.sha256), header, settings.quantization.key(own), settings, folder)
+
+
+def quantized(
+    checkpoint: Checkpoint, config: QuantizationConfig, folder: ModelFolder, report: Reporter
+) -> dict[str, Any]:
+    """The header of the artifact that a configuration makes of a checkpoint; made if it is not there."""
+    # The server, which knows this trainer's name and options, answers clicks without these.
+    from monailabel_dfqsam.pipeline import quantize
+    from monailabel_dfqsam.report import write_report
+
+    key = config.key(checkpoint.sha256)
+    header = ready(folder.artifact(key))
+    if header is None:
+        result = quantize(checkpoint, config, device=device(), progress=report)
+        report("writing", 0, 1)
+        folder.building.mkdir(parents=True, exist_ok=True)
+        write_artifact(result.artifact, folder.building / "artifact")
+        write_report(result, checkpoint, folder.building / "report")
+        os.replace(folder.building / "report", folder.report(key))
+        os.replace(folder.building / "artifact", folder.artifact(key))
+        header = result.artifact.header
+    return header
+
+
+def publish(
+    key: str, header: Mapping[str, Any], default_key: str, settings: Settings, folder: ModelFolder
+) -> Outcome:
+    """Names an artifact the one to serve, unless its fidelity is too low."""
+    fidelity, least = float(header["fidelity"]["mean_iou"]), settings.min_fidelity
+    if not fidelity >= least:
+        reason = f"fidelity {fidelity:.3f} is below {least:.3f}: the served model stays"
+        return Outcome(RunState.REJECTED, fidelity, reason)
+    folder.publish(key, default_key)
+    return Outcome(RunState.PUBLISHED, fidelity)
+
+
+def device() -> torch.device:
+    """Where trainings compute."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def ready(path: Path) -> dict[str, Any] | None:
+    """The header of an artifact that is already there and whole."""
+    if not path.is_file():
+        return None
+    try:
+        return read_artifact(path).header
+    except ArtifactError as error:
+        logger.warning("Making an artifact again: %s", error)
+        return None

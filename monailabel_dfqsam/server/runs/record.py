@@ -1,0 +1,109 @@
+"""What a run is: one frozen record with an id, written before its process starts; the process updates it.
+
+    queued → running → published | rejected | failed | stopped
+
+`published`: its artifact serves. `rejected`: made, but not good enough to serve. `failed`: it ended without a
+result, `error` says why. `stopped`: somebody stopped it, or its server ended.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from enum import Enum
+from typing import Any
+
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class RunState(str, Enum):
+    """Where a run is."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PUBLISHED = "published"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self not in (RunState.QUEUED, RunState.RUNNING)
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One quantization or fine-tuning.
+
+    Attributes:
+        trainer: its trainer's name.
+        options: what was chosen, whole, by its name in a request.
+        id: 32 hexadecimal digits.
+        created: when it was accepted, ISO 8601 in UTC.
+        ended: when it ended, likewise, or "".
+        stage: what it does now, a word; "" before its process says so.
+        step, steps: how much of the stage is done.
+        seconds: since its process began to work.
+        key: of the artifact it makes, "" before that is known.
+        fidelity: mean mask IoU with full precision, 0 … 1, where it was measured.
+        error: why it was not published, a sentence, or "".
+        pid: of its process, None before there is one.
+    """
+
+    trainer: str
+    options: Mapping[str, Any]
+    id: str = field(default_factory=_new_id)
+    created: str = field(default_factory=_now)
+    ended: str = ""
+    state: RunState = RunState.QUEUED
+    stage: str = ""
+    step: int = 0
+    steps: int = 1
+    seconds: float = 0.0
+    key: str = ""
+    fidelity: float | None = None
+    error: str = ""
+    pid: int | None = None
+
+    def end(self, state: RunState, error: str = "", fidelity: float | None = None) -> Run:
+        """The record of this run ended now."""
+        return replace(self, state=state, error=error, fidelity=fidelity, ended=_now())
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "state": self.state.value}
+
+    def told(self) -> dict[str, Any]:
+        """As plain JSON values for clients, whom its process does not concern."""
+        values = self.as_json()
+        del values["pid"]
+        return values
+
+
+def run_from_json(values: Any) -> Run:
+    """The inverse of `Run.as_json`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    names = {one.name for one in fields(Run)}
+    if not isinstance(values, dict) or set(values) != names or not is_run_id(values["id"]):
+        raise ValueError("this is not the record of a run")
+    return Run(**{**values, "state": RunState(values["state"])})
+
+
+def is_run_id(text: object) -> bool:
+    """Whether a text can be a run's id, and so never a path."""
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
