@@ -1,6 +1,6 @@
 # make demo       quantize and click through a phantom study; pictures, table and report in demo-output/
-# make test       ruff, mypy and the tests of everything by itself and of the server as a whole
-# make test-all   these and what takes long: viewers, a fuzzer, full disks, sanitizers, benchmarks, GPU kernels
+# make test       ruff, mypy, each part by itself, and the server as a whole
+# make test-all   these, and what takes long: browsers, a fuzzer, full disks, sanitizers, benchmarks, GPU kernels
 # make lint       ruff and mypy alone
 # make kernels    compile the GPU kernels, for GPUs from Turing to Blackwell; needs nvcc 12.8 or later, no GPU
 # make gpu-check  on a machine with an NVIDIA GPU, after `make kernels`: correctness, then the benchmark
