@@ -17,10 +17,14 @@ from pathlib import Path
 
 # Nothing of MONAI Label, which reads its settings from the environment when it is imported.
 _SLOW_TO_IMPORT = [
-    "torch", "torchvision", "monai.apps", "monai.bundle", "monai.transforms", "monai.networks.nets",
-    "ignite.engine", "scipy.ndimage", "skimage", "SimpleITK", "nibabel", "pydicom", "fastapi", "uvicorn",
-    "segment_anything", "monailabel_dfqsam.segmentation.segmenter",
-]  # fmt: skip
+    "monai.apps",  # and by it torch, torchvision, ignite, pandas
+    "SimpleITK",
+    "nibabel",
+    "pydicom",
+    "fastapi",
+    "uvicorn",
+    "monailabel_dfqsam.segmentation.segmenter",
+]
 
 
 def start(line: Sequence[str], environment: Mapping[str, str], log: Path) -> ForkServerProcess:
