@@ -248,6 +248,7 @@ ROWS: dict[tuple[str, str], Row] = {
     ("GET", "/dfqsam/page.css"): Row(ANYONE, "/dfqsam/page.css", 200),
     ("GET", "/dfqsam/page.js"): Row(ANYONE, "/dfqsam/page.js", 200),
     ("GET", "/dfqsam/status"): Row(USER, "/dfqsam/status", 200),
+    ("GET", "/dfqsam/runs/{run}"): Row(USER, "/dfqsam/runs/nobody", 404),
     ("GET", "/dfqsam/pictures/{key}"): Row(USER, "/dfqsam/pictures/0123456789abcdef", 404),
     ("GET", "/dfqsam/report/{key}"): Row(USER, "/dfqsam/report/0123456789abcdef", 404),
     ("POST", "/dfqsam/choose/{key}"): Row(ADMIN, "/dfqsam/choose/0123456789abcdef", 404),
