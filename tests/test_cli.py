@@ -71,6 +71,7 @@ def quantized(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     out = tmp_path_factory.mktemp("quantized") / "new" / "folder"
     result = run("quantize", checkpoint, "--out", out, "--iterations", 3, "--json")
     assert result.exit_code == 0, result.output
+    assert "synthesis: 3 of 3, 100 %, " in result.stderr  # a line a stage, where no terminal is
     return out, json.loads(result.stdout)
 
 

@@ -1,9 +1,11 @@
-"""Starts MONAI Label's server where its own command fails.
+"""Starts MONAI Label's server where its own command fails or dawdles.
 
 - With `MONAI_LABEL_CORS_ORIGINS` set, that command ends at once: it writes its settings out as JSON, and the
   addresses among them are objects since pydantic 2.10. Here they are written as text.
 - When it is told to end, it waits for clients to close their connections, half a minute for one that is gone
   without TLS' farewell, and for ever for one that is not. Here it waits a few seconds.
+- It loads MONAI, which takes most of the time until it answers: see `compat_imports`. A fifth of the rest is
+  the search for garbage in what is being loaded, which is put off.
 """
 
 from __future__ import annotations
