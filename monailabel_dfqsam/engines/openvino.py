@@ -50,13 +50,14 @@ def in_halves() -> bool | None:
     """Whether weights that are large go in halves here, as `saturation.needs_halves` says."""
 
     def proof(split: bool) -> bool:
-        product = functools.partial(_product, split)
+        product = functools.partial(multiplied, split)
         return saturation.is_exact(product) and saturation.convolves_exactly(product)
 
     return saturation.needs_halves("openvino", proof)
 
 
-def _product(split: bool, layer: QuantizedLayer, x: Tensor) -> Tensor:
+def multiplied(split: bool, layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """A layer's output, as `is_exact` asks for it, for its input as numbers of any type."""
     inputs = {"x": (x.float(), (-1, *x.shape[1:]))}
     compiled = _compiled(converted(_quantized(split, layer).eval(), inputs, ("y",)))
     return torch.from_numpy(compiled([x.float().numpy()])[0].copy())
