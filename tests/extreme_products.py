@@ -1,4 +1,4 @@
-"""Run as a program: every engine's products of extreme integers against plain ones, under one instruction set.
+"""Run as a program: each engine's products of extreme integers against plain ones, under one instruction set.
 
 Prints JSON: of each engine, what differs and whether it multiplies large weights in halves.
 """
@@ -32,7 +32,7 @@ ZERO_POINT = 7
 
 
 def extremes(rows: int, columns: int, low: int, high: int) -> Tensor:
-    """[rows, columns] int64, in turn the highest alone, the lowest alone, both by chance, anything between."""
+    """[rows, columns] int64, in turn the highest, the lowest, both by chance, and anything between."""
     g = torch.Generator().manual_seed(rows * columns)
     values = torch.randint(low, high + 1, (rows, columns), generator=g)
     values[0::4], values[1::4] = high, low
@@ -51,7 +51,7 @@ def layer_of(outputs: int, columns: int, geometry: Geometry | None) -> Quantized
 
 
 def differing_onednn() -> list[str]:
-    """The sizes at which rows times a layer differ from the reference engine's, with a residual and without."""
+    """The sizes at which products differ from the reference engine's, with a residual and without."""
     found = []
     for rows, columns, outputs in itertools.product(ROWS, COLUMNS, OUTPUTS):
         layer, q = layer_of(outputs, columns, None), extremes(rows, columns, 0, 255).to(torch.uint8)
