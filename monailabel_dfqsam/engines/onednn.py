@@ -86,8 +86,10 @@ def _kernel(layer: QuantizedLayer, split: bool) -> Kernel:
         return lambda rows, residual=None: half(torch.cat([rows, rows], 1), residual)
     ops = torch.ops.onednn
     prepacked = ops.qlinear_prepack(layer.weight, None)
-    fixed = (prepacked, layer.weight_scale, torch.zeros(layer.weight.shape[0], dtype=torch.int64))
-    scale, zero_point, bias = layer.input_scale, layer.input_zero_point, layer.bias
+    # One scale, as the reference engine's: of two, the order depends on the processor, and so the rounding.
+    both_scales = layer.input_scale * layer.weight_scale
+    fixed = (prepacked, both_scales, torch.zeros(layer.weight.shape[0], dtype=torch.int64))
+    scale, zero_point, bias = 1.0, layer.input_zero_point, layer.bias
 
     def kernel(rows: Tensor, residual: Tensor | None = None) -> Tensor:
         result: Tensor
