@@ -14,12 +14,12 @@ from torch import Tensor
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, Recipe, silent
-from monailabel_dfqsam.engines import load_encoder, select, why_not, working
-from monailabel_dfqsam.engines.openvino import _quantized
+from monailabel_dfqsam.engines import candidates, load_encoder, select, why_not
+from monailabel_dfqsam.engines.openvino import encoder_model, in_halves, multiplied
 from monailabel_dfqsam.engines.reference import reference_kernel
 from monailabel_dfqsam.fidelity import mask_agreement
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer, openvino_library, plain
-from monailabel_dfqsam.ops.openvino_library import converted, openvino, why_unavailable
+from monailabel_dfqsam.ops.openvino_library import openvino, why_unavailable
 from monailabel_dfqsam.pipeline import gaussian_images, pack, phantom_images
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam import VARIANTS, build, read_checkpoint
@@ -83,7 +83,8 @@ GEOMETRIES = {
 @pytest.mark.parametrize("zero_point", [0, 6])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_a_layer_is_its_integer_product(name: str, bits: int, zero_point: int) -> None:
+@pytest.mark.parametrize("form", ["engine", "export"])
+def test_a_layer_is_its_integer_product(form: str, name: str, bits: int, zero_point: int) -> None:
     layer = layer_of(GEOMETRIES[name], bits, zero_point)
     g = torch.Generator().manual_seed(1)
     shape = (2, 8, 6, 16) if name == "linear" else (2, 16, 8, 8)
@@ -91,9 +92,7 @@ def test_a_layer_is_its_integer_product(name: str, bits: int, zero_point: int) -
     steps = torch.randint(-40, 300 if bits == 8 else 40, shape, generator=g)
     x = (steps + 0.6 * (torch.rand(shape, generator=g) - 0.5)) * layer.input_scale
     expected = slow(layer, x)
-    model = converted(_quantized(layer).eval(), {"x": (x, (-1, *shape[1:]))}, ("y",))
-    compiled = openvino().Core().compile_model(model, "CPU", EXACT)
-    actual = torch.from_numpy(compiled([x.numpy()])[0])
+    actual = multiplied(form == "export" or bool(in_halves()), layer, x)
     assert actual.shape == expected.shape
     assert relative_error(actual, expected) <= PRODUCT_TOLERANCE
 
@@ -120,18 +119,20 @@ def test_all_quantized_layers_run_in_integers(name: str, bits: int, monkeypatch:
     image = gaussian_images(SMALL[name], 1, seed=4)
     expected = load_encoder(artifact, EngineKind.REFERENCE).embed(image)
     assert relative_error(engine.embed(image), expected) <= EMBEDDING_TOLERANCE
-    compiled = engine.compiled  # type: ignore[attr-defined]
-    found = operations(compiled)
-    integer = dict.fromkeys(("FullyConnected", "Convolution"), 0)
-    for (kind, precision, kernel), count in found.items():
-        if kind in integer and precision == "u8" and kernel.endswith("_I8") and "undef" not in kernel:
-            integer[kind] += count
+    exported = openvino().Core().compile_model(encoder_model(artifact, portable=True), "CPU", EXACT)
+    actual = torch.from_numpy(exported([image.numpy()])[0])
+    assert relative_error(actual, expected) <= EMBEDDING_TOLERANCE
     entries = artifact.header["layers"].values()
     # A transposed convolution of 4 × 4 pixels and stride 2 is four products.
     transposed = sum(entry.get("geometry", {}).get("transposed", False) for entry in entries)
     convolutions = sum("geometry" in entry for entry in entries) - transposed
     linears = len(entries) - convolutions - transposed
-    assert integer == {"FullyConnected": linears + 4 * transposed, "Convolution": convolutions}
+    for compiled in (engine.compiled, exported):  # type: ignore[attr-defined]
+        integer = dict.fromkeys(("FullyConnected", "Convolution"), 0)
+        for (kind, precision, kernel), count in operations(compiled).items():
+            if kind in integer and precision == "u8" and kernel.endswith("_I8") and "undef" not in kernel:
+                integer[kind] += count
+        assert integer == {"FullyConnected": linears + 4 * transposed, "Convolution": convolutions}
 
 
 @pytest.fixture(scope="module", params=[4, 8])
@@ -174,9 +175,9 @@ def test_an_image_is_embedded_alike_in_any_batch(trained: Artifact) -> None:
 @needs_openvino
 def test_it_runs_what_the_others_run() -> None:
     artifact, paper = make_artifact("tiny"), make_artifact("tiny", policy=Policy.PAPER)
-    assert EngineKind.OPENVINO in working(artifact)
+    assert EngineKind.OPENVINO in candidates(artifact)
     assert select(artifact) is not EngineKind.OPENVINO
-    assert working(paper) == [EngineKind.REFERENCE]
+    assert candidates(paper) == [EngineKind.REFERENCE]
     with pytest.raises(ArtifactError, match="which only the reference engine runs"):
         load_encoder(paper, EngineKind.OPENVINO)
 

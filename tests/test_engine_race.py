@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,16 +16,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from monailabel_dfqsam import engines
 from monailabel_dfqsam.artifact import Artifact, read_artifact, stored, write_artifact
 from monailabel_dfqsam.config import EngineKind, Policy
-from monailabel_dfqsam.engines import onednn, why_not, working
+from monailabel_dfqsam.engines import candidates, onednn, why_not
+from monailabel_dfqsam.engines import openvino as engine_openvino
 from monailabel_dfqsam.engines.onednn import OnednnEncoder
+from monailabel_dfqsam.ops import openvino_library
+from monailabel_dfqsam.ops.saturation import WRONG
 from monailabel_dfqsam.segmentation import engine_race
 from monailabel_dfqsam.segmentation.engine_race import LEAST_AGREEMENT, Entrant, Race, load_fastest
 from monailabel_dfqsam.segmentation.segmenter import load_segmenter
 from tests.models import seeded_sam
 from tests.test_engines import make_artifact
+from tests.test_ops_saturation import split
 
+needs_openvino = pytest.mark.skipif(
+    openvino_library.why_absent() is not None, reason=f"{openvino_library.why_absent()}"
+)
 pytestmark = pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN quantized linear")
 
 
@@ -45,7 +56,8 @@ def two_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Races of `onednn` and the oracle alone, but where a test is of another engine."""
     if "openvino" not in request.node.name:
         pair = [EngineKind.ONEDNN, EngineKind.REFERENCE]
-        monkeypatch.setattr(engine_race, "working", lambda a: [kind for kind in working(a) if kind in pair])
+        found = lambda a: [kind for kind in candidates(a) if kind in pair]  # noqa: E731
+        monkeypatch.setattr(engine_race, "candidates", found)
 
 
 def races(caplog: pytest.LogCaptureFixture) -> int:
@@ -53,10 +65,10 @@ def races(caplog: pytest.LogCaptureFixture) -> int:
 
 
 def test_engines_say_why_not(artifact: Artifact) -> None:
-    assert working(artifact)[-1] is EngineKind.REFERENCE
-    assert EngineKind.ONEDNN in working(artifact)
+    assert candidates(artifact)[-1] is EngineKind.REFERENCE
+    assert EngineKind.ONEDNN in candidates(artifact)
     paper = make_artifact("tiny", policy=Policy.PAPER)
-    assert working(paper) == [EngineKind.REFERENCE]
+    assert candidates(paper) == [EngineKind.REFERENCE]
     assert "which only the reference engine runs" in str(why_not(EngineKind.ONEDNN, paper))
     if not torch.cuda.is_available():
         assert why_not(EngineKind.CUTLASS) is not None
@@ -141,15 +153,22 @@ def test_an_engine_that_fails_is_out(
     assert "The engine onednn is not used: it failed: no kernel image" in caplog.text
 
 
-def test_of_a_large_model_the_reference_engine_is_not_asked(
-    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_of_a_large_model_masks_are_compared_once_and_it_is_said(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(engine_race, "_ORACLE_PRODUCTS", 0)
-    _, race = load_fastest(artifact, tmp_path / "a.engines.json")
-    assert [(entrant.engine, entrant.agreement) for entrant in race.entrants] == [(EngineKind.ONEDNN, None)]
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(engine_race, "_QUICK_PRODUCTS", 0)
+    record = tmp_path / "a.engines.json"
+    _, race = load_fastest(artifact, record)
+    agreement = {entrant.engine: entrant.agreement for entrant in race.entrants}
+    assert agreement.keys() == {EngineKind.ONEDNN, EngineKind.REFERENCE}
+    assert agreement[EngineKind.ONEDNN] >= LEAST_AGREEMENT  # type: ignore[operator]
+    assert load_fastest(artifact, record)[1] == race
+    said = [r.getMessage() for r in caplog.records if "draws the masks to compare with" in r.getMessage()]
+    assert len(said) == 1
 
 
-@pytest.mark.skipif(why_not(EngineKind.OPENVINO) is not None, reason=str(why_not(EngineKind.OPENVINO)))
+@needs_openvino
 def test_openvino_races_where_its_model_is_made_in_seconds(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,9 +177,68 @@ def test_openvino_races_where_its_model_is_made_in_seconds(
     assert entrants.keys() == {EngineKind.ONEDNN, EngineKind.OPENVINO, EngineKind.REFERENCE}
     assert entrants[EngineKind.OPENVINO].agreement >= LEAST_AGREEMENT  # type: ignore[operator]
     assert json.loads(record.read_text())["conditions"]["openvino"] == version("openvino")
-    monkeypatch.setattr(engine_race, "_ORACLE_PRODUCTS", 0)
+    monkeypatch.setattr(engine_race, "_QUICK_PRODUCTS", 0)
     record.unlink()
-    assert [entrant.engine for entrant in load_fastest(artifact, record)[1].entrants] == [EngineKind.ONEDNN]
+    entrants = {entrant.engine: entrant for entrant in load_fastest(artifact, record)[1].entrants}
+    assert entrants.keys() == {EngineKind.ONEDNN, EngineKind.REFERENCE}
+
+
+@needs_openvino
+def test_openvino_is_out_where_its_sums_saturate_in_halves_too(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its products as those of a processor whose sums of two end at 13 bit."""
+    monkeypatch.setattr(engine_openvino, "multiplied", functools.partial(split, 1 << 13))
+    engine_openvino.in_halves.cache_clear()
+    try:
+        race = load_fastest(artifact, tmp_path / "a.engines.json")[1]
+    finally:
+        engine_openvino.in_halves.cache_clear()
+    problems = {entrant.engine: entrant.problem for entrant in race.entrants}
+    assert WRONG in str(problems[EngineKind.OPENVINO])
+    assert race.winner is not EngineKind.OPENVINO
+    assert f"The engine openvino is not used: it failed: the engine 'openvino' cannot run here: {WRONG}" in (
+        caplog.text
+    )
+
+
+@needs_openvino
+def test_a_remembered_race_loads_no_openvino_for_another_winner(artifact: Artifact, tmp_path: Path) -> None:
+    path, record = tmp_path / "a.safetensors", tmp_path / "a.engines.json"
+    write_artifact(artifact, path)
+    load_fastest(read_artifact(path), record)
+    told = json.loads(record.read_text())
+    assert "openvino" in told["conditions"]["engines"]
+    told["winner"] = "onednn"
+    record.write_text(json.dumps(told))
+    script = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from monailabel_dfqsam.artifact import read_artifact\n"
+        "from monailabel_dfqsam.segmentation.engine_race import load_fastest\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
+        "_, race = load_fastest(read_artifact(Path(sys.argv[1])), Path(sys.argv[2]))\n"
+        "print(race.winner.value, 'openvino' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path), str(record)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["onednn", "False"], done.stderr
+
+
+def test_a_remembered_winner_that_fails_now_is_raced_again(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = tmp_path / "a.engines.json"
+    load_fastest(artifact, record)
+    record.write_text(record.read_text().replace('"winner": "reference"', '"winner": "onednn"'))
+
+    def fail(self: OnednnEncoder, artifact: Artifact) -> None:
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(engines._ENCODERS[EngineKind.ONEDNN], "__init__", fail)
+    assert load_fastest(artifact, record)[1].winner is EngineKind.REFERENCE
+    assert "The engine onednn, chosen earlier, fails: could not create a primitive" in caplog.text
 
 
 def test_where_one_engine_works_nobody_races(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, Rec
 from monailabel_dfqsam.engines import encoder as encoder_module
 from monailabel_dfqsam.engines import load_encoder, onednn, select
 from monailabel_dfqsam.engines.encoder import IntegerLinear
-from monailabel_dfqsam.ops import compiled, int_accumulate
+from monailabel_dfqsam.ops import compiled
 from monailabel_dfqsam.pipeline import gaussian_images
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam import VARIANTS
@@ -72,19 +72,6 @@ def test_same_integers_give_the_same_accumulators(artifact: Artifact) -> None:
         expected = reference.encoder.get_submodule(name).kernel(integers)
         actual = fast.encoder.get_submodule(name).kernel(integers)
         assert relative_error(actual, expected) <= LAYER_TOLERANCE, name
-
-
-@needs_onednn
-def test_onednn_accumulates_exactly() -> None:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (31, 2304), generator=g, dtype=torch.uint8)
-    weight = torch.randint(-8, 8, (65, 2304), generator=g, dtype=torch.int8)
-    ops = torch.ops.onednn
-    raw = ops.qlinear_pointwise(
-        x, 1.0, 0, ops.qlinear_prepack(weight, None), torch.ones(65), torch.zeros(65, dtype=torch.int64),
-        None, 1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
-    assert torch.equal(raw.long(), int_accumulate(x, weight))
 
 
 @needs_onednn

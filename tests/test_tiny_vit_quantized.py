@@ -15,11 +15,11 @@ from torch import Tensor
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact, write_artifact
 from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, Recipe, SynthesisConfig, silent
 from monailabel_dfqsam.engines import (
+    candidates,
     cutlass,
     load_encoder,
     onednn,
     why_not,
-    working,
 )
 from monailabel_dfqsam.engines.cutlass import GraphlessForward
 from monailabel_dfqsam.engines.encoder import IntegerBlock
@@ -149,7 +149,7 @@ def _depthwise(name: str) -> list[str]:
 
 def test_paper_policy_runs_on_the_reference_alone() -> None:
     artifact = make_artifact(FAMILIES[0], policy=Policy.PAPER)
-    assert working(artifact) == [EngineKind.REFERENCE]
+    assert candidates(artifact) == [EngineKind.REFERENCE]
     image = _image(FAMILIES[0], 8)
     error = relative_error(load_encoder(artifact).embed(image), seeded_sam(FAMILIES[0])(image))
     assert 0 < error < 1
@@ -182,7 +182,7 @@ def test_quantizes_without_data_to_one_file(result: QuantizationResult, tmp_path
     path = tmp_path / "a.safetensors"
     write_artifact(result.artifact, path)
     read: Artifact = read_artifact(path)
-    exact = [kind for kind in working(read) if kind is not EngineKind.OPENVINO]
+    exact = [kind for kind in candidates(read) if kind is not EngineKind.OPENVINO]
     embeddings = [load_encoder(read, kind).embed(_image(FAMILIES[0], 8)) for kind in exact]
     assert all(torch.equal(embedding, embeddings[0]) for embedding in embeddings)
     assert load_segmenter(read).variant.one_mask

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.doctor.finding import Finding, Level
-from monailabel_dfqsam.engines import why_not
+from monailabel_dfqsam.engines import onednn, openvino, why_not
 from monailabel_dfqsam.machine import machine
 from monailabel_dfqsam.memory import available
 from monailabel_dfqsam.numbers import in_bytes
@@ -60,7 +60,7 @@ def hardware(folders: tuple[Path, ...]) -> Iterator[Finding]:
         "Without AVX2 clicks take many times as long: use a processor made since 2015.",
     )
     quick = [flag for flag in here["flags"] if flag in _FAST_FLAGS]
-    note = "" if quick else "; none of them sums products of 8-bit integers"
+    note = "" if quick else "; none of them sums products of 8-bit integers in 32 bit"
     yield Finding("machine", "instructions", (", ".join(here["flags"]) or "plain") + note)
     memory = f"{in_bytes(available())} free to this process, of {in_bytes(here['memory_bytes'])}"
     yield Finding("machine", "memory", memory)
@@ -105,6 +105,9 @@ def _engine(kind: EngineKind) -> Finding:
         return Finding("engines", kind.value, str(error), Level.PROBLEM, "Build it again, or take it away.")
     if reason is None:
         notes = {EngineKind.REFERENCE: "works, slowly: the measure of the others' masks"}
+        split = {EngineKind.ONEDNN: onednn.in_halves, EngineKind.OPENVINO: openvino.in_halves}
+        if kind in split and split[kind]():
+            notes[kind] = "works; large weights are multiplied in halves, whose sums do not saturate here"
         return Finding("engines", kind.value, notes.get(kind, "works"))
     if kind is EngineKind.CUTLASS and not torch.cuda.is_available():
         return Finding("engines", kind.value, f"not for this machine: {reason}")

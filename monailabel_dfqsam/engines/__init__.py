@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from monailabel_dfqsam.artifact import Artifact
+from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines import cutlass, onednn
+from monailabel_dfqsam.engines import cutlass, onednn, openvino
 from monailabel_dfqsam.engines.cutlass import CutlassEncoder
 from monailabel_dfqsam.engines.encoder import Encoder
 from monailabel_dfqsam.engines.onednn import OnednnEncoder
@@ -15,7 +15,7 @@ from monailabel_dfqsam.engines.reference import ReferenceEncoder, layer_by_layer
 from monailabel_dfqsam.ops import cuda_library, openvino_library
 from monailabel_dfqsam.sam.variants import VARIANTS
 
-__all__ = ["Encoder", "layer_by_layer", "load_encoder", "select", "why_not", "working"]
+__all__ = ["Encoder", "candidates", "layer_by_layer", "load_encoder", "select", "why_not"]
 
 # The fastest first, as measured where each was made for.
 _ORDER = (EngineKind.CUTLASS, EngineKind.ONEDNN, EngineKind.OPENVINO, EngineKind.REFERENCE)
@@ -29,11 +29,24 @@ _ENCODERS: dict[EngineKind, Callable[[Artifact], Encoder]] = {
 
 
 def why_not(kind: EngineKind, artifact: Artifact | None = None) -> str | None:
-    """Why an engine cannot run here, or not this artifact; None when it can.
+    """Why an engine cannot run here, or not this artifact; None when it can, and has proved its products.
 
     Raises:
         RuntimeError: when its library is there but broken.
     """
+    reason = _why_no_candidate(kind, artifact)
+    return openvino.why_unavailable() if reason is None and kind is EngineKind.OPENVINO else reason
+
+
+def candidates(artifact: Artifact) -> list[EngineKind]:
+    """The engines that run an artifact here, the one expected to be fastest first.
+
+    OpenVINO, which takes long to load, is named where it is installed: its encoder says whether it works.
+    """
+    return [kind for kind in _ORDER if _why_no_candidate(kind, artifact) is None]
+
+
+def _why_no_candidate(kind: EngineKind, artifact: Artifact | None) -> str | None:
     if kind is EngineKind.REFERENCE:
         return None
     if artifact is not None and artifact.header["attention_bits"]:
@@ -41,16 +54,11 @@ def why_not(kind: EngineKind, artifact: Artifact | None = None) -> str | None:
     if kind is EngineKind.ONEDNN:
         return onednn.why_unavailable()
     if kind is EngineKind.OPENVINO:
-        return openvino_library.why_unavailable()
+        return openvino_library.why_absent()
     variant = None if artifact is None else VARIANTS.get(artifact.header["variant"])
     if variant is not None and variant.stages:
         return cutlass.NO_TINY_VIT
     return cuda_library.why_unavailable()
-
-
-def working(artifact: Artifact) -> list[EngineKind]:
-    """The engines that can run an artifact here, the one expected to be fastest first."""
-    return [kind for kind in _ORDER if why_not(kind, artifact) is None]
 
 
 def select(artifact: Artifact) -> EngineKind:
@@ -62,6 +70,11 @@ def load_encoder(artifact: Artifact, kind: EngineKind | None = None) -> Encoder:
     """An artifact's encoder on an engine, by default the one `select` names.
 
     Raises:
-        ArtifactError: when the artifact does not fit its model or the engine.
+        ArtifactError: when the artifact does not fit its model or the engine, or the engine cannot run here.
+        RuntimeError: when the engine's library is there but broken.
     """
-    return _ENCODERS[kind or select(artifact)](artifact)
+    kind = kind or select(artifact)
+    reason = why_not(kind, artifact)
+    if reason is not None:
+        raise ArtifactError(f"the engine '{kind.value}' cannot run here: {reason}")
+    return _ENCODERS[kind](artifact)

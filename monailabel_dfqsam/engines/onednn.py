@@ -2,18 +2,22 @@
 
 No CPU multiplies 4-bit integers natively; the artifact stays packed on disk, and each layer is unpacked and
 prepacked once when it is loaded. What lies between two products runs compiled where the library was built.
+Where the processor's sums saturate, weights so large that theirs may are multiplied in halves.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from monailabel_dfqsam.artifact import Artifact, ArtifactError
+from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines.encoder import assemble
 from monailabel_dfqsam.engines.kernels import Kernel, Kernels, attend_quantize
-from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain
+from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain, saturation
 from monailabel_dfqsam.sam import tiny_vit, vit
 from monailabel_dfqsam.sam.encoder import WindowedAttention
 
@@ -25,7 +29,19 @@ def available() -> bool:
 
 def why_unavailable() -> str | None:
     """Why the engine cannot run here, or None when it can."""
-    return None if available() else "this torch has no oneDNN product of integers for this processor"
+    if not available():
+        return "this torch has no oneDNN product of integers for this processor"
+    return None if in_halves() is not None else saturation.WRONG
+
+
+@functools.cache
+def in_halves() -> bool | None:
+    """Whether weights that are large go in halves here, as `saturation.needs_halves` says."""
+
+    def proof(split: bool) -> bool:
+        return saturation.is_exact(lambda layer, x: _kernel(layer, split)(x))
+
+    return saturation.needs_halves("onednn", proof)
 
 
 class OnednnEncoder:
@@ -34,8 +50,6 @@ class OnednnEncoder:
     kind = EngineKind.ONEDNN
 
     def __init__(self, artifact: Artifact) -> None:
-        if artifact.header["attention_bits"]:
-            raise ArtifactError("policy 'paper' quantizes attention, which only the reference engine runs")
         self.encoder = assemble(artifact, _kernels())
 
     def embed(self, images: Tensor) -> Tensor:
@@ -63,10 +77,19 @@ def _attend_quantize(attention: WindowedAttention, qkv: Tensor, reader: Quantize
 
 def onednn_kernel(layer: QuantizedLayer) -> Kernel:
     """oneDNN's u8×s8 product for one layer, zero-point, bias and residual within it."""
+    return _kernel(layer, bool(in_halves()) and saturation.may_saturate(layer))
+
+
+def _kernel(layer: QuantizedLayer, split: bool) -> Kernel:
+    if split:
+        half = _kernel(replace(layer, weight=saturation.halves(layer.weight)), False)
+        return lambda rows, residual=None: half(torch.cat([rows, rows], 1), residual)
     ops = torch.ops.onednn
     prepacked = ops.qlinear_prepack(layer.weight, None)
-    fixed = (prepacked, layer.weight_scale, torch.zeros(layer.weight.shape[0], dtype=torch.int64))
-    scale, zero_point, bias = layer.input_scale, layer.input_zero_point, layer.bias
+    # One scale, as the reference engine's: of two, the order depends on the processor, and so the rounding.
+    both_scales = layer.input_scale * layer.weight_scale
+    fixed = (prepacked, both_scales, torch.zeros(layer.weight.shape[0], dtype=torch.int64))
+    scale, zero_point, bias = 1.0, layer.input_zero_point, layer.bias
 
     def kernel(rows: Tensor, residual: Tensor | None = None) -> Tensor:
         result: Tensor

@@ -10,10 +10,14 @@ Behind a FakeQuantize of 64 levels products run in float32, so fewer bits are th
 which the clamp keeps. Constants of 4 bits would be smaller, but are multiplied in float32, in twice the time.
 With the zero-point z added before and taken off again in bias' = bias − s·z·scale·Σ weight, levels begin at
 0, and the plugin has nothing to make up for after the product.
+
+Weights so large that sums may saturate go in halves, along the inputs, which are then given twice: in the
+engine where this processor needs it, in an export always, since its client may run on another.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -24,11 +28,39 @@ from torch import Tensor, nn
 from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines.encoder import assemble_modules, put_module
-from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.ops import QuantizedLayer, openvino_library, saturation
 from monailabel_dfqsam.ops.openvino_library import converted, openvino
 from monailabel_dfqsam.sam.encoder import LAYER_NORM_EPS, LayerNorm2d
 
 _LEVELS = 256
+
+
+def why_unavailable() -> str | None:
+    """Why the engine cannot run here, or None when it can.
+
+    Raises:
+        RuntimeError: when OpenVINO is there but broken.
+    """
+    reason = openvino_library.why_unavailable()
+    return reason if reason is not None or in_halves() is not None else saturation.WRONG
+
+
+@functools.cache
+def in_halves() -> bool | None:
+    """Whether weights that are large go in halves here, as `saturation.needs_halves` says."""
+
+    def proof(split: bool) -> bool:
+        product = functools.partial(multiplied, split)
+        return saturation.is_exact(product) and saturation.convolves_exactly(product)
+
+    return saturation.needs_halves("openvino", proof)
+
+
+def multiplied(split: bool, layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """A layer's output, as `is_exact` asks for it, for its input as numbers of any type."""
+    inputs = {"x": (x.float(), (-1, *x.shape[1:]))}
+    compiled = _compiled(converted(_quantized(split, layer).eval(), inputs, ("y",)))
+    return torch.from_numpy(compiled([x.float().numpy()])[0].copy())
 
 
 class OpenvinoEncoder:
@@ -41,15 +73,9 @@ class OpenvinoEncoder:
     kind = EngineKind.OPENVINO
 
     def __init__(self, artifact: Artifact) -> None:
-        model = encoder_model(artifact)
+        model = encoder_model(artifact, portable=bool(in_halves()))
         self._shape = tuple(model.inputs[0].get_partial_shape()[axis].get_max_length() for axis in (1, 2, 3))
-        options = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # Faster in bfloat16 on CPUs that have it, but the masks then differ.
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        self.compiled = openvino().Core().compile_model(model, "CPU", options)
+        self.compiled = _compiled(model)
         self._request = self.compiled.create_infer_request()
         self._lock = threading.Lock()
 
@@ -63,11 +89,24 @@ class OpenvinoEncoder:
         return torch.from_numpy(result)
 
 
-def encoder_model(artifact: Artifact) -> Any:
+def _compiled(model: Any) -> Any:
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Faster in bfloat16 on CPUs that have it, but the masks then differ.
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    return openvino().Core().compile_model(model, "CPU", options)
+
+
+def encoder_model(artifact: Artifact, portable: bool) -> Any:
     """The encoder of an artifact as an `openvino.Model`.
 
     Its input is `images` [B, 3, S, S] float32, normalised, B left open, and its output `embedding`
     [B, C, G, G] float32.
+
+    Args:
+        portable: right on processors, too, whose sums of 8-bit products saturate.
 
     Raises:
         ArtifactError: for policy `paper`, or when the artifact's tensors are not those of its model.
@@ -75,7 +114,7 @@ def encoder_model(artifact: Artifact) -> Any:
     """
     if artifact.header["attention_bits"]:
         raise ArtifactError("policy 'paper' quantizes attention, which only the reference engine runs")
-    encoder = assemble_modules(artifact, _quantized)
+    encoder = assemble_modules(artifact, functools.partial(_quantized, portable))
     for name, module in list(encoder.named_modules()):
         if isinstance(module, (nn.LayerNorm, LayerNorm2d)):
             put_module(encoder, name, _RowNorm(module))
@@ -84,38 +123,46 @@ def encoder_model(artifact: Artifact) -> Any:
     return converted(encoder, inputs, ("embedding",))
 
 
-def _quantized(layer: QuantizedLayer) -> nn.Module:
+def _quantized(portable: bool, layer: QuantizedLayer) -> nn.Module:
+    split = portable and saturation.may_saturate(layer)
     if layer.geometry is None:
-        return _Linear(layer)
-    return _TransposedConvolution(layer) if layer.geometry.transposed else _Convolution(layer)
+        return _Linear(layer, split)
+    return (_TransposedConvolution if layer.geometry.transposed else _Convolution)(layer, split)
 
 
 class _Quantized(nn.Module):
     """A quantized layer as the module's text draws it.
 
+    Args:
+        split: the weight goes in halves.
+
     Attributes:
+        channels: axis of the input that a weight in halves takes twice.
         zero: what an input of 0 becomes.
     """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor
+    channels = -1
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    def __init__(self, layer: QuantizedLayer, split: bool) -> None:
         super().__init__()
+        self.split = split
         self.input_scale = layer.input_scale
         self.zero = layer.input_scale * layer.input_zero_point
         self.largest = layer.input_scale * ((1 << layer.activation_bits) - 1)
         rows = layer.weight.sum(1, dtype=torch.int64).double() * layer.weight_scale.double()
-        self.register_buffer("weight", layer.weight, persistent=False)
+        weight = saturation.halves(layer.weight) if split else layer.weight
+        self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("scale", layer.weight_scale[:, None], persistent=False)
         self.register_buffer("bias", (layer.bias.double() - self.zero * rows).float(), persistent=False)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """x + `zero` at the levels of the layer's input."""
+        """x + `zero` at the levels of the layer's input, as often as the weight takes it."""
         x = (x + self.zero).clamp(0, self.largest)
         y: Tensor = torch.fake_quantize_per_tensor_affine(x, self.input_scale, 0, 0, _LEVELS - 1)
-        return y
+        return torch.cat([y, y], self.channels) if self.split else y
 
 
 class _Linear(_Quantized):
@@ -125,11 +172,13 @@ class _Linear(_Quantized):
 
 
 class _Convolution(_Quantized):
-    def __init__(self, layer: QuantizedLayer) -> None:
-        super().__init__(layer)
+    channels = 1
+
+    def __init__(self, layer: QuantizedLayer, split: bool) -> None:
+        super().__init__(layer, split)
         assert layer.geometry is not None
         self.geometry = layer.geometry
-        self.weight = layer.weight.unflatten(1, (-1, self.geometry.kernel, self.geometry.kernel))
+        self.weight = self.weight.unflatten(1, (-1, self.geometry.kernel, self.geometry.kernel))
         self.scale = layer.weight_scale[:, None, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,11 +195,11 @@ class _TransposedConvolution(_Quantized):
     without overlap; the result is the sum of the enlarged images, each shifted by its tile's place.
 
     Attributes:
-        weight: [r², stride²·N, K] int8, the tiles row by row, and so the pixels within each.
+        weight: [r², stride²·N, K or 2K] int8, the tiles row by row, and so the pixels within each.
     """
 
-    def __init__(self, layer: QuantizedLayer) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: QuantizedLayer, split: bool) -> None:
+        super().__init__(layer, split)
         assert layer.geometry is not None
         self.geometry, self.tiles = layer.geometry, layer.geometry.kernel // layer.geometry.stride
         self.weight, self.scale, self.bias = (

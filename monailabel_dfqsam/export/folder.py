@@ -61,7 +61,7 @@ def write_openvino(artifact: Artifact, folder: Path, progress: Progress = silent
     if folder.exists() and not _replaceable(folder):
         raise ValueError(f"'{folder}' holds something else than an earlier export: give a new folder")
     makers: tuple[tuple[str, Callable[[], Any]], ...] = (
-        ("encoder", lambda: encoder_model(artifact)),
+        ("encoder", lambda: encoder_model(artifact, portable=True)),
         ("decoder", lambda: decoder_model(*load_decoder(artifact), _variant(artifact))),
     )
     models = {}

@@ -46,9 +46,7 @@ def _(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
 def multiplied(
     x: Tensor, weight: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor
 ) -> Tensor:
-    """y[m, n] = (Σ_k (x[m, k] − zero_point)·weight[n, k] · scale)·weight_scale[n] + bias[n].
-
-    The order of the two float products is oneDNN's, so that both round alike.
+    """y[m, n] = Σ_k (x[m, k] − zero_point)·weight[n, k] · (scale·weight_scale[n]) + bias[n].
 
     Args:
         x: [M, K] uint8.
@@ -62,7 +60,7 @@ def multiplied(
         [M, N] float32.
     """
     accumulator = int_accumulate(x, weight) - zero_point * weight.sum(1, dtype=torch.int64)
-    return accumulator.to(torch.float32).mul_(scale).mul_(weight_scale).add_(bias)
+    return accumulator.to(torch.float32).mul_(scale * weight_scale).add_(bias)
 
 
 @torch.library.custom_op("dfqsam::int_linear", mutates_args=())

@@ -18,14 +18,19 @@ from torch import Tensor, nn
 ABSENT = "openvino is not installed: pip install 'monailabel-dfqsam[openvino]'"
 
 
+def why_absent() -> str | None:
+    """Why OpenVINO is not here, or None when it is; it is not loaded for that."""
+    return ABSENT if importlib.util.find_spec("openvino") is None else None
+
+
 def why_unavailable() -> str | None:
     """Why OpenVINO cannot be used here, or None when it can.
 
     Raises:
         RuntimeError: when it is there but broken.
     """
-    if importlib.util.find_spec("openvino") is None:
-        return ABSENT
+    if (reason := why_absent()) is not None:
+        return reason
     try:
         openvino()
     except (ImportError, OSError) as error:

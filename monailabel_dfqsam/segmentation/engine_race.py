@@ -1,17 +1,16 @@
 """Which engine runs an artifact on this machine: a short race in speed and in masks, remembered beside it.
 
 Every engine that works here embeds one computed image and answers a few prompts on it. The reference engine
-is the oracle of masks: who draws others is out, however fast. It is timed itself where it may win. Models of
-1024 pixels are too slow on it: masks are not compared then, and the artifact's fidelity, measured on an
-engine of the machine that quantized, stands for them. Nor does OpenVINO take part then, beside another: to
-make its model of one of 1024 pixels takes half a minute at every start.
+is the oracle of masks: who draws others is out, however fast. It is timed itself where it may win. Engines
+whose products of integers are wrong on this processor do not start: see `ops.saturation`. OpenVINO takes no
+part in models of 1024 pixels, beside another engine: to make its model takes half a minute at every start.
 
 Rounding alone moves the masks of some models, since 4-bit integers pass a difference on or swallow it.
 Where an engine does not agree, the reference engine is held to itself, on an image of which one value differs
 by one.
 
 The record, `{key}.engines.json`, holds the race and the conditions it holds under; under any others (another
-machine, version, library or artifact) it is run again.
+machine, version, library or artifact) it is run again. Where there is one, only the winner is loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ import torch
 from numpy.typing import NDArray
 
 from monailabel_dfqsam import __version__
-from monailabel_dfqsam.artifact import Artifact
+from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines import working
+from monailabel_dfqsam.engines import candidates
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.machine import cpu
 from monailabel_dfqsam.ops import compiled, cuda_library
@@ -57,7 +57,10 @@ _LEAST_RUNS, _MOST_RUNS, _SECONDS = 3, 15, 0.5
 _NO_RIVAL = 3.0  # an engine whose first image takes so many times the best one's median is not timed further
 # Multiplications of an encoder up to which the reference engine answers within a few seconds: 22 G at 256 px.
 # So long, too, takes the one run of a float model that a model of OpenVINO is made by.
-_ORACLE_PRODUCTS = 50_000_000_000
+_QUICK_PRODUCTS = 50_000_000_000
+_FAILURES = (RuntimeError, MemoryError, ArtifactError)
+# By which oneDNN, in torch and in OpenVINO, is kept from instructions that the processor has.
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Entrant:
 
     Attributes:
         seconds: median of an image's embedding; None when it failed.
-        agreement: of its masks with the reference engine's, 0 … 1; None where these were not asked for.
+        agreement: of its masks with the reference engine's, 0 … 1; None where either failed.
         problem: why it is out, in a few words.
     """
 
@@ -115,15 +118,18 @@ def load_fastest(artifact: Artifact, record: Path) -> tuple[Segmenter, Race]:
 
     Raises:
         ValueError: as `load_segmenter`, for an artifact that no engine runs.
-        RuntimeError: when an engine's library is there but broken.
+        RuntimeError: when the GPU kernels are there but broken.
     """
-    kinds = working(artifact)
+    kinds = candidates(artifact)
     if len(kinds) == 1:
         return load_segmenter(artifact, kinds[0]), Race(kinds[0])
     conditions = _conditions(artifact, kinds)
     race = _remembered(record, conditions)
     if race is not None:
-        return load_segmenter(artifact, race.winner), race
+        try:
+            return load_segmenter(artifact, race.winner), race
+        except _FAILURES as error:
+            logger.warning("The engine %s, chosen earlier, fails: %s", race.winner.value, error)
     segmenter, race = _race(artifact, kinds)
     logger.info("Engine chosen for %s: %s", artifact.label, race.sentence())
     _remember(record, conditions, race)
@@ -134,13 +140,15 @@ def _race(artifact: Artifact, kinds: Sequence[EngineKind]) -> tuple[Segmenter, R
     image = _image()
     runs: dict[EngineKind, _Run] = {}
     entrants: list[Entrant] = []
+    quick = _products(VARIANTS[artifact.header["variant"]]) <= _QUICK_PRODUCTS
     for kind in kinds:
-        too_slow = _products(VARIANTS[artifact.header["variant"]]) > _ORACLE_PRODUCTS
-        if kind in (EngineKind.OPENVINO, EngineKind.REFERENCE) and runs and too_slow:
+        if kind is EngineKind.OPENVINO and runs and not quick:
             continue
+        if kind is EngineKind.REFERENCE and runs and not quick:
+            logger.info("The reference engine draws the masks to compare with: a minute or so, this once")
         try:
             runs[kind] = _run(load_segmenter(artifact, kind), image)
-        except (RuntimeError, MemoryError) as error:  # of a kernel that does not run on this device, say
+        except _FAILURES as error:  # of a kernel that does not run on this device, say
             entrants.append(Entrant(kind, None, problem=f"it failed: {str(error)[:200]}"))
     oracle = runs.get(EngineKind.REFERENCE)
     best = np.inf
@@ -228,7 +236,8 @@ def _conditions(artifact: Artifact, kinds: Sequence[EngineKind]) -> dict[str, An
         "torch": torch.__version__,
         "openvino": version("openvino") if EngineKind.OPENVINO in kinds else None,
         "threads": torch.get_num_threads(),
-        "cpu": cpu()[0],
+        "cpu": list(cpu()),
+        "limits": [os.environ.get(name) for name in _LIMITS],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "libraries": [_sha256(path) for path in libraries if path is not None and path.is_file()],
         "engines": [kind.value for kind in kinds],
