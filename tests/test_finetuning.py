@@ -307,6 +307,12 @@ def run(
     return finetune(start, learned, Judge(judged, Reader()), config, folder)
 
 
+@pytest.fixture
+def short_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not hang on how much is learned."""
+    monkeypatch.setattr("monailabel_dfqsam.finetuning.samples.LEAST_EPOCH", 8)
+
+
 class TestLearning:
     @pytest.fixture(scope="class")
     @classmethod
@@ -321,15 +327,16 @@ class TestLearning:
         assert whole.artifact.header["layers"].keys() == start.header["layers"].keys()
         load_segmenter(whole.artifact, EngineKind.REFERENCE)
 
-    @pytest.mark.slow
+    @pytest.mark.usefixtures("short_epochs")
     def test_interrupted_it_ends_as_if_it_had_not_been(
-        self, whole: Finetuned, start: Artifact, pictures: list[Labelled], tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
+        self, start: Artifact, pictures: list[Labelled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = run(start, pictures, tmp_path / "whole", 3)
+
         class Killed(BaseException):
             pass
 
-        judging, judged = learning._Session._judge_epoch, []
+        judging, judged, folder = learning._Session._judge_epoch, [], tmp_path / "interrupted"
 
         def until_the_third(self: object, engine: object) -> None:
             if len(judged) == 2:
@@ -339,18 +346,19 @@ class TestLearning:
 
         monkeypatch.setattr(learning._Session, "_judge_epoch", until_the_third)
         with pytest.raises(Killed):
-            run(start, pictures, tmp_path, 3)
+            run(start, pictures, folder, 3)
         monkeypatch.setattr(learning._Session, "_judge_epoch", judging)
         # The newest checkpoint cut short, as by a power cut: the one before it counts.
-        newest = max(tmp_path.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+        newest = max(folder.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
         newest.write_bytes(newest.read_bytes()[:1000])
-        gone_on = run(start, pictures, tmp_path, 3)
+        gone_on = run(start, pictures, folder, 3)
         assert gone_on.after.mean == pytest.approx(whole.after.mean, abs=1e-6)
         assert gone_on.artifact is not None
         assert whole.artifact is not None
         for name, tensor in whole.artifact.tensors.items():
             torch.testing.assert_close(gone_on.artifact.tensors[name], tensor)
 
+    @pytest.mark.usefixtures("short_epochs")
     def test_it_ends_when_nothing_becomes_better(
         self, start: Artifact, pictures: list[Labelled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -359,6 +367,7 @@ class TestLearning:
         assert found.epochs == 2
         assert found.artifact is None
 
+    @pytest.mark.usefixtures("short_epochs")
     def test_what_may_not_be_served_counts_as_no_better(
         self, start: Artifact, pictures: list[Labelled], tmp_path: Path
     ) -> None:
