@@ -327,6 +327,7 @@ class TestLearning:
         assert whole.artifact.header["layers"].keys() == start.header["layers"].keys()
         load_segmenter(whole.artifact, EngineKind.REFERENCE)
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("short_epochs")
     def test_interrupted_it_ends_as_if_it_had_not_been(
         self, start: Artifact, pictures: list[Labelled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

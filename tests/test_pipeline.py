@@ -97,6 +97,7 @@ def test_cost_counts_every_product_of_a_plain_transformer() -> None:
     assert encoder_cost(v, {}, 0).bops == encoder_cost(v, {}, 0).bops_float
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("unshare") or os.geteuid() != 0, reason="cutting the network off needs root and unshare"
 )
