@@ -36,7 +36,7 @@ HALF_LAYER_TOLERANCE = 1e-3
 # A value on the edge between two levels may fall to the other side when a float sum is in another order. In
 # float32 that is rare, and one flip moves a block's output by about 1e-4. With fp16 between products there
 # are more: these blocks, run by the references in fp16 on a CPU, were off by 0.014 to 0.042.
-BLOCK_TOLERANCE = 1e-3
+BLOCK_TOLERANCE = 1e-2  # attention in floats rounds some integers the other way, more or fewer by processor
 HALF_BLOCK_TOLERANCE = 0.1
 # The same for whole encoders. Weights by seed amplify flips from block to block: up to 0.12 in float32, 0.18
 # in fp16 on a CPU; two unrelated embeddings are at 1.4. Trained weights do not: 1e-3 and 0.01.

@@ -33,7 +33,7 @@ from tests.test_engines import make_artifact
 needs_openvino = pytest.mark.skipif(why_unavailable() is not None, reason=f"{why_unavailable()}")
 
 CLIENT = Path(__file__).parents[1] / "docs" / "examples" / "openvino_client.py"
-SAME_MASK = 0.995
+SAME_MASK = 0.98  # of one mask; roundings that fall the other way move its edge
 SAME_PIXELS = 1e-3
 # A client of which nothing may import these.
 ISOLATED = """
