@@ -147,6 +147,18 @@ def test_a_start_loads_no_more_than_clicks_need() -> None:
     assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
+def test_quantizing_loads_no_monai_label() -> None:
+    """So that its process can have no datastore."""
+    code = (
+        "import sys, monailabel_dfqsam.server.runs.process, monailabel_dfqsam.pipeline, "
+        "monailabel_dfqsam.report; print('monailabel' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout.split() == ["False"]
+
+
 def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, monailabel_dfqsam.cli; print('torch' in sys.modules, 'monailabel' in sys.modules)"
     done = subprocess.run(

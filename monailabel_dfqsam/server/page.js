@@ -18,10 +18,10 @@ const OPTION_WORDS = {
 };
 const LEAST = { seed: 0 };  // other numbers begin at 1
 const STAGES = {
-  synthesis: "Synthesis", calibration: "Calibration", quantization: "Quantization", labels: "Labels", learning: "Fine-tuning",
-  fidelity: "Fidelity", writing: "Writing",
+  synthesis: "Synthesis", calibration: "Calibration", compensation: "Compensation", quantization: "Quantization",
+  labels: "Labels", learning: "Fine-tuning", fidelity: "Fidelity", writing: "Writing",
 };
-const OF_QUANTIZATION = ["synthesis", "calibration", "quantization", "fidelity", "writing"];
+const OF_QUANTIZATION = ["synthesis", "calibration", "compensation", "quantization", "fidelity", "writing"];
 const OF_FINE_TUNING = ["labels", "learning", "fidelity", "writing"];
 const TITLES = { dfqsam: "Quantizing", dfqsam_qat: "Fine-tuning" };
 const OUTCOMES = {
@@ -226,8 +226,8 @@ function showRun({ run, lines: printed }) {
     if (index === now) item.setAttribute("aria-current", "step");
     return item;
   }));
-  const begun = run.stage in STAGES;
-  at("step").textContent = begun ? `${STAGES[run.stage]}, ${run.step} of ${run.steps} · ${seconds(run.seconds)} so far` :
+  const begun = run.stage !== "" && run.stage !== "starting";
+  at("step").textContent = begun ? `${STAGES[run.stage] || run.stage}, ${run.step} of ${run.steps} · ${seconds(run.seconds)} so far` :
     run.state === "queued" ? "It waits for its turn …" : "Its process is starting …";
   if (begun) { at("step-bar").max = run.steps; at("step-bar").value = run.step; } else at("step-bar").removeAttribute("value");
   const lines = at("lines"), followed = lines.scrollTop + lines.clientHeight >= lines.scrollHeight - 4;

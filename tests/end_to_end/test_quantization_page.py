@@ -215,6 +215,9 @@ def test_a_long_quantization_moves_and_is_stopped(watched: Watched, server: Serv
     assert bar.evaluate("e => [e.value, e.max]") == [seen, int(LONG)]
     wait(lambda: watched.step() > seen, WORK_SECONDS)
     watched.expect("#history tr:first-child", "running")
+    assert watched.text("#stages").split() == [
+        "Synthesis", "Calibration", "Compensation", "Quantization", "Fidelity", "Writing",
+    ]  # fmt: skip
     assert re.fullmatch(rf"(synthesis \d+/{LONG}, \d+ s\n?)+", watched.text("#lines"))
     if PICTURES:
         watched.page.screenshot(path=str(Path(PICTURES) / "quantization-page.png"), full_page=True)
