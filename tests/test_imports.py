@@ -121,6 +121,18 @@ def test_server_modules_do_not_import_synthesis_or_pretraining_when_loaded() -> 
     assert not wrong
 
 
+def test_one_package_knows_the_inside_of_monai_label() -> None:
+    """What it offers to apps may be used by all; its endpoints and datastores are its own."""
+    wrong = [
+        f"{path.relative_to(PACKAGE)} names {inside}"
+        for path in MODULES
+        if path.relative_to(PACKAGE).parts[:2] != ("server", "upstream")
+        for inside in ("monailabel.endpoints", "monailabel.datastore", "monailabel.utils.sessions")
+        if inside in path.read_text(encoding="utf-8")
+    ]
+    assert not wrong
+
+
 def test_loading_the_server_loads_no_synthesis() -> None:
     """The same by running it, since an import can hide behind others."""
     code = (
@@ -136,8 +148,8 @@ def test_loading_the_server_loads_no_synthesis() -> None:
 def test_a_start_loads_no_more_than_clicks_need() -> None:
     code = (
         "import sys\n"
-        "from monailabel_dfqsam.server import compat_imports\n"
-        "compat_imports.defer()\n"
+        "from monailabel_dfqsam.server.upstream import imports\n"
+        "imports.defer()\n"
         "import monailabel.main, monailabel.app, monailabel_dfqsam.server.app\n"
         f"print([name for name in {NOT_FOR_A_START!r} if name in sys.modules])"
     )

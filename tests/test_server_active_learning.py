@@ -14,11 +14,11 @@ import pytest
 import requests
 from monailabel.datastore.local import LocalDatastore
 
-from monailabel_dfqsam.server.active_learning import ConfidenceScoring, is_due, least_confident
-from monailabel_dfqsam.server.models import FULL_PRECISION, Models
-from monailabel_dfqsam.server.propose_task import NAME, ProposeTask
+from monailabel_dfqsam.server.answers.active_learning import ConfidenceScoring, is_due, least_confident
+from monailabel_dfqsam.server.answers.propose_task import NAME, ProposeTask
+from monailabel_dfqsam.server.answers.workbench import Workbench
+from monailabel_dfqsam.server.runs.models import FULL_PRECISION, Models
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.workbench import Workbench
 from monailabel_dfqsam.slicer_session import SlicerSession
 from tests.server_fixtures import SHAPE, WORK_SECONDS, Server, affine, checkpoint, new_server, wait
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from monailabel_dfqsam.server.neighbours import Neighbours
+from monailabel_dfqsam.server.answers.neighbours import Neighbours
 
 PATIENCE = 60.0  # seconds, far more than needed
 QUIET = 0.5  # seconds in which a job that may start would have started

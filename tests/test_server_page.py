@@ -14,9 +14,9 @@ import requests
 from PIL import Image
 
 from monailabel_dfqsam.artifact import read_header
-from monailabel_dfqsam.server.models import Models
-from monailabel_dfqsam.server.overview import Overview
+from monailabel_dfqsam.server.page.overview import Overview
 from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.models import Models
 from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.settings import Settings
 from tests.server_fixtures import OBJECT, Running, checkpoint

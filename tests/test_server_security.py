@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from monailabel_dfqsam.server.security import Guard, Refusal
+from monailabel_dfqsam.server.gate.guard import Guard, Refusal
 
 PAGE = "http://evil.example"
 

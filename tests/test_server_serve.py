@@ -54,7 +54,7 @@ def test_the_command_is_upstreams_with_our_defaults(tmp_path: Path) -> None:
     weights.touch()
     extra = ["--verbose", "DEBUG"]
     line, environment = command("/studies", checkpoint=weights, app_dir=tmp_path / "app", extra=extra)
-    assert line[:4] == [sys.executable, "-m", "monailabel_dfqsam.server.compat_start", "start_server"]
+    assert line[:4] == [sys.executable, "-m", "monailabel_dfqsam.server.upstream.start", "start_server"]
     options = dict(zip(line[4::2], line[5::2], strict=False))
     assert options["--host"] == "127.0.0.1"
     assert options["--verbose"] == "DEBUG"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from monailabel_dfqsam.config import Calibration, Policy, Preset
-from monailabel_dfqsam.server.options import OptionError, defaults, read_options
+from monailabel_dfqsam.server.runs.options import OptionError, defaults, read_options
 from monailabel_dfqsam.server.settings import DEFAULT_LABELS, Settings, SettingsError, read_settings
 
 APP = Path("/app")

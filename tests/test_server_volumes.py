@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.server.volume_task import merge
+from monailabel_dfqsam.server.answers.volume_task import merge
 from monailabel_dfqsam.slicer_session import InferReply, ServerAnswer
 from tests.server_fixtures import OBJECT, SHAPE, Running
 

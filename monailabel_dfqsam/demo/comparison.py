@@ -16,7 +16,7 @@ from rich.table import Table
 from monailabel_dfqsam.demo import overlay
 from monailabel_dfqsam.demo.objects import Case
 from monailabel_dfqsam.evaluation import iou
-from monailabel_dfqsam.server.models import FULL_PRECISION
+from monailabel_dfqsam.server.runs.models import FULL_PRECISION
 
 Prompt = Literal["point", "box"]
 PROMPTS: tuple[Prompt, ...] = ("point", "box")  # in this order: the box finds the slice embedded

@@ -17,25 +17,19 @@ from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 from monailabel.utils.async_tasks.task import AsyncTask
 
-from monailabel_dfqsam.server import (
-    active_learning,
-    compat,
-    compat_disk,
-    compat_shared,
-    compat_start,
-    page,
-    propose_task,
-)
-from monailabel_dfqsam.server.infer_task import InteractiveTask, SegmentTask
-from monailabel_dfqsam.server.models import Models
-from monailabel_dfqsam.server.parent import SERVER_PID
-from monailabel_dfqsam.server.request import STORED, WINDOWS
+from monailabel_dfqsam.server.answers import active_learning, propose_task
+from monailabel_dfqsam.server.answers.infer_task import InteractiveTask, SegmentTask
+from monailabel_dfqsam.server.answers.request import STORED, WINDOWS
+from monailabel_dfqsam.server.answers.volume_task import LabelsTask, VolumeTask
+from monailabel_dfqsam.server.answers.workbench import Workbench
+from monailabel_dfqsam.server.page import routes as page
 from monailabel_dfqsam.server.runs import finetuning, quantizing
+from monailabel_dfqsam.server.runs.models import Models
+from monailabel_dfqsam.server.runs.parent import SERVER_PID
 from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.runs.trainers import FinetuneTask, QuantizeTask, Trainer
 from monailabel_dfqsam.server.settings import read_settings
-from monailabel_dfqsam.server.volume_task import LabelsTask, VolumeTask
-from monailabel_dfqsam.server.workbench import Workbench
+from monailabel_dfqsam.server.upstream import disk, repairs, shared, start
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +52,9 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         self._workbench = Workbench(self._models, self._settings.cache_mb)
         server = {"app_dir": app_dir, "studies": studies, "conf": dict(conf or {})}
         self._queue = RunQueue(self._models.folder, server)
-        compat.quieten()
-        compat_disk.repair_writing()
-        compat_shared.share_datastore()
+        repairs.quieten()
+        disk.repair_writing()
+        shared.share_datastore()
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -76,7 +70,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
     def init_datastore(self) -> Any:
         """Upstream's, which also notices files that are renamed into place."""
         store = super().init_datastore()
-        compat_disk.notice_renamed(store)
+        disk.notice_renamed(store)
         return store
 
     def init_infers(self) -> dict[str, InteractiveTask]:
@@ -111,9 +105,9 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             from monailabel.app import app
             from monailabel.config import settings
 
-            from monailabel_dfqsam.server.compat_training import Training
+            from monailabel_dfqsam.server.upstream.training import Training
 
-            compat.install(app, self._settings.trusted_hosts, self._settings.max_upload_mb << 20)
+            repairs.install(app, self._settings.trusted_hosts, self._settings.max_upload_mb << 20)
             self._training = Training(self._trainers, self._queue, self._models.folder)
             self._training.install(self._trainings_for)
             routes = page.router(self._models, self._settings, self._queue)
@@ -128,7 +122,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         except OSError as error:
             logger.error("No model can be made here: the model folder cannot be written to (%s)", error)
         self._models.start(quantize=self._quantize_first)
-        compat_start.settle()
+        start.settle()
 
     def on_save_label(self, image_id: str, label_id: str) -> None:
         """Nothing to do: labels are learned from only when somebody asks for it."""
@@ -183,7 +177,7 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         image = request.get("image")
         stored = isinstance(image, str) and not os.path.isabs(image)
         if stored:
-            request["image"] = compat.image_path(store, str(image))
+            request["image"] = repairs.image_path(store, str(image))
             request[STORED] = True
         file, params = self._infers[model](request)
         label: Any = file

@@ -100,7 +100,7 @@ def command(
     if checkpoint is not None and not checkpoint.is_file():
         raise ServeError(f"there is no checkpoint file '{checkpoint}'")
     app = prepare_app(app_dir or default_app_dir())
-    line = [sys.executable, "-m", "monailabel_dfqsam.server.compat_start", "start_server", *extra]
+    line = [sys.executable, "-m", "monailabel_dfqsam.server.upstream.start", "start_server", *extra]
     line += ["--app", str(app), "--studies", studies, "--host", host, "--port", str(port)]
     if checkpoint is not None:
         line += ["--conf", "checkpoint", str(checkpoint.resolve())]

@@ -20,7 +20,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
-from monailabel_dfqsam.server.request import FILE_ORDER, SLICER_ORDER
+from monailabel_dfqsam.server.answers.request import FILE_ORDER, SLICER_ORDER
 from tests.end_to_end.slicer_mrml import (
     Node,
     Scene,

@@ -24,8 +24,8 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel_dfqsam.artifact import Artifact, read_artifact, write_artifact
 from monailabel_dfqsam.config import FinetuneConfig, QuantizationConfig
 from monailabel_dfqsam.sam import read_checkpoint
-from monailabel_dfqsam.server.options import read_finetuning
 from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.options import read_finetuning
 from monailabel_dfqsam.server.runs.quantizing import device, publish, quantized, ready
 from monailabel_dfqsam.server.runs.record import RunState
 from monailabel_dfqsam.server.runs.reporter import Outcome, Reporter, say

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from monailabel_dfqsam.server.request import WINDOWS
+from monailabel_dfqsam.server.answers.request import WINDOWS
 from monailabel_dfqsam.server.runs import quantizing
 from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.server.runs.record import Run

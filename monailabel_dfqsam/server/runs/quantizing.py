@@ -18,8 +18,8 @@ from monailabel_dfqsam.artifact import ArtifactError, read_artifact, write_artif
 from monailabel_dfqsam.config import QuantizationConfig
 from monailabel_dfqsam.sam import read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import Checkpoint, file_sha256
-from monailabel_dfqsam.server.options import read_options
 from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.options import read_options
 from monailabel_dfqsam.server.runs.record import RunState
 from monailabel_dfqsam.server.runs.reporter import Outcome, Reporter
 from monailabel_dfqsam.server.settings import Settings

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from monailabel_dfqsam.server.parent import exit_with_parent
 from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.parent import exit_with_parent
 from monailabel_dfqsam.server.runs.record import Run, RunState
 
 PRINTED = re.compile(r"[a-z]+ (\d+/\d+, \d+ s|after [\d.]+ s, .*)|This training reads .*")

@@ -10,15 +10,15 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from monailabel_dfqsam.config import Policy
-from monailabel_dfqsam.server.options import (
+from monailabel_dfqsam.server.runs import finetuning, quantizing
+from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.options import (
     OptionError,
     defaults,
     finetuning_defaults,
     finetuning_options,
     quantization_options,
 )
-from monailabel_dfqsam.server.runs import finetuning, quantizing
-from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.server.runs.record import Run
 from monailabel_dfqsam.server.runs.reporter import Outcome, Reporter, carry_out
 from monailabel_dfqsam.server.settings import Settings

@@ -20,10 +20,10 @@ from typing import Any
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 
-from monailabel_dfqsam.server.compat import image_path
-from monailabel_dfqsam.server.parent import exit_with_parent
-from monailabel_dfqsam.server.propose_task import ProposeTask, reason, summarize
-from monailabel_dfqsam.server.workbench import Clock
+from monailabel_dfqsam.server.answers.propose_task import ProposeTask, reason, summarize
+from monailabel_dfqsam.server.answers.workbench import Clock
+from monailabel_dfqsam.server.runs.parent import exit_with_parent
+from monailabel_dfqsam.server.upstream.repairs import image_path
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,16 @@ from monailabel_dfqsam.segmentation.prompts import (
 from monailabel_dfqsam.segmentation.propagation import Propagation, propagate
 from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prediction, Prompts
-from monailabel_dfqsam.server.infer_task import InteractiveTask, inside
-from monailabel_dfqsam.server.request import in_file_order, read_flag, read_format, read_label, read_mask
+from monailabel_dfqsam.server.answers.infer_task import InteractiveTask, inside
+from monailabel_dfqsam.server.answers.request import (
+    in_file_order,
+    read_flag,
+    read_format,
+    read_label,
+    read_mask,
+)
+from monailabel_dfqsam.server.answers.workbench import Clock, Shown, Workbench, write_answer
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.workbench import Clock, Shown, Workbench, write_answer
 
 logger = logging.getLogger(__name__)
 

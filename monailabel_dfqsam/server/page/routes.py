@@ -3,7 +3,7 @@
 MONAI Label has no way for an app to add routes. These are an `APIRouter` that the app includes into
 upstream's FastAPI application when it enters server mode, under upstream's own prefix. A sub-application,
 mounted, would bring its own error answers and stay out of the API's documentation; a second port would need a
-login and a TLS of its own. Included, the routes have what every endpoint of the server has: `security.Guard`
+login and a TLS of its own. Included, the routes have what every endpoint of the server has: `Guard`
 before them, and upstream's login with its roles. Upstream's only mount is `/static` and its only catch-all
 lies below `/ohif`, so that nothing takes these addresses, whenever they are added.
 
@@ -20,18 +20,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import FileResponse
-from monailabel.config import RBAC_ADMIN, RBAC_USER
-from monailabel.config import settings as upstream
-from monailabel.endpoints.user import auth
 
-from monailabel_dfqsam.server.models import ChoiceError, Models
-from monailabel_dfqsam.server.overview import Overview
+from monailabel_dfqsam.server.gate.guard import Refusal
+from monailabel_dfqsam.server.page.overview import Overview
 from monailabel_dfqsam.server.runs.folder import is_key
+from monailabel_dfqsam.server.runs.models import ChoiceError, Models
 from monailabel_dfqsam.server.runs.queue import RunQueue
-from monailabel_dfqsam.server.security import Refusal
 from monailabel_dfqsam.server.settings import Settings
+from monailabel_dfqsam.server.upstream.login import FOR_ADMINS, FOR_USERS, admin, user
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
@@ -50,32 +48,30 @@ def router(models: Models, settings: Settings, queue: RunQueue) -> APIRouter:
     """The routes, to be included once into the server that `models` belongs to."""
     routes = APIRouter(prefix="/dfqsam", tags=["DFQ-SAM"])
     overview = Overview(models, settings, queue)
-    user = [Depends(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_USER))]
-    admin = [Depends(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_ADMIN))]
     for name in _FILES:
         _serve(routes, name)
 
     @routes.get(
-        "/status", summary=f"{RBAC_USER}How the model is, and how quantizations went", dependencies=user
+        "/status", summary=f"{FOR_USERS}How the model is, and how quantizations went", dependencies=user()
     )
     def status() -> dict[str, Any]:
         return overview.status()
 
-    @routes.get("/runs/{run}", summary=f"{RBAC_USER}How a run of a trainer is", dependencies=user)
+    @routes.get("/runs/{run}", summary=f"{FOR_USERS}How a run of a trainer is", dependencies=user())
     def run(run: str) -> dict[str, Any]:
         found = models.folder.run(run)
         if found is None:
             raise Refusal(404, "there is no such run, or no more: the id is what POST /train/ answered")
         return found.told()
 
-    @routes.get("/pictures/{key}", summary=f"{RBAC_USER}What a model was calibrated on", dependencies=user)
+    @routes.get("/pictures/{key}", summary=f"{FOR_USERS}What a model was calibrated on", dependencies=user())
     def pictures(key: str) -> dict[str, Any]:
         found = overview.pictures(_checked(key))
         if found is None:
             raise Refusal(404, "no report was kept of this model, and so no pictures")
         return found
 
-    @routes.get("/report/{key}", summary=f"{RBAC_USER}A model's report", dependencies=user)
+    @routes.get("/report/{key}", summary=f"{FOR_USERS}A model's report", dependencies=user())
     def report(key: str) -> FileResponse:
         path = models.folder.report(_checked(key))
         if not path.is_file():
@@ -83,7 +79,7 @@ def router(models: Models, settings: Settings, queue: RunQueue) -> APIRouter:
         return FileResponse(path, media_type="text/html; charset=utf-8", headers=_headers(_REPORT_POLICY))
 
     @routes.post(
-        "/choose/{key}", summary=f"{RBAC_ADMIN}Serve a model that was made earlier", dependencies=admin
+        "/choose/{key}", summary=f"{FOR_ADMINS}Serve a model that was made earlier", dependencies=admin()
     )
     def choose(key: str) -> Mapping[str, Any]:
         if not models.folder.artifact(_checked(key)).is_file():

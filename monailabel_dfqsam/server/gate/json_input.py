@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from monailabel_dfqsam.server.security import Refusal
+from monailabel_dfqsam.server.gate.guard import Refusal
 
 MAX_DEPTH = 32
 MAX_ENTRIES = 10_000

@@ -1,15 +1,15 @@
-"""MONAI Label 0.8.5, made safe and exact from outside: what knows its inside is here and in `compat_…`.
+"""MONAI Label 0.8.5, made safe and exact from outside: what knows its inside is in this package.
 
 `install` runs once, when the app enters server mode, and `quieten` before; they put right:
 
-- `GET …` and `PUT …` parameters become paths, pages of any origin may call: `security.Guard` in front.
+- `GET …` and `PUT …` parameters become paths, pages of any origin may call: `guard.Guard` in front.
 - A request of any size is received, before its sender is known: `bodies.BodyLimit`.
 - `POST /infer/{model}` blocks the event loop, takes `image` from its JSON too, leaves uploads behind when it
   fails, and answers unknown models and images with 500: our own route before it, in a worker thread.
 - Options of scoring, batches and strategies are only read when they run: checked before anything is started.
-- Trainings have runs of their own: `compat_training`.
-- The datastore and sessions: `compat_store`; the datastore between processes: `compat_shared`; logins:
-  `compat_login`.
+- Trainings have runs of their own: `training`.
+- The datastore and sessions: `store`; the datastore between processes: `shared`; logins:
+  `login`.
 - The random strategy fails on images that were all proposed within a second.
 - `/proxy/dicom` drops the query.
 - The front page, the API's and the log's show nothing but what other hosts send: the quantization page is in
@@ -58,19 +58,19 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse
 
-from monailabel_dfqsam.server.bodies import MAX_UPLOAD, BodyLimit
-from monailabel_dfqsam.server.compat_disk import is_full_disk
-from monailabel_dfqsam.server.compat_login import is_known, login_failure, repair_tokens
-from monailabel_dfqsam.server.compat_store import (
+from monailabel_dfqsam.server.answers.request import MASK, STORED
+from monailabel_dfqsam.server.gate.bodies import MAX_UPLOAD, BodyLimit
+from monailabel_dfqsam.server.gate.guard import Guard, Refusal, check_name, check_session, check_tag
+from monailabel_dfqsam.server.gate.json_input import check_options, check_own, read_object
+from monailabel_dfqsam.server.upstream.disk import is_full_disk
+from monailabel_dfqsam.server.upstream.login import is_known, login_failure, repair_tokens
+from monailabel_dfqsam.server.upstream.store import (
     IMAGE_EXTENSIONS,
     MASK_EXTENSIONS,
     UploadsRemoved,
     check_upload,
     repair_store,
 )
-from monailabel_dfqsam.server.json_input import check_options, check_own, read_object
-from monailabel_dfqsam.server.request import MASK, STORED
-from monailabel_dfqsam.server.security import Guard, Refusal, check_name, check_session, check_tag
 
 _TALKATIVE = (
     "monailabel.endpoints", "monailabel.datastore", "monailabel.utils.sessions", "monailabel.interfaces.app",

@@ -39,7 +39,7 @@ from monailabel.endpoints import activelearning as activelearning_endpoint
 from pydicom.dataset import Dataset
 
 from monailabel_dfqsam.segmentation.reading import ImageError, read_itk
-from monailabel_dfqsam.server.security import Refusal
+from monailabel_dfqsam.server.gate.guard import Refusal
 
 if TYPE_CHECKING:
     from pydicom.sr.coding import Code

@@ -13,12 +13,12 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 
 from monailabel_dfqsam.segmentation.proposals import Proposals, propose
 from monailabel_dfqsam.segmentation.volume import slice_rgb
-from monailabel_dfqsam.server.infer_task import InteractiveTask
-from monailabel_dfqsam.server.parent import exit_with_parent
-from monailabel_dfqsam.server.request import WINDOWS, read_format, with_defaults
-from monailabel_dfqsam.server.security import Refusal, check_tag
+from monailabel_dfqsam.server.answers.infer_task import InteractiveTask
+from monailabel_dfqsam.server.answers.request import WINDOWS, read_format, with_defaults
+from monailabel_dfqsam.server.answers.workbench import Clock, Shown, Workbench, write_answer
+from monailabel_dfqsam.server.gate.guard import Refusal, check_tag
+from monailabel_dfqsam.server.runs.parent import exit_with_parent
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.workbench import Clock, Shown, Workbench, write_answer
 
 logger = logging.getLogger(__name__)
 

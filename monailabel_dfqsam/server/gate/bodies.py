@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
 
-from monailabel_dfqsam.server.security import Application, Message, Receive, Refusal, Scope, Send, header
+from monailabel_dfqsam.server.gate.guard import Application, Message, Receive, Refusal, Scope, Send, header
 
 MAX_UPLOAD = 4 << 30
 """Bytes: the largest volume that is read (`reading.MAX_VOXELS`), of 16 bit and not compressed."""

@@ -13,8 +13,8 @@ from filelock import FileLock
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 
-from monailabel_dfqsam.server.compat_disk import repair_writing
-from monailabel_dfqsam.server.compat_shared import share_datastore
+from monailabel_dfqsam.server.upstream.disk import repair_writing
+from monailabel_dfqsam.server.upstream.shared import share_datastore
 
 CHANGES = 30
 PATIENCE = 60.0  # seconds, far more than needed; one that waits would wait for ever

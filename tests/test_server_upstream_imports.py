@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from monailabel_dfqsam.server.compat_imports import moved
+from monailabel_dfqsam.server.upstream.imports import moved
 
 
 def test_an_import_moves_into_the_functions_that_use_it() -> None:
@@ -81,8 +81,8 @@ def test_upstreams_conversion_still_works(tmp_path: Path) -> None:
     label.write_bytes(values.tobytes())
     code = (
         "import sys\n"
-        "from monailabel_dfqsam.server import compat_imports\n"
-        "compat_imports.defer()\n"
+        "from monailabel_dfqsam.server.upstream import imports\n"
+        "imports.defer()\n"
         "from monailabel.datastore.utils.convert import binary_to_image\n"
         "print('monai' in sys.modules, 'itk' in sys.modules)\n"
         f"print(binary_to_image({str(image)!r}, {str(label)!r}))\n"
@@ -101,8 +101,8 @@ def test_upstreams_conversion_still_works(tmp_path: Path) -> None:
 
 def test_memory_is_searched_for_garbage_again_when_all_is_loaded() -> None:
     code = (
-        "import gc; from monailabel_dfqsam.server import compat_start\n"
-        "gc.disable(); compat_start.settle(); print(gc.isenabled(), gc.get_freeze_count() > 0)"
+        "import gc; from monailabel_dfqsam.server.upstream import start\n"
+        "gc.disable(); start.settle(); print(gc.isenabled(), gc.get_freeze_count() > 0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True

@@ -18,7 +18,7 @@ from monailabel_dfqsam.segmentation.prompts import of_mask, points_at_nothing, r
 from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Prompts
 from monailabel_dfqsam.segmentation.volume import VolumeTooLarge
-from monailabel_dfqsam.server.request import (
+from monailabel_dfqsam.server.answers.request import (
     FILE_ORDER,
     SLICER_ORDER,
     WINDOWS,
@@ -30,8 +30,8 @@ from monailabel_dfqsam.server.request import (
     read_window,
     with_defaults,
 )
+from monailabel_dfqsam.server.answers.workbench import Clock, Shown, Workbench, write_answer
 from monailabel_dfqsam.server.settings import Settings
-from monailabel_dfqsam.server.workbench import Clock, Shown, Workbench, write_answer
 
 
 class InteractiveTask(InferTask):  # type: ignore[misc]

@@ -32,9 +32,9 @@ from monailabel_dfqsam.segmentation.volume import (
     slice_rgb,
     write_mask,
 )
-from monailabel_dfqsam.server.models import Models, Served
-from monailabel_dfqsam.server.neighbours import Neighbours
-from monailabel_dfqsam.server.request import ResultFormat
+from monailabel_dfqsam.server.answers.neighbours import Neighbours
+from monailabel_dfqsam.server.answers.request import ResultFormat
+from monailabel_dfqsam.server.runs.models import Models, Served
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from monailabel_dfqsam.artifact import read_header
-from monailabel_dfqsam.server.models import FULL_PRECISION, Models, Speed
-from monailabel_dfqsam.server.options import defaults
 from monailabel_dfqsam.server.runs import finetuning, quantizing
 from monailabel_dfqsam.server.runs.folder import is_key
+from monailabel_dfqsam.server.runs.models import FULL_PRECISION, Models, Speed
+from monailabel_dfqsam.server.runs.options import defaults
 from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.runs.reporter import PRINTED
 from monailabel_dfqsam.server.settings import Settings

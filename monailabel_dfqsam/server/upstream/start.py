@@ -4,7 +4,7 @@
   addresses among them are objects since pydantic 2.10. Here they are written as text.
 - When it is told to end, it waits for clients to close their connections, half a minute for one that is gone
   without TLS' farewell, and for ever for one that is not. Here it waits a few seconds.
-- It loads MONAI, which takes most of the time until it answers: see `compat_imports`. A fifth of the rest is
+- It loads MONAI, which takes most of the time until it answers: see `imports`. A fifth of the rest is
   the search for garbage in what is being loaded, which is put off.
 """
 
@@ -15,7 +15,7 @@ import gc
 import json
 from types import SimpleNamespace
 
-from monailabel_dfqsam.server import compat_imports
+from monailabel_dfqsam.server.upstream import imports
 
 # Less than the ten after which a container is killed.
 _FAREWELL_SECONDS = 5
@@ -24,7 +24,7 @@ _FAREWELL_SECONDS = 5
 def start() -> None:
     """What `monailabel` does with the command line."""
     gc.disable()  # until `settle`
-    compat_imports.defer()
+    imports.defer()
     import uvicorn
     from monailabel import main
 

@@ -12,11 +12,26 @@ from typing import Any
 
 import jwt
 import requests
+from fastapi import Depends
+from monailabel.config import RBAC_ADMIN as FOR_ADMINS
+from monailabel.config import RBAC_USER as FOR_USERS
 from monailabel.config import settings as upstream
 from monailabel.endpoints.user import auth
 
 # Asymmetric ones alone: the realm's key is public, and must not do as an HMAC secret.
 _TOKEN_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"]
+
+__all__ = ["FOR_ADMINS", "FOR_USERS", "admin", "is_known", "login_failure", "repair_tokens", "user"]
+
+
+def user() -> list[Any]:
+    """The dependencies of a route for whoever is logged in."""
+    return [Depends(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_USER))]
+
+
+def admin() -> list[Any]:
+    """The dependencies of a route for administrators."""
+    return [Depends(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_ADMIN))]
 
 
 def repair_tokens() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from monailabel_dfqsam.server.compat_dicom import segments
+from monailabel_dfqsam.server.upstream.dicom import segments
 
 
 def told(values: list[int], label_info: list[dict[str, Any]]) -> dict[int, str]:

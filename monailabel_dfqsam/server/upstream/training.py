@@ -14,13 +14,13 @@ from typing import Any
 from fastapi import HTTPException
 from monailabel.endpoints import train as endpoint
 
-from monailabel_dfqsam.server.json_input import check_options, check_own
-from monailabel_dfqsam.server.options import OptionError
+from monailabel_dfqsam.server.gate.guard import Refusal
+from monailabel_dfqsam.server.gate.json_input import check_options, check_own
 from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.options import OptionError
 from monailabel_dfqsam.server.runs.queue import BusyError, ElsewhereError, RunQueue
 from monailabel_dfqsam.server.runs.record import Run, RunState
 from monailabel_dfqsam.server.runs.trainers import Trainer
-from monailabel_dfqsam.server.security import Refusal
 
 BUSY = "a quantization or training is running already: wait for it, or stop it with DELETE /train/"
 ELSEWHERE = (

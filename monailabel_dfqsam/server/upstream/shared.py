@@ -21,7 +21,7 @@ from filelock import FileLock
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore, LocalDatastoreModel
 
-from monailabel_dfqsam.server.compat_store import repair_dicomweb
+from monailabel_dfqsam.server.upstream.store import repair_dicomweb
 
 _CHANGES = ("add_image", "save_label", "update_image_info", "update_label_info", "_reconcile_datastore")
 _POLL_SECONDS = 0.005  # a change takes about as long

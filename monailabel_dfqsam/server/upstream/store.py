@@ -32,9 +32,9 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.utils.app import app_instance
 from starlette.background import BackgroundTask
 
-from monailabel_dfqsam.server.compat_dicom import archived_label, repair_dicom
-from monailabel_dfqsam.server.json_input import read_object
-from monailabel_dfqsam.server.security import Refusal, check_name
+from monailabel_dfqsam.server.gate.guard import Refusal, check_name
+from monailabel_dfqsam.server.gate.json_input import read_object
+from monailabel_dfqsam.server.upstream.dicom import archived_label, repair_dicom
 
 IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha", ".dcm", ".png", ".jpg", ".jpeg")
 MASK_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
