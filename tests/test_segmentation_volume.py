@@ -12,11 +12,12 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from monai.transforms import LoadImage
-from PIL import Image
+from PIL import Image as Picture
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from monailabel_dfqsam.segmentation import volume as volume_module
+from monailabel_dfqsam.segmentation.image import Image
 from monailabel_dfqsam.segmentation.volume import (
     SOFT_TISSUE,
     ImageError,
@@ -142,7 +143,7 @@ def test_a_mask_is_compressed_or_not_as_told(tmp_path: Path) -> None:
 
 
 def test_a_mask_of_a_picture_is_as_flat_as_the_picture(tmp_path: Path) -> None:
-    Image.fromarray(values(np.uint8)[:, :, 0]).save(tmp_path / "a.png")
+    Picture.fromarray(values(np.uint8)[:, :, 0]).save(tmp_path / "a.png")
     volume = load_volume(tmp_path / "a.png")
     mask = (volume.array > 100).astype(np.uint8)
     write_mask(mask, volume, tmp_path / "m.nrrd")
@@ -176,7 +177,7 @@ def test_other_masks_are_refused(tmp_path: Path, mask: np.ndarray, name: str) ->
 )
 def test_pictures_are_shown_as_they_are(tmp_path: Path, mode: str, expected: tuple[int, int, int]) -> None:
     colour = {"L": 40, "RGB": (10, 20, 30), "RGBA": (10, 20, 30, 99), "P": 0}[mode]
-    picture = Image.new(mode, (6, 4), 0)
+    picture = Picture.new(mode, (6, 4), 0)
     if mode == "P":
         picture.putpalette([10, 20, 30, 200, 200, 200])
         picture.putpixel((0, 0), 1)
@@ -311,13 +312,13 @@ def test_what_cannot_be_read_is_refused_with_a_sentence(
 
 def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
-    original = volume_module.read_itk
+    original = volume_module.read_image
 
-    def counted(path: Path) -> tuple[sitk.Image, str | None]:
+    def counted(path: Path, name: str | None = None) -> Image:
         reads.append(path)
-        return original(path)
+        return original(path, name)
 
-    monkeypatch.setattr(volume_module, "read_itk", counted)
+    monkeypatch.setattr(volume_module, "read_image", counted)
     loader = VolumeLoader(1 << 20)
     path = write_nifti(tmp_path / "a.nii.gz", values())
     assert loader.load(path) is loader.load(str(path))

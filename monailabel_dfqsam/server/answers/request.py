@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from monailabel_dfqsam.segmentation.grids import covers, on_grid
 from monailabel_dfqsam.segmentation.volume import Volume, Window, load_volume
 
 MASK = "mask"
 """Entry by which the server passes on where it put an uploaded mask; a client cannot set it."""
+
+MASK_PART = "label"
+"""The part of the form that holds it, by which messages call it."""
+
+FILE_NAME = "file_name"
+"""Entry by which the server tells what a client calls an image it sent along; a client cannot set it."""
 
 STORED = "stored"
 """Entry by which the server tells that the image is one of its datastore; a client cannot set it."""
@@ -32,10 +38,7 @@ WINDOWS: dict[str, Window | None] = {
 """Names that a viewer offers; 'auto' is the image's own window, 'full range' its least to greatest value."""
 
 EXTENSIONS = (".nrrd", ".nii.gz", ".nii")
-_PIXEL_TYPES = {
-    "uint8": sitk.sitkUInt8, "int8": sitk.sitkInt8, "uint16": sitk.sitkUInt16, "int16": sitk.sitkInt16,
-    "uint32": sitk.sitkUInt32, "int32": sitk.sitkInt32, "float32": sitk.sitkFloat32,
-}  # fmt: skip
+_PIXEL_TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32")
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class ResultFormat:
 
     Attributes:
         extension: one of `EXTENSIONS`.
-        pixel_type: ITK's number of it.
+        dtype: of its voxels.
         compress: for .nrrd; a NIfTI's name says it.
     """
 
     extension: str
-    pixel_type: int
+    dtype: np.dtype[Any]
     compress: bool
 
 
@@ -87,6 +90,9 @@ def read_label(request: Mapping[str, Any], default: str) -> str:
 def read_window(request: Mapping[str, Any], volume: Volume) -> Window | None:
     """The values to show: a viewer's own, sent as `window_center` and `window_width`, or those of a name.
 
+    A preset is made for Hounsfield units, and a viewer may count values in another way: a window that would
+    leave one colour of the image gives way to the image's own.
+
     Returns:
         None for the image's own window.
 
@@ -94,32 +100,46 @@ def read_window(request: Mapping[str, Any], volume: Volume) -> Window | None:
         ValueError: for an unknown name, and for a centre and a width that are no window.
     """
     center, width = request.get("window_center"), request.get("window_width")
+    grey = volume.array.ndim == 3
     if center is not None or width is not None:
-        return Window.of_level(_number(center, "window_center"), _number(width, "window_width"))
+        asked = Window.of_level(_number(center, "window_center"), _number(width, "window_width"))
+        return asked if grey and _meets(asked, volume) else None
     name = request["window"]
     if not isinstance(name, str) or name not in WINDOWS:
         raise ValueError(f"window must be one of {', '.join(WINDOWS)}, not {name!r}")
-    if name == FULL_RANGE and volume.array.ndim == 3:
-        low, high = float(volume.array.min()), float(volume.array.max())
+    if name == FULL_RANGE and grey:
+        low, high = volume.extent
         return Window(low, high if high > low else low + 1)
-    return WINDOWS[name]
+    preset = WINDOWS[name]
+    return preset if preset and grey and volume.is_shown_by(preset) else None
+
+
+def _meets(window: Window, volume: Volume) -> bool:
+    """Whether a window shows more than one colour of an image."""
+    low, high = volume.extent
+    return low < window.high and high > window.low
 
 
 def read_mask(request: Mapping[str, Any], volume: Volume) -> NDArray[np.bool_] | None:
     """An existing mask that came with the request, [I, J, K] bool: what is not 0 in its file.
 
+    It may lie on another grid, as one with reversed axes does: the nearest voxel in space counts.
+
     Raises:
-        ValueError: when it is no image on the volume's grid.
+        ValueError: when it is no image, or does not cover the volume.
     """
     path = request.get(MASK)
     if path is None:
         return None
-    mask = load_volume(path).array
-    if mask.shape != volume.array.shape[:3]:
+    mask = load_volume(path, MASK_PART)
+    if mask.array.ndim != 3:
+        raise ValueError(f"'{MASK_PART}' must hold one number a voxel, not colour")
+    if not covers(mask, volume):
         raise ValueError(
-            f"the mask must have the image's {list(volume.shape)} voxels (i, j, k), not {list(mask.shape)}"
+            f"'{MASK_PART}' does not lie on the image: its {list(mask.shape)} voxels (i, j, k) leave part of "
+            f"the image's {list(volume.shape)} uncovered in space"
         )
-    found: NDArray[np.bool_] = mask != 0
+    found: NDArray[np.bool_] = on_grid(mask, volume) != 0
     return found
 
 
@@ -182,7 +202,7 @@ def read_format(request: Mapping[str, Any]) -> ResultFormat:
     if compress in (None, ""):
         compress = True
     return ResultFormat(
-        extension, _PIXEL_TYPES[name], read_flag({"result_compress": compress}, "result_compress")
+        extension, np.dtype(name), read_flag({"result_compress": compress}, "result_compress")
     )
 
 
