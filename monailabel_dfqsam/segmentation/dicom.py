@@ -212,11 +212,13 @@ def _transforms(data: Dataset, frames: int) -> list[tuple[float, float]]:
 def _transformed(frame: NDArray[Any], data: Dataset, slope: float, intercept: float) -> NDArray[Any]:
     kind = str(data.get("PhotometricInterpretation"))
     if kind == "PALETTE COLOR":
-        colours = apply_color_lut(frame, data)
+        colours: NDArray[Any] = apply_color_lut(frame, data)
         return (colours >> 8).astype(np.uint8) if colours.dtype == np.uint16 else colours
     if frame.ndim == 3:
-        is_plain = data.file_meta.TransferSyntaxUID in _PLAIN
-        return convert_color_space(frame, kind, "RGB") if kind.startswith("YBR_FULL") and is_plain else frame
+        # GDCM unpacks to RGB.
+        if kind.startswith("YBR_FULL") and data.file_meta.TransferSyntaxUID in _PLAIN:
+            frame = convert_color_space(frame, kind, "RGB")
+        return frame
     if data.get("ModalityLUTSequence"):
         return _narrowed(apply_modality_lut(frame, data))
     if (slope, intercept) == (1, 0):

@@ -56,24 +56,14 @@ def read_nifti(path: Path, name: str) -> Image:
     Raises:
         ImageError, MemoryShortage: as `volume.load_volume` says.
     """
-    with _unpacked(path) as file:
-        head = file.read(HEADER_BYTES)
-        file.seek(0)
-        found = _image_class(head)
-        if found is None:
-            raise damaged(name)
-        if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
-            raise ImageError(f"'{name}' keeps its voxels in another file")
-        try:
-            source = found.from_file_map({"image": FileHolder(fileobj=file)}, mmap=False)
-            _check(source, name)
+    try:
+        with _unpacked(path) as file:
+            source = _open(file, name)
             array = _values(source)
-        except (OSError, EOFError, zlib.error):
-            raise ImageError(
-                f"'{name}' is incomplete: its header announces more voxels than it holds"
-            ) from None
-        except (HeaderDataError, ImageDataError, ValueError, OverflowError) as error:
-            raise error if isinstance(error, ImageError) else damaged(name) from None
+    except (OSError, EOFError, zlib.error):
+        raise ImageError(f"'{name}' is incomplete: its header announces more voxels than it holds") from None
+    except (HeaderDataError, ImageDataError, ValueError, OverflowError) as error:
+        raise error if isinstance(error, ImageError) else damaged(name) from None
     affine = _itk_affine(source.header)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < _FLAT:
         raise ImageError(f"'{name}' lies nowhere: its axes do not span a space")
@@ -117,7 +107,16 @@ def _image_class(head: bytes) -> type[nibabel.Nifti1Image] | None:
     return next((kind for kind in kinds if kind.header_class.may_contain_header(head)), None)
 
 
-def _check(source: nibabel.Nifti1Image, name: str) -> None:
+def _open(file: IO[bytes], name: str) -> nibabel.Nifti1Image:
+    """The image without its voxels, which are read from `file` later."""
+    head = file.read(HEADER_BYTES)
+    file.seek(0)
+    found = _image_class(head)
+    if found is None:
+        raise damaged(name)
+    if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
+        raise ImageError(f"'{name}' keeps its voxels in another file")
+    source = found.from_file_map({"image": FileHolder(fileobj=file)}, mmap=False)
     shape, dtype = source.shape, source.get_data_dtype()
     if dtype.kind == "c":
         raise ImageError(f"'{name}' holds complex numbers; expected real ones")
@@ -125,13 +124,14 @@ def _check(source: nibabel.Nifti1Image, name: str) -> None:
         raise ImageError(f"'{name}' has {len(shape)} dimensions, {'×'.join(map(str, shape))}; a volume has 3")
     scaled = (source.dataobj.slope, source.dataobj.inter) != (1, 0)
     check_size(shape, max(dtype.itemsize, _SCALED_BYTES) if scaled else dtype.itemsize, name)
+    return source
 
 
 def _values(source: nibabel.Nifti1Image) -> NDArray[np.generic]:
     """[I, J, K] after slope and intercept, in this machine's order of bytes; or [I, J, K, 3] uint8."""
     proxy = source.dataobj
     plain = (proxy.slope, proxy.inter) == (1, 0)
-    array = np.asarray(proxy.get_unscaled() if plain else proxy.get_scaled(np.float32))
+    array = np.asarray(proxy.get_unscaled() if plain else proxy, dtype=None if plain else np.float32)
     array = array.reshape((*array.shape, 1, 1)[:3], order="F")
     if array.dtype.names:  # colour, of which opacity is left out
         return np.stack([array[channel] for channel in array.dtype.names[:3]], axis=-1)

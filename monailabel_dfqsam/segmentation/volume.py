@@ -321,8 +321,9 @@ def _inside(array: NDArray[np.generic]) -> NDArray[np.float32]:
     Outside the body most scanners write one value, the least; it says nothing of contrast.
     """
     values = array.ravel(order="K")
-    values = values[:: max(1, len(values) // _SAMPLE)].astype(np.float32)
-    return values[values > values.min()]
+    sample: NDArray[np.float32] = values[:: max(1, len(values) // _SAMPLE)].astype(np.float32)
+    inside: NDArray[np.float32] = sample[sample > sample.min()]
+    return inside
 
 
 def _grey(values: NDArray[Any], window: Window) -> NDArray[np.float32]:
