@@ -90,8 +90,8 @@ def read_label(request: Mapping[str, Any], default: str) -> str:
 def read_window(request: Mapping[str, Any], volume: Volume) -> Window | None:
     """The values to show: a viewer's own, sent as `window_center` and `window_width`, or those of a name.
 
-    A preset is made for Hounsfield units, and a viewer may count values in another way: a window that would
-    leave one colour of the image gives way to the image's own.
+    A preset is made for Hounsfield units: one that leaves a single colour of the image gives way to the image's
+    own window. A viewer's own is what the person sees, and stays.
 
     Returns:
         None for the image's own window.
@@ -100,24 +100,18 @@ def read_window(request: Mapping[str, Any], volume: Volume) -> Window | None:
         ValueError: for an unknown name, and for a centre and a width that are no window.
     """
     center, width = request.get("window_center"), request.get("window_width")
-    grey = volume.array.ndim == 3
     if center is not None or width is not None:
-        asked = Window.of_level(_number(center, "window_center"), _number(width, "window_width"))
-        return asked if grey and _meets(asked, volume) else None
+        return Window.of_level(_number(center, "window_center"), _number(width, "window_width"))
     name = request["window"]
     if not isinstance(name, str) or name not in WINDOWS:
         raise ValueError(f"window must be one of {', '.join(WINDOWS)}, not {name!r}")
-    if name == FULL_RANGE and grey:
+    if volume.array.ndim != 3:
+        return None
+    if name == FULL_RANGE:
         low, high = volume.extent
         return Window(low, high if high > low else low + 1)
     preset = WINDOWS[name]
-    return preset if preset and grey and volume.is_shown_by(preset) else None
-
-
-def _meets(window: Window, volume: Volume) -> bool:
-    """Whether a window shows more than one colour of an image."""
-    low, high = volume.extent
-    return low < window.high and high > window.low
+    return preset if preset and volume.is_shown_by(preset) else None
 
 
 def read_mask(request: Mapping[str, Any], volume: Volume) -> NDArray[np.bool_] | None:
