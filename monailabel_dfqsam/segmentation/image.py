@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -51,8 +52,10 @@ class Image:
     nifti: nibabel.Nifti1Header | None = None
 
     def to_itk(self) -> sitk.Image:
-        """A copy as ITK's image, of 2 dimensions for a flat picture."""
-        array = self.array[:, :, 0] if len(self.spacing) == 2 else self.array
+        """A copy as ITK's image, of 2 dimensions for a flat picture; `inverted` becomes mirrored values."""
+        array: NDArray[Any] = self.array[:, :, 0] if len(self.spacing) == 2 else self.array
+        if self.inverted:
+            array = (float(array.min()) + float(array.max()) - array).astype(array.dtype)
         spatial = len(self.spacing)
         turned = array.transpose(*range(spatial - 1, -1, -1), *range(spatial, array.ndim))
         image = sitk.GetImageFromArray(np.ascontiguousarray(turned), isVector=array.ndim > spatial)

@@ -32,7 +32,7 @@ from monailabel_dfqsam.segmentation.volume import (
     write_mask,
 )
 from monailabel_dfqsam.server.answers.neighbours import Neighbours
-from monailabel_dfqsam.server.answers.request import ResultFormat
+from monailabel_dfqsam.server.answers.request import View
 from monailabel_dfqsam.server.runs.models import Models, Served
 
 
@@ -125,20 +125,20 @@ class Clock:
         return {k: round(v, 6) for k, v in {**self._laps, "total": self._last - self._begin}.items()}
 
 
-def write_answer(mask: NDArray[np.uint8], k: int | None, volume: Volume, form: ResultFormat) -> str:
+def write_answer(mask: NDArray[np.uint8], k: int | None, volume: Volume, view: View) -> str:
     """A mask as a temporary file, the caller's to remove.
 
     Args:
         mask: [I, J] uint8 of slice k, or with k None [I, J, K].
         k: 0 … K − 1, or None.
     """
-    handle, file = tempfile.mkstemp(prefix="dfqsam-", suffix=form.extension)
+    handle, file = tempfile.mkstemp(prefix="dfqsam-", suffix=view.result_extension)
     os.close(handle)
     try:
         if k is None:
-            write_mask(mask, volume, file, form.compress, form.dtype)
+            write_mask(mask, volume, file, view.result_compress, view.dtype)
         else:
-            write_slice_mask(mask, k, volume, file, form.compress, form.dtype)
+            write_slice_mask(mask, k, volume, file, view.result_compress, view.dtype)
     except BaseException:
         os.unlink(file)
         raise
