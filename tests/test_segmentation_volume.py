@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -27,6 +28,7 @@ from monailabel_dfqsam.segmentation.volume import (
     slice_rgb,
     write_mask,
 )
+from tests.dicom_series import Series
 
 REALDATA = Path(__file__).parents[2] / "shared" / "realdata"
 SHAPE = (5, 7, 3)
@@ -225,6 +227,32 @@ def test_hounsfield_units_are_known_by_their_values_and_dicom_by_its_tag(tmp_pat
     assert load_volume(write_dicom(tmp_path / "ct")).modality == "CT"
     tagged = load_volume(write_dicom(tmp_path / "mr", "MR"))
     assert (tagged.modality, tagged.window == SOFT_TISSUE) == ("MR", False)
+
+
+@pytest.mark.parametrize(
+    ("dark", "bright", "padded", "is_soft_tissue"),
+    [
+        (1500, 2600, False, False),  # cone beam: without Hounsfield units
+        (1500, 2600, True, False),  # the same with a corner of padding, whose black tells nothing
+        (-990, -700, False, False),  # lung alone
+        (-1000, 40, False, True),
+        (30, 70, False, True),
+    ],
+)
+def test_a_preset_of_ct_is_used_where_it_shows_something(
+    tmp_path: Path, dark: int, bright: int, padded: bool, is_soft_tissue: bool
+) -> None:
+    random = np.random.default_rng(0)
+    array = random.normal(np.where(np.indices((30, 30, 4))[0] < 10, bright, dark), 5)
+    array[25:, 25:] = -1000 if padded else array[25:, 25:]
+    volume = replace(load_volume(write_nifti(tmp_path / "a.nii", array.astype(np.int16))), modality="CT")
+    assert volume.is_shown_by(SOFT_TISSUE) == is_soft_tissue
+    path = tmp_path / "a.dcm"
+    Series().write(path, array[:, :, 0].T.astype(np.int16), 0)
+    read = load_volume(path)
+    assert (read.modality, read.window == SOFT_TISSUE) == ("CT", is_soft_tissue)
+    shown = slice_rgb(read, 0)[..., 0].astype(int)
+    assert shown[:10, :20].mean() - shown[12:22, :20].mean() > 20
 
 
 def test_background_does_not_count_for_the_window(tmp_path: Path) -> None:

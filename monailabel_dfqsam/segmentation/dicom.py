@@ -177,7 +177,7 @@ def _unpacked(data: Dataset, name: str) -> NDArray[Any]:
     with tempfile.TemporaryDirectory(prefix="dfqsam-") as folder:
         path = Path(folder) / "bare.dcm"
         whole = FileDataset(str(path), bare, file_meta=meta, preamble=bytes(_PREAMBLE))
-        whole.is_little_endian, whole.is_implicit_VR = data.is_little_endian, data.is_implicit_VR
+        whole.is_little_endian, whole.is_implicit_VR = True, False
         whole.save_as(path, write_like_original=False)
         try:
             image = sitk.ReadImage(str(path), imageIO=GDCM)
