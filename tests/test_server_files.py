@@ -273,7 +273,14 @@ def _axes_permuted(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
     return image.as_reoriented(nibabel.orientations.ornt_transform(codes, order))
 
 
-@pytest.mark.parametrize("turn", [nibabel.as_closest_canonical, _slices_reversed, _axes_permuted])
+def _nan_outside(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
+    array = np.where(np.asarray(image.dataobj) > 0, np.float32(0.5), np.float32("nan"))
+    return _slices_reversed(nibabel.Nifti1Image(array, image.affine))
+
+
+@pytest.mark.parametrize(
+    "turn", [_nan_outside, nibabel.as_closest_canonical, _slices_reversed, _axes_permuted]
+)
 def test_a_mask_prompt_on_turned_axes_lies_where_it_lay(server: Server, tmp_path: Path, turn: Any) -> None:
     turned = turn(_mask())
     assert not np.allclose(turned.affine, affine())

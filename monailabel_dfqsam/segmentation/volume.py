@@ -23,7 +23,7 @@ from monailabel_dfqsam.segmentation.nifti import nifti_on
 from monailabel_dfqsam.segmentation.reading import read_image
 
 __all__ = [
-    "ImageError", "Volume", "VolumeLoader", "VolumeTooLarge", "Window", "load_volume", "slice_rgb",
+    "ImageError", "Volume", "VolumeLoader", "VolumeTooLarge", "Window", "load_labels", "load_volume", "slice_rgb",
     "write_mask",
 ]  # fmt: skip
 
@@ -168,6 +168,28 @@ def _volume(image: Image, name: str) -> Volume:
     parts = {**vars(image), "array": array, "modality": image.modality or _guess(array)}
     volume = Volume(**parts, window=None)
     return replace(volume, window=_window(volume))
+
+
+def load_labels(path: str | Path, name: str | None = None) -> Volume:
+    """As `load_volume`, of a label map: what is no number is 0, and there is nothing to show.
+
+    Raises:
+        ImageError: also for colour.
+        VolumeTooLarge: as there.
+    """
+    path = Path(path)
+    name = name or path.name
+    try:
+        with shortage_told(f"reading '{name}'"):
+            image = read_image(path, name)
+            array: NDArray[Any] = image.array
+            if array.dtype.kind == "f":
+                array = np.where(np.isfinite(array), array, 0)
+    except MemoryShortage as error:
+        raise VolumeTooLarge(str(error)) from None
+    if array.ndim != 3:
+        raise ImageError(f"'{name}' must hold one number a voxel, not colour")
+    return Volume(array, image.origin, image.spacing, image.direction, None, None, nifti=image.nifti)
 
 
 class VolumeLoader:

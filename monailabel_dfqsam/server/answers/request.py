@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from monailabel_dfqsam.segmentation.grids import covers, on_grid
-from monailabel_dfqsam.segmentation.volume import Volume, Window, load_volume
+from monailabel_dfqsam.segmentation.volume import Volume, Window, load_labels
 from monailabel_dfqsam.server.gate.options import Number, OptionError, Options
 
 MASK = "mask"
@@ -111,9 +111,7 @@ def read_mask(request: Mapping[str, Any], volume: Volume) -> NDArray[np.bool_] |
     path = request.get(MASK)
     if path is None:
         return None
-    mask = load_volume(path, MASK_PART)
-    if mask.array.ndim != 3:
-        raise ValueError(f"'{MASK_PART}' must hold one number a voxel, not colour")
+    mask = load_labels(path, MASK_PART)
     if not covers(mask, volume):
         raise ValueError(
             f"'{MASK_PART}' does not lie on the image: its {list(mask.shape)} voxels (i, j, k) leave part of "
