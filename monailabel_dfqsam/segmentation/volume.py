@@ -23,8 +23,8 @@ from monailabel_dfqsam.segmentation.nifti import nifti_on
 from monailabel_dfqsam.segmentation.reading import read_image
 
 __all__ = [
-    "ImageError", "Volume", "VolumeLoader", "VolumeTooLarge", "Window", "load_labels", "load_volume", "slice_rgb",
-    "write_mask",
+    "ImageError", "Volume", "VolumeLoader", "VolumeTooLarge", "Window", "load_labels", "load_volume",
+    "slice_rgb", "write_mask",
 ]  # fmt: skip
 
 # Hounsfield units: below every tissue but lung and fat, so that only CT has such values.
