@@ -80,7 +80,7 @@ def read_dicom(path: Path, name: str) -> Image:
     """One file, of one or many frames; raises as `read_series` does."""
     header = _header(path, name)
     if "Rows" not in header:
-        raise ImageError(f"'{name}' is a DICOM file without an image")
+        raise ImageError(f"'{name}' is a DICOM file without an image") if header else damaged(name)
     return _read([(path, header)], name)
 
 
