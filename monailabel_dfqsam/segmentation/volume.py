@@ -6,6 +6,7 @@ file. A 2-D image has K = 1; colour adds a last axis of 3. A slice for the model
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,10 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from monailabel_dfqsam.memory import MemoryShortage, shortage_told
-from monailabel_dfqsam.segmentation.embeddings import BoundedCache
 from monailabel_dfqsam.segmentation.reading import ImageError, Modality, read_itk
 
 __all__ = [
-    "ImageError", "Volume", "VolumeLoader", "VolumeTooLarge", "Window", "load_volume", "slice_rgb",
-    "write_mask",
+    "ImageError", "Volume", "VolumeTooLarge", "Window", "load_volume", "slice_rgb", "write_mask",
 ]  # fmt: skip
 
 # Hounsfield units: below every tissue but lung and fat, so that only CT has such values.
@@ -72,6 +71,7 @@ class Volume:
         origin, spacing, direction: ITK's, millimetres, LPS; of 3 axes, or of 2 for a 2-D file.
         modality: DICOM's name ('CT', 'MR', 'US' …); guessed 'CT' by the values, else None.
         window: what `slice_rgb` shows unless told otherwise; None for images shown as they are.
+        key: tells its content from any other's; None where `VolumeLoader` did not read it.
     """
 
     array: NDArray[np.generic]
@@ -80,6 +80,7 @@ class Volume:
     direction: tuple[float, ...]
     modality: Modality
     window: Window | None
+    key: Hashable = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -137,35 +138,6 @@ def _load(path: Path) -> Volume:
     return Volume(
         array, image.GetOrigin(), image.GetSpacing(), image.GetDirection(), modality, _window(array, modality)
     )
-
-
-class VolumeLoader:
-    """`load_volume` with the last volumes kept, at most `max_bytes` of them; safe to share between threads.
-
-    A file that changed (size or time of change) is read anew.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._cache: BoundedCache[Volume] = BoundedCache(max_bytes)
-
-    def load(self, path: str | Path) -> Volume:
-        """As `load_volume`."""
-        path = Path(path)
-        return self._cache.get_or_compute(file_key(path), lambda: load_volume(path))
-
-
-def file_key(path: Path) -> tuple[object, ...]:
-    """Equal for a file or a folder's files that did not change: paths, times of change and sizes.
-
-    Raises:
-        ImageError: when there is no such file.
-    """
-    try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        stats = [(file.name, file.stat()) for file in files]
-    except OSError:
-        raise ImageError(f"there is no image '{path.name}'") from None
-    return (path.resolve(), *((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats))
 
 
 def slice_rgb(volume: Volume, k: int, window: Window | None = None) -> NDArray[np.uint8]:
