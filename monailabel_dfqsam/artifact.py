@@ -146,13 +146,20 @@ def read_header(path: Path) -> dict[str, Any]:
     return _read(path, header_only=True).header
 
 
-def read_artifact(path: Path) -> Artifact:
+def read_artifact(path: Path, key: str | None = None) -> Artifact:
     """Reads and checks an artifact.
 
+    Args:
+        key: which artifact it must be; None takes any.
+
     Raises:
-        ArtifactError: when the file is missing, cut short, changed, no artifact, or of a newer format.
+        ArtifactError: when the file is missing, cut short, changed, no artifact, or of a newer format, or
+            when it is another one than `key` says.
     """
-    return _read(path, header_only=False)
+    artifact = _read(path, header_only=False)
+    if key is not None and artifact.header.get("key") != key:
+        raise ArtifactError(f"'{path.name}' holds another model than its name says: quantize again")
+    return artifact
 
 
 def _read(path: Path, header_only: bool) -> Artifact:

@@ -25,6 +25,7 @@ from monailabel_dfqsam.artifact import FORMAT_VERSION, Artifact, encode_layer, s
 from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, SynthesisConfig, silent
 from monailabel_dfqsam.engines import layer_by_layer, load_encoder
 from monailabel_dfqsam.fidelity import mask_agreement
+from monailabel_dfqsam.identity import ALGORITHM, artifact_key, calibration_pictures
 from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
 from monailabel_dfqsam.quantization.cost import encoder_cost
@@ -46,7 +47,6 @@ FIDELITY_SEED_OFFSET = 1_000_000
 PHANTOMS = 8
 # Far from the seeds of the phantoms that the embedded model was trained on.
 PHANTOM_SEED = 1 << 40
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,7 @@ def folder_images(variant: Variant, folder: Path, count: int) -> Tensor:
     Raises:
         ValueError: when there are fewer pictures than asked for.
     """
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)[:count]
-    if len(paths) < count:
-        raise ValueError(
-            f"the calibration folder holds {len(paths)} pictures ({', '.join(_IMAGE_SUFFIXES)}), "
-            f"but {count} are asked for"
-        )
+    paths = calibration_pictures(folder, count)
     return torch.cat([to_input(variant, np.array(Image.open(path).convert("RGB")))[0] for path in paths])
 
 
@@ -282,7 +277,8 @@ def pack(
         "source_name": checkpoint.path.name,
         "config": asdict(config),
         "preset": None if config.preset is None else config.preset.value,
-        "key": config.key(checkpoint.sha256),
+        "key": artifact_key(config, checkpoint.sha256, checkpoint.variant.name),
+        "algorithm": ALGORITHM,
         "seed": config.seed,
         "images_sha256": [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images],
         "layers": layers,

@@ -99,7 +99,9 @@ def test_help_is_quick_and_the_module_runs() -> None:
 
 def test_quantize_writes_an_artifact_and_a_report(quantized: tuple[Path, dict[str, Any]]) -> None:
     out, summary = quantized
-    assert sorted(p.name for p in out.iterdir()) == sorted([f"{summary['key']}.safetensors", "report.html"])
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [f"{summary['key']}.safetensors", f"{summary['key']}.html"]
+    )
     header = read_artifact(Path(summary["artifact"])).header
     assert summary["made"] is True
     assert summary["fidelity"] == header["fidelity"]

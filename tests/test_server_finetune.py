@@ -17,11 +17,10 @@ from PIL import Image
 
 from monailabel_dfqsam.artifact import read_artifact, read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
-from monailabel_dfqsam.sam.checkpoint import file_sha256
 from monailabel_dfqsam.segmentation.segmenter import load_segmenter
 from monailabel_dfqsam.server.page.overview import Overview
 from monailabel_dfqsam.server.runs.finetuning import NAME, labelled_images
-from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.folder import ModelFolder, default_key
 from monailabel_dfqsam.server.runs.models import Models
 from monailabel_dfqsam.server.runs.options import OptionError
 from monailabel_dfqsam.server.runs.queue import RunQueue
@@ -95,7 +94,7 @@ def test_what_it_makes_is_better_and_served(settings: Settings, finetuned: dict[
     assert finetuned["state"] == "published", finetuned
     folder = ModelFolder(settings.model_dir)
     key = str(finetuned["key"])
-    start = settings.quantization.key(file_sha256(settings.checkpoint))
+    start = default_key(settings)
     assert folder.published() == {"key": key, "default_key": start}
     header = read_header(folder.artifact(key))
     facts = header["finetuning"]
@@ -118,7 +117,7 @@ def test_what_it_makes_is_what_the_label_shows(settings: Settings, finetuned: di
     from monailabel_dfqsam.segmentation.segmenter import Prompts
 
     folder = ModelFolder(settings.model_dir)
-    start = settings.quantization.key(file_sha256(settings.checkpoint))
+    start = default_key(settings)
 
     def overlap(key: str) -> float:
         segmenter = load_segmenter(read_artifact(folder.artifact(key)))

@@ -16,8 +16,7 @@ import pytest
 
 from monailabel_dfqsam.artifact import read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
-from monailabel_dfqsam.sam.checkpoint import file_sha256
-from monailabel_dfqsam.server.runs.folder import HISTORY, ModelFolder
+from monailabel_dfqsam.server.runs.folder import HISTORY, ModelFolder, default_key
 from monailabel_dfqsam.server.runs.models import FULL_PRECISION, ChoiceError, Models
 from monailabel_dfqsam.server.runs.options import OptionError, read_options
 from monailabel_dfqsam.server.runs.record import Run, RunState, run_from_json
@@ -65,7 +64,7 @@ def folder(quantized: Settings, tmp_path: Path) -> Settings:
 
 
 def key_of(settings: Settings) -> str:
-    return settings.quantization.key(file_sha256(settings.checkpoint))
+    return default_key(settings)
 
 
 def test_quantization_needs_no_data(quantized: Settings) -> None:

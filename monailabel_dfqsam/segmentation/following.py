@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from monailabel_dfqsam.segmentation.appearance import Appearance, shift
+from monailabel_dfqsam.segmentation.appearance import Appearance, near, shift
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prediction, Prompts
 
 Mask = NDArray[np.bool_]
@@ -43,7 +43,6 @@ class Stop(str, Enum):
     SCORE = "the model is unsure"
     APPEARANCE = "it looks different"
     BACKGROUND = "a background point stayed inside"
-    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +63,7 @@ class Source:
     def of(cls, rgb: NDArray[np.uint8], mask: Mask, score: float) -> Source:
         """From the slice [H, W, 3] and its mask [H, W], which is not empty."""
         looks = Appearance.of(rgb, mask)
+        rgb, mask = near(rgb, mask)
         return cls(looks, float(looks.of_slice(rgb)[mask].mean()), score)
 
 

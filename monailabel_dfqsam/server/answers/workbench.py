@@ -29,7 +29,7 @@ from monailabel_dfqsam.segmentation.slice_mask import write_slice_mask
 from monailabel_dfqsam.segmentation.volume import Volume, Window, slice_rgb, write_mask
 from monailabel_dfqsam.server.answers.neighbours import Neighbours
 from monailabel_dfqsam.server.answers.request import ResultFormat
-from monailabel_dfqsam.server.runs.models import Models, Served
+from monailabel_dfqsam.server.runs.models import Models, NoModelError, Served
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Workbench:
         """The model that answers now; raises HTTPException 503 when there is none."""
         try:
             return self.models.current()
-        except (ValueError, OSError) as error:
+        except NoModelError as error:
             raise HTTPException(503, f"no model can be loaded: {error}") from None
 
     def volume(self, path: Path) -> Volume:

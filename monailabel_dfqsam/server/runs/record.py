@@ -60,6 +60,7 @@ class Run:
         fidelity: mean mask IoU with full precision, 0 … 1, where it was measured.
         error: why it was not published, a sentence, or "".
         pid: of its process, None before there is one.
+        began: when that process began, seconds after the machine's start; None as long as `pid` is.
     """
 
     trainer: str
@@ -76,6 +77,7 @@ class Run:
     fidelity: float | None = None
     error: str = ""
     pid: int | None = None
+    began: float | None = None
 
     def end(self, state: RunState, error: str = "", fidelity: float | None = None) -> Run:
         """The record of this run ended now."""
@@ -88,7 +90,7 @@ class Run:
     def told(self) -> dict[str, Any]:
         """As plain JSON values for clients, whom its process does not concern."""
         values = self.as_json()
-        del values["pid"]
+        del values["pid"], values["began"]
         return values
 
 
@@ -99,7 +101,9 @@ def run_from_json(values: Any) -> Run:
         ValueError: for anything else.
     """
     names = {one.name for one in fields(Run)}
-    if not isinstance(values, dict) or set(values) != names or not is_run_id(values["id"]):
+    # Records of earlier versions do not say when their process began.
+    whole = isinstance(values, dict) and set(values) | {"began"} == names
+    if not whole or not is_run_id(values["id"]):
         raise ValueError("this is not the record of a run")
     return Run(**{**values, "state": RunState(values["state"])})
 
