@@ -7,13 +7,13 @@ alone, out of a folder named by the caller.
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,15 @@ from PIL import Image
 from torch import Tensor
 
 from monailabel_dfqsam import __version__
-from monailabel_dfqsam.artifact import FORMAT_VERSION, Artifact, encode_layer, stored
+from monailabel_dfqsam.artifact import (
+    FORMAT_VERSION,
+    Artifact,
+    Fidelity,
+    Header,
+    LayerEntry,
+    encode_layer,
+    stored,
+)
 from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, SynthesisConfig, silent
 from monailabel_dfqsam.engines import layer_by_layer, load_encoder
 from monailabel_dfqsam.fidelity import mask_agreement
@@ -100,7 +108,7 @@ def quantize(
     quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, config.recipe, progress)
     artifact = pack(checkpoint, config, sam, quantized, images)
     unseen = _unseen_images(sam, config, ceiling, device, progress)
-    header = {
+    header: Header = {
         **artifact.header,
         "fidelity": _fidelity(sam, artifact, unseen),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -124,7 +132,7 @@ def fidelity_measure(
     *,
     device: torch.device | None = None,
     progress: Progress = silent,
-) -> Callable[[Artifact], dict[str, Any]]:
+) -> Callable[[Artifact], Fidelity]:
     """What measures the fidelity of artifacts as `quantize` does, for those whose weights have changed since.
 
     Args:
@@ -190,7 +198,7 @@ def _unseen_images(
     return _synthesize(sam, synthesis, FIDELITY_IMAGES, seed, ceiling, device, progress, "fidelity").images
 
 
-def _fidelity(sam: Sam, artifact: Artifact, images: Tensor, own_decoder: bool = False) -> dict[str, Any]:
+def _fidelity(sam: Sam, artifact: Artifact, images: Tensor, own_decoder: bool = False) -> Fidelity:
     encoder = load_encoder(artifact)
     decoder = load_segmenter(artifact, encoder.kind) if own_decoder else None
     mean_iou, count = mask_agreement(sam, encoder, images, decoder)
@@ -254,7 +262,7 @@ def pack(
         sam: of the checkpoint.
         images: [N, 3, S, S] float32, those calibrated on; their digests go into the header.
     """
-    layers: dict[str, Any] = {}
+    layers: dict[str, LayerEntry] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in quantized.layers.items():
         layers[name], parts = encode_layer(name, layer)
@@ -270,7 +278,7 @@ def pack(
         quantized.attention_bits,
     )
     encoder_float = {k: v for k, v in checkpoint.state_dict.items() if k.startswith("image_encoder.")}
-    header = {
+    header: Header = {
         "format_version": FORMAT_VERSION,
         "variant": checkpoint.variant.name,
         "source_sha256": checkpoint.sha256,
@@ -297,6 +305,9 @@ def pack(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "fidelity": {"mean_iou": math.nan, "n": 0, "engine": ""},
+        "created": "",
+        "seconds": 0.0,
     }
     return Artifact(header, tensors)
 

@@ -14,6 +14,7 @@ from monailabel_dfqsam.console import JsonFlag, errors, plain_errors, print_rows
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 
 if TYPE_CHECKING:
+    from monailabel_dfqsam.artifact import Header
     from monailabel_dfqsam.sam.checkpoint import Checkpoint
 
 
@@ -135,7 +136,7 @@ def _quantize_into(out: Path, path: Path, source: Checkpoint, config: Quantizati
     write_artifact(result.artifact, path)
 
 
-def _summary(header: dict[str, Any], path: Path, made: bool) -> dict[str, Any]:
+def _summary(header: Header, path: Path, made: bool) -> dict[str, Any]:
     return {
         "artifact": str(path),
         "report": str(report) if (report := path.with_suffix(".html")).is_file() else None,

@@ -10,6 +10,8 @@ import torch
 from monailabel_dfqsam.artifact import (
     Artifact,
     ArtifactError,
+    Header,
+    Sizes,
     decode_layer,
     encode_layer,
     read_artifact,
@@ -34,7 +36,14 @@ def _artifact() -> Artifact:
     for bits in (4, 6, 8):
         layers[f"layer{bits}"], parts = encode_layer(f"layer{bits}", _layer(bits))
         tensors.update(parts)
-    return Artifact({"format_version": 1, "layers": layers, "config": {"bits": 4}, "name": "ä"}, tensors)
+    header: Header = {
+        "format_version": 1, "variant": "tiny", "source_sha256": "0" * 64, "source_name": "ä.pth",
+        "config": {"bits": 4}, "key": "0" * 16, "algorithm": 2, "seed": 0, "images_sha256": [],
+        "layers": layers, "attention_bits": 0, "macs": 1, "bops": 1, "bops_float": 1, "versions": {},
+        "sizes": dict.fromkeys(Sizes.__annotations__, 1),  # type: ignore[typeddict-item]
+        "fidelity": {"mean_iou": 0.9, "n": 1, "engine": "reference"}, "created": "", "seconds": 0.0,
+    }  # fmt: skip
+    return Artifact(header, tensors)
 
 
 @pytest.fixture
@@ -53,8 +62,26 @@ def test_layers_come_back_as_they_were(path: Path, bits: int) -> None:
 
 
 def test_header_comes_back(path: Path) -> None:
-    assert read_header(path)["name"] == "ä"
+    assert read_header(path)["source_name"] == "ä.pth"
     assert _artifact().label == "W4A4"
+
+
+@pytest.mark.parametrize("name", sorted(Header.__required_keys__ - {"format_version"}))
+@pytest.mark.parametrize("wrong", ["missing", "null"])
+def test_a_header_of_another_version_is_refused_in_a_sentence(path: Path, name: str, wrong: str) -> None:
+    artifact = _artifact()
+    header = {key: value for key, value in artifact.header.items() if key != name}
+    header |= {name: None} if wrong == "null" else {}
+    write_artifact(Artifact(header, artifact.tensors), path)  # type: ignore[arg-type]
+    for read in (read_header, read_artifact):
+        with pytest.raises(ArtifactError, match=f"another version, .*'{name}' is missing or wrong: quantize"):
+            read(path)
+
+
+def test_an_artifact_may_not_lie_under_anothers_name(path: Path) -> None:
+    assert read_artifact(path, "0" * 16).header["key"] == "0" * 16
+    with pytest.raises(ArtifactError, match="holds another model than its name says"):
+        read_artifact(path, "1" * 16)
 
 
 def test_writing_leaves_no_other_file_and_the_same_bytes(path: Path) -> None:

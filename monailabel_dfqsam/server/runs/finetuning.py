@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
-from monailabel_dfqsam.artifact import Artifact, read_artifact, write_artifact
+from monailabel_dfqsam.artifact import Artifact, Fidelity, Header, read_artifact, write_artifact
 from monailabel_dfqsam.config import FinetuneConfig, QuantizationConfig
 from monailabel_dfqsam.identity import artifact_key, content_sha256, finetuned_key
 from monailabel_dfqsam.sam import read_checkpoint
@@ -101,7 +101,7 @@ class _Making:
     reader: Reader
     counts: Mapping[str, int]
 
-    def again(self, samples: Sequence[Sample]) -> dict[str, Any] | Outcome | None:
+    def again(self, samples: Sequence[Sample]) -> Header | Outcome | None:
         """The header of the artifact made of the same labels and choices before; None without one.
 
         An Outcome says that what serves now is better.
@@ -118,7 +118,7 @@ class _Making:
             return None
         return header if _surpasses(after, rivals) else self._rejected(after, rivals)
 
-    def better(self, samples: Sequence[Sample]) -> dict[str, Any] | Outcome:
+    def better(self, samples: Sequence[Sample]) -> Header | Outcome:
         """The header of the artifact, in place under its key; or why there is none that is better."""
         from monailabel_dfqsam.finetuning.learning import Judge, finetune
         from monailabel_dfqsam.finetuning.samples import split
@@ -149,20 +149,20 @@ class _Making:
             "after": result.after.as_json(),
             **{name: scores.as_json() for name, scores in rivals.items()},
         }
-        changes = {"finetuning": facts, "fidelity": measure(artifact), "seconds": time.monotonic() - begun}
-        header = self._write(artifact, changes)
+        header = self._write(artifact, facts, measure(artifact), time.monotonic() - begun)
         shutil.rmtree(checkpoints, ignore_errors=True)
         return header
 
-    def _write(self, artifact: Artifact, changes: Mapping[str, Any]) -> dict[str, Any]:
-        header = {
+    def _write(self, artifact: Artifact, facts: dict[str, Any], fidelity: Fidelity, seconds: float) -> Header:
+        header: Header = {
             **artifact.header,
-            **changes,
+            "finetuning": facts,
+            "fidelity": fidelity,
             "key": self.key,
             "preset": None,
             "seed": self.config.seed,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(changes["seconds"], 2),
+            "seconds": round(seconds, 2),
         }
         self.report("writing", 0, 1)
         building = self.folder.building

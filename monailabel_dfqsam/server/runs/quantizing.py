@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from monailabel_dfqsam.artifact import ArtifactError, read_artifact, write_artifact
+from monailabel_dfqsam.artifact import ArtifactError, Header, read_artifact, write_artifact
 from monailabel_dfqsam.config import QuantizationConfig
 from monailabel_dfqsam.identity import artifact_key
 from monailabel_dfqsam.sam import read_checkpoint
@@ -45,7 +45,7 @@ def work(options: Mapping[str, Any], settings: Settings, folder: ModelFolder, re
 
 def quantized(
     checkpoint: Checkpoint, config: QuantizationConfig, folder: ModelFolder, report: Reporter
-) -> dict[str, Any]:
+) -> Header:
     """The header of the artifact that a configuration makes of a checkpoint; made if it is not there."""
     # The server, which knows this trainer's name and options, answers clicks without these.
     from monailabel_dfqsam.pipeline import quantize
@@ -66,7 +66,7 @@ def quantized(
     return header
 
 
-def publish(header: Mapping[str, Any], settings: Settings, folder: ModelFolder) -> Outcome:
+def publish(header: Header, settings: Settings, folder: ModelFolder) -> Outcome:
     """Names an artifact in place the one to serve, unless its fidelity is too low."""
     fidelity, least = float(header["fidelity"]["mean_iou"]), settings.min_fidelity
     if not fidelity >= least:
@@ -81,7 +81,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def ready(folder: ModelFolder, key: str) -> dict[str, Any] | None:
+def ready(folder: ModelFolder, key: str) -> Header | None:
     """The header of an artifact that is already there and whole."""
     path = folder.artifact(key)
     if not path.is_file():
