@@ -66,7 +66,7 @@ def test_header_comes_back(path: Path) -> None:
     assert _artifact().label == "W4A4"
 
 
-@pytest.mark.parametrize("name", sorted(Header.__required_keys__ - {"format_version"}))
+@pytest.mark.parametrize("name", sorted(_artifact().header.keys() - {"format_version", "algorithm"}))
 @pytest.mark.parametrize("wrong", ["missing", "null"])
 def test_a_header_of_another_version_is_refused_in_a_sentence(path: Path, name: str, wrong: str) -> None:
     artifact = _artifact()

@@ -14,20 +14,29 @@ import pytest
 import torch
 from fastapi import HTTPException
 
-from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact, write_artifact
-from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
+from monailabel_dfqsam.artifact import (
+    Artifact,
+    ArtifactError,
+    Fidelity,
+    Header,
+    read_artifact,
+    write_artifact,
+)
+from monailabel_dfqsam.config import QuantizationConfig, silent
+from monailabel_dfqsam.pipeline import gaussian_images, pack
+from monailabel_dfqsam.quantization.calibrate import calibrate
+from monailabel_dfqsam.sam import build, read_checkpoint
+from monailabel_dfqsam.segmentation.engine_race import load_fastest
 from monailabel_dfqsam.server.answers.workbench import Workbench
 from monailabel_dfqsam.server.page.overview import Overview
 from monailabel_dfqsam.server.runs import models as models_module
 from monailabel_dfqsam.server.runs.folder import ModelFolder, default_key
 from monailabel_dfqsam.server.runs.models import FULL_PRECISION, ChoiceError, Models
 from monailabel_dfqsam.server.runs.queue import RunQueue
-from monailabel_dfqsam.server.runs.trainers import QuantizeTask
 from monailabel_dfqsam.server.settings import Settings
 from tests.server_fixtures import checkpoint, wait
 
 SECONDS = 60.0
-QUICK = QuantizationConfig(calibration=Calibration.GAUSSIAN, synthesis=SynthesisConfig(iterations=2))
 FOLDER = "/srv/hospital/secret"
 
 FAILURES: dict[str, Callable[[], Exception]] = {
@@ -49,12 +58,22 @@ FAILURES: dict[str, Callable[[], Exception]] = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, str]:
     """A folder with two artifacts, the second published, and the second's key."""
     folder = tmp_path_factory.mktemp("made")
-    settings = Settings(folder / "model", checkpoint=checkpoint(folder), quantization=QUICK, min_fidelity=0.0)
-    for seed in (0, 1):
-        assert QuantizeTask(settings)({"seed": seed}, None)["state"] == "published"  # type: ignore[arg-type]
-    published = ModelFolder(settings.model_dir).published()
-    assert published is not None
-    return settings, published["key"]
+    settings = Settings(folder / "model", checkpoint=checkpoint(folder))
+    source, config = read_checkpoint(settings.checkpoint), QuantizationConfig()
+    images, sam = gaussian_images(source.variant, 1, 0), build(source)
+    quantized = calibrate(sam.image_encoder, images, 4, config.policy, config.recipe, silent)
+    artifact = pack(source, config, sam, quantized, images)
+    own = default_key(settings)
+    other = f"{int(own, 16) ^ 1:016x}"
+    models = ModelFolder(settings.model_dir)
+    models.path.mkdir()
+    for key in (own, other):
+        fidelity: Fidelity = {"mean_iou": 0.9, "n": 1, "engine": "reference"}
+        header: Header = {**artifact.header, "key": key, "fidelity": fidelity}
+        write_artifact(Artifact(header, artifact.tensors), models.artifact(key))
+        load_fastest(read_artifact(models.artifact(key)), models.artifact(key).with_suffix(".engines.json"))
+    models.publish(other, own)
+    return settings, other
 
 
 @pytest.fixture
@@ -209,7 +228,7 @@ def test_an_artifact_of_an_earlier_version_is_refused_in_a_sentence(
     path = ModelFolder(settings.model_dir).artifact(other)
     artifact = read_artifact(path)
     header = {name: value for name, value in artifact.header.items() if name != lost}
-    write_artifact(Artifact(header, artifact.tensors), path)
+    write_artifact(Artifact(header, artifact.tensors), path)  # type: ignore[arg-type]
     models = Models(settings)
     models.start(quantize=lambda: None)
     wait(lambda: not models.is_changing(), SECONDS)

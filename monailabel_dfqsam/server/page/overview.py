@@ -1,7 +1,7 @@
-"""What the quantization page shows, as JSON values: the model, the models kept, the history, work going on.
+"""What the quantization page shows, as JSON values.
 
-Read from the folder of models and from the queue of runs; the datastore is not asked for anything.
-An artifact's header is read once and again when its file has changed, so that asking every second is cheap.
+It is read from the model folder and the queue of runs; the datastore is not asked. An artifact's header is
+read again only when its file has changed, so that the page may ask every second.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Overview:
             return {"key": key, "name": key, **nothing, "refusal": str(error)}
 
     def _checkpoints(self) -> dict[str, list[str]]:
-        """A choice of checkpoints, where there is any beside the server's own."""
+        """The checkpoints that may be quantized, the server's own first; nothing where there is no other."""
         own, folder = self._settings.checkpoint.name, self._settings.model_dir
         others = sorted(
             path.name

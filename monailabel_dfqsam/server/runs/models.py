@@ -35,7 +35,8 @@ FULL_PRECISION = "full precision"
 
 RETRY_SECONDS = 30.0
 
-_ANSWERS = 200  # of which speed is the median: as many as one works through, so that old load is forgotten
+# Speed is the median of so many answers, so that it forgets what else the machine did earlier.
+_ANSWERS = 200
 
 
 class ChoiceError(ValueError):
@@ -47,7 +48,7 @@ class NoModelError(Exception):
 
 
 class Speed:
-    """How long one model took for its last answers; safe between threads."""
+    """Seconds that one model's last answers took; any thread may call it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,10 +83,10 @@ class Served:
 
     Attributes:
         segmenter: the model.
-        identity: tells its embeddings from another's: the artifact's key, or `FULL_PRECISION`.
+        identity: the artifact's key, or `FULL_PRECISION`; embeddings are kept by it.
         engine: what runs its image encoder.
         fidelity: mean mask IoU with full precision, None for full precision itself.
-        preset: by which it was quantized, None for any other way.
+        preset: the preset by which it was quantized; None where it was no preset's.
         speed: of its answers since the server began.
     """
 
@@ -193,8 +194,9 @@ class Models:
         return None if self._served is None else self.current()
 
     def is_changing(self) -> bool:
-        """Whether another model may answer soon without anybody asking for more: the first one loads, or a
-        published one; a start that quantizes has asked for it when this becomes false.
+        """Whether another model may answer soon: one is being loaded, or the start is not over.
+
+        A start that quantizes has begun the run before this becomes false.
         """
         self.served()  # notices what was published
         return self._loading or not self._is_started
@@ -221,7 +223,7 @@ class Models:
 
     @property
     def own_key(self) -> str | None:
-        """`default_key` as it was when the first model was loaded; None until then."""
+        """The `default_key` when the first model was loaded; None until then."""
         return self._own_key
 
     def _first(self) -> Served:
