@@ -10,8 +10,6 @@ import torch
 from monailabel_dfqsam.artifact import (
     Artifact,
     ArtifactError,
-    Header,
-    Sizes,
     decode_layer,
     encode_layer,
     read_artifact,
@@ -20,6 +18,7 @@ from monailabel_dfqsam.artifact import (
     write_artifact,
 )
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer
+from tests.models import header
 
 
 def _layer(bits: int) -> QuantizedLayer:
@@ -36,14 +35,7 @@ def _artifact() -> Artifact:
     for bits in (4, 6, 8):
         layers[f"layer{bits}"], parts = encode_layer(f"layer{bits}", _layer(bits))
         tensors.update(parts)
-    header: Header = {
-        "format_version": 1, "variant": "tiny", "source_sha256": "0" * 64, "source_name": "ä.pth",
-        "config": {"bits": 4}, "key": "0" * 16, "algorithm": 2, "seed": 0, "images_sha256": [],
-        "layers": layers, "attention_bits": 0, "macs": 1, "bops": 1, "bops_float": 1, "versions": {},
-        "sizes": dict.fromkeys(Sizes.__annotations__, 1),  # type: ignore[typeddict-item]
-        "fidelity": {"mean_iou": 0.9, "n": 1, "engine": "reference"}, "created": "", "seconds": 0.0,
-    }  # fmt: skip
-    return Artifact(header, tensors)
+    return Artifact(header(layers=layers, source_name="ä.pth"), tensors)
 
 
 @pytest.fixture
@@ -70,9 +62,9 @@ def test_header_comes_back(path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["missing", "null"])
 def test_a_header_of_another_version_is_refused_in_a_sentence(path: Path, name: str, wrong: str) -> None:
     artifact = _artifact()
-    header = {key: value for key, value in artifact.header.items() if key != name}
-    header |= {name: None} if wrong == "null" else {}
-    write_artifact(Artifact(header, artifact.tensors), path)  # type: ignore[arg-type]
+    values = {key: value for key, value in artifact.header.items() if key != name}
+    values |= {name: None} if wrong == "null" else {}
+    write_artifact(Artifact(values, artifact.tensors), path)  # type: ignore[arg-type]
     for read in (read_header, read_artifact):
         with pytest.raises(ArtifactError, match=f"another version, .*'{name}' is missing or wrong: quantize"):
             read(path)

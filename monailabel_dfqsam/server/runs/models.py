@@ -256,7 +256,8 @@ class Models:
             return True  # the own configuration's, or one chosen instead of it
         try:
             # Of too low a fidelity perhaps, but it would come out the same; or it is loaded later.
-            read_artifact(self.folder.artifact(default_key(self._settings)))
+            own = default_key(self._settings)
+            read_artifact(self.folder.artifact(own), own)
         except ArtifactError:
             return False
         return True

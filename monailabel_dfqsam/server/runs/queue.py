@@ -102,6 +102,7 @@ class RunQueue:
                 raise ElsewhereError
             if self.active() and not enqueue:
                 raise BusyError
+            run = run.after(next(iter(self._folder.runs()), None))
             self._folder.write_run(run)
             job = _Job(run, gpus)
             self._known.append(job)

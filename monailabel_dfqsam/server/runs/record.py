@@ -8,11 +8,12 @@ result, `error` says why. `stopped`: somebody stopped it, or its server ended.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import Any
 
@@ -78,6 +79,15 @@ class Run:
     error: str = ""
     pid: int | None = None
     began: float | None = None
+
+    def after(self, last: Run | None) -> Run:
+        """This run, created later than another one even if the clock has been set back since."""
+        if last is None or last.created < self.created:
+            return self
+        with contextlib.suppress(ValueError):  # of a record that somebody wrote by hand
+            moment = datetime.fromisoformat(last.created) + timedelta(microseconds=1)
+            return replace(self, created=moment.isoformat(timespec="microseconds"))
+        return self
 
     def end(self, state: RunState, error: str = "", fidelity: float | None = None) -> Run:
         """The record of this run ended now."""
