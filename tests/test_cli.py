@@ -119,6 +119,20 @@ def test_quantizing_again_does_nothing(checkpoint: Path, quantized: tuple[Path, 
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
 
+def test_every_artifact_has_its_own_report(checkpoint: Path, quantized: tuple[Path, dict[str, Any]]) -> None:
+    """Also in one folder, where the second would once have replaced the first one's."""
+    out, first = quantized
+    result = run("quantize", checkpoint, "--out", out, "--iterations", 3, "--seed", 1, "--json")
+    second = json.loads(result.stdout)
+    assert second["key"] != first["key"]
+    for summary in (first, second):
+        assert summary["key"] in Path(summary["report"]).read_text(encoding="utf-8")
+    Path(second["report"]).unlink()
+    again = run("quantize", checkpoint, "--out", out, "--iterations", 3, "--seed", 1, "--json")
+    assert json.loads(again.stdout)["report"] is None
+    Path(second["artifact"]).unlink()
+
+
 def test_a_damaged_artifact_is_made_again(
     checkpoint: Path, quantized: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

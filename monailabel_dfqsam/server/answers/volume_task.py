@@ -49,7 +49,7 @@ class VolumeTask(InteractiveTask):
         run.clock.lap("load")
         found = run.propagate(prompts)
         mask = run.refined(found, prompts)
-        return run.reply(mask.astype(np.uint8), {view.label or self.settings.labels[0]: 1}, [found])
+        return run.reply(mask.view(np.uint8), {view.label or self.settings.labels[0]: 1}, [found])
 
 
 class LabelsTask(InteractiveTask):
