@@ -16,7 +16,7 @@ from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.segmentation import loading
 from monailabel_dfqsam.segmentation.loading import VolumeLoader, file_key
 from monailabel_dfqsam.segmentation.segmenter import full_precision_segmenter
-from monailabel_dfqsam.segmentation.volume import ImageError, Volume, slice_rgb
+from monailabel_dfqsam.segmentation.volume import ImageError, Volume
 from monailabel_dfqsam.server.answers.workbench import Shown, Workbench
 from monailabel_dfqsam.server.runs.models import FULL_PRECISION, Models, Served
 from monailabel_dfqsam.server.settings import Settings
@@ -182,7 +182,7 @@ def test_an_image_replaced_between_a_click_and_its_neighbours_embedding(
     embedding(clicked, 2)  # the idle moment's work
     after = Shown(served, bench.volume(path), None)
     for k in (1, 2):
-        expected = served.segmenter.embed(slice_rgb(after.volume, k)).tensor
+        expected = served.segmenter.embed_slices(after.volume, [k], None)[0].tensor
         assert torch.equal(embedding(after, k), expected)
 
 

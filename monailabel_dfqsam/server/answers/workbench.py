@@ -22,11 +22,11 @@ import SimpleITK as sitk
 from fastapi import HTTPException
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.segmentation.embeddings import CacheStats, EmbeddingCache
+from monailabel_dfqsam.segmentation.embeddings import BoundedCache, CacheStats
 from monailabel_dfqsam.segmentation.loading import VolumeLoader
 from monailabel_dfqsam.segmentation.segmenter import Embedding
 from monailabel_dfqsam.segmentation.slice_mask import write_slice_mask
-from monailabel_dfqsam.segmentation.volume import Volume, Window, slice_rgb, write_mask
+from monailabel_dfqsam.segmentation.volume import Volume, Window, write_mask
 from monailabel_dfqsam.server.answers.neighbours import Neighbours
 from monailabel_dfqsam.server.answers.request import View
 from monailabel_dfqsam.server.runs.models import Models, NoModelError, Served
@@ -47,7 +47,7 @@ class Workbench:
     def __init__(self, models: Models, cache_mb: int) -> None:
         self.models = models
         self._volumes = VolumeLoader(cache_mb << 20)
-        self._embeddings = EmbeddingCache(cache_mb << 20)
+        self._embeddings: BoundedCache[Embedding] = BoundedCache(cache_mb << 20)
         self._one_embedding = threading.Lock()
         self._neighbours = Neighbours()
 
@@ -92,9 +92,8 @@ class Workbench:
         self._neighbours.next([partial(self.embed, shown, k) for k in near])
 
     def _compute(self, shown: Shown, slices: Sequence[int]) -> list[Embedding]:
-        images = [slice_rgb(shown.volume, k, shown.window) for k in slices]
         with self._one_embedding:
-            return shown.served.segmenter.embed_many(images)
+            return shown.served.segmenter.embed_slices(shown.volume, slices, shown.window)
 
 
 def _key(shown: Shown, k: int) -> Hashable:
