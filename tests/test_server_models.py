@@ -240,6 +240,17 @@ def test_an_artifact_of_an_earlier_version_is_refused_in_a_sentence(
     assert status["model"]["problem"] == models.problem
 
 
+def test_a_choice_is_of_the_checkpoint_that_the_server_began_with(
+    two: tuple[Settings, str], tmp_path: Path
+) -> None:
+    settings = replace(two[0], checkpoint=Path(shutil.copy(two[0].checkpoint, tmp_path)))
+    models, own = Models(settings), default_key(settings)
+    models.current()
+    settings.checkpoint.write_bytes(b"no weights")
+    assert models.choose(own).identity == own
+    assert models.folder.published() == {"key": own, "default_key": own}
+
+
 def test_a_choice_that_cannot_be_written_changes_nothing(
     two: tuple[Settings, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

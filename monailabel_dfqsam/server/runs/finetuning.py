@@ -70,12 +70,13 @@ def work(
     key = finetuned_key(config, start, [digest(one) for one in labelled])
     report.name(key)
     counts = {"labels": len(labelled) - refused, "left_out": refused}
-    serving = folder.chosen(artifact_key(settings.quantization, checkpoint.sha256, checkpoint.variant.name))
+    own = artifact_key(settings.quantization, checkpoint.sha256, checkpoint.variant.name)
+    serving = folder.chosen(own)
     making = _Making(
         base, config, checkpoint, start, key, serving, settings.min_fidelity, folder, report, reader, counts
     )
     made = making.again(samples) or making.better(samples)
-    return made if isinstance(made, Outcome) else publish(made, settings, folder)
+    return made if isinstance(made, Outcome) else publish(made, own, settings, folder)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class Models:
                 logger.info("The model chosen was not loaded", exc_info=True)
                 raise ChoiceError(f"the model cannot be served: {_sentence(error)}") from None
             try:
-                stamp = self.folder.publish(key, default_key(self._settings))
+                stamp = self.folder.publish(key, self._own_key or default_key(self._settings))
             except (ValueError, OSError) as error:
                 raise ChoiceError(f"the choice cannot be kept: {_sentence(error)}") from None
             with self._lock:
@@ -236,6 +236,9 @@ class Models:
             keys = dict.fromkeys((self.folder.chosen(own), own))
             present = [key for key in keys if self.folder.artifact(key).is_file()]
             self._wanted = next(iter(present), None)
+            published = self.folder.published()
+            if published is not None and published.get("default_key") != own:
+                logger.info("The model served earlier was chosen under other settings, or by another version")
             found = (self._load_or_say(key) for key in present)
             return next((served for served in found if served), None) or self._full_precision()
         except Exception as error:  # of a checkpoint, of torch, of a GPU's driver

@@ -38,9 +38,9 @@ def work(options: Mapping[str, Any], settings: Settings, folder: ModelFolder, re
     """
     config, path = read_options(options, settings, NAME)
     variant = settings.variant if path == settings.checkpoint else None
-    checkpoint = read_checkpoint(path, variant)
-    header = quantized(checkpoint, config, folder, report)
-    return publish(header, settings, folder)
+    own = default_key(settings)  # first, since the server's checkpoint may be replaced meanwhile
+    header = quantized(read_checkpoint(path, variant), config, folder, report)
+    return publish(header, own, settings, folder)
 
 
 def quantized(
@@ -66,13 +66,17 @@ def quantized(
     return header
 
 
-def publish(header: Header, settings: Settings, folder: ModelFolder) -> Outcome:
-    """Names an artifact in place the one to serve, unless its fidelity is too low."""
+def publish(header: Header, own: str, settings: Settings, folder: ModelFolder) -> Outcome:
+    """Names an artifact in place the one to serve, unless its fidelity is too low.
+
+    Args:
+        own: `default_key` when the run began.
+    """
     fidelity, least = float(header["fidelity"]["mean_iou"]), settings.min_fidelity
     if not fidelity >= least:
         reason = f"fidelity {fidelity:.3f} is below {least:.3f}: the served model stays"
         return Outcome(RunState.REJECTED, fidelity, reason)
-    folder.publish(header["key"], default_key(settings))
+    folder.publish(header["key"], own)
     return Outcome(RunState.PUBLISHED, fidelity)
 
 
