@@ -28,8 +28,9 @@ from monailabel_dfqsam.server.runs.models import Models
 from monailabel_dfqsam.server.runs.parent import SERVER_PID
 from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.runs.trainers import FinetuneTask, QuantizeTask, Trainer
+from monailabel_dfqsam.server.serve import ServeError, check_studies
 from monailabel_dfqsam.server.settings import read_settings
-from monailabel_dfqsam.server.upstream import disk, repairs, shared, start
+from monailabel_dfqsam.server.upstream import folder, repairs, shared, start
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,6 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         server = {"app_dir": app_dir, "studies": studies, "conf": dict(conf or {})}
         self._queue = RunQueue(self._models.folder, server)
         repairs.quieten()
-        disk.repair_writing()
         shared.share_datastore()
         super().__init__(
             app_dir=app_dir,
@@ -68,10 +68,18 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         self._scoring_begun = -math.inf
 
     def init_datastore(self) -> Any:
-        """Upstream's, which also notices files that are renamed into place."""
-        store = super().init_datastore()
-        disk.notice_renamed(store)
-        return store
+        """A folder's, or upstream's for an archive.
+
+        Raises:
+            ServeError: for a folder that cannot be used; the log then holds nothing else.
+        """
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        try:
+            check_studies(self.studies)
+            return folder.open_studies(self.studies)
+        except ServeError as error:
+            start.end_with(error)
 
     def init_infers(self) -> dict[str, InteractiveTask]:
         """The models offered; all answer with the same weights."""
