@@ -33,7 +33,7 @@ from monailabel_dfqsam.segmentation.volume import (
     write_mask,
 )
 from monailabel_dfqsam.server.answers.neighbours import Neighbours
-from monailabel_dfqsam.server.answers.request import ResultFormat
+from monailabel_dfqsam.server.answers.request import View
 from monailabel_dfqsam.server.runs.models import Models, Served
 
 
@@ -126,23 +126,23 @@ class Clock:
         return {k: round(v, 6) for k, v in {**self._laps, "total": self._last - self._begin}.items()}
 
 
-def write_answer(mask: NDArray[np.uint8], k: int | None, volume: Volume, form: ResultFormat) -> str:
+def write_answer(mask: NDArray[np.uint8], k: int | None, volume: Volume, view: View) -> str:
     """A mask as a temporary file, the caller's to remove.
 
     Args:
         mask: [I, J] uint8 of slice k, or with k None [I, J, K].
         k: 0 … K − 1, or None.
     """
-    handle, file = tempfile.mkstemp(prefix="dfqsam-", suffix=form.extension)
+    handle, file = tempfile.mkstemp(prefix="dfqsam-", suffix=view.result_extension)
     os.close(handle)
     try:
         if k is None:
-            write_mask(mask, volume, file, form.compress)
+            write_mask(mask, volume, file, view.result_compress)
         else:
-            write_slice_mask(mask, k, volume, file, form.compress)
-        if form.pixel_type != sitk.sitkUInt8:
-            image = sitk.Cast(sitk.ReadImage(file), form.pixel_type)
-            sitk.WriteImage(image, file, useCompression=form.compress)
+            write_slice_mask(mask, k, volume, file, view.result_compress)
+        if view.pixel_type != sitk.sitkUInt8:
+            image = sitk.Cast(sitk.ReadImage(file), view.pixel_type)
+            sitk.WriteImage(image, file, useCompression=view.result_compress)
     except BaseException:
         os.unlink(file)
         raise
