@@ -82,8 +82,8 @@ def _is_turned(image: sitk.Image, volume: Volume, name: str) -> bool:
     if len(volume.spacing) == 3 == image.GetDimension():
         step = np.linalg.inv(volume.affine) @ _affine(image)
         for axis in range(3):
-            if shape[axis] == 1 == volume.shape[axis]:
-                step[:, axis] = np.eye(4)[axis]  # the distance to a slice that is not there
+            if shape[axis] == 1:  # then its length is the distance to a voxel that is not there
+                step[:3, axis] /= np.abs(step[:3, axis]).max()
         turn = _turn(step, shape, volume.shape)
         if turn is not None and _apart(step, turn, shape) < TOLERANCE:
             return not np.array_equal(turn, np.eye(4))
