@@ -150,6 +150,19 @@ def test_records_go_from_upstream_to_here_and_back(studies: Path) -> None:
         assert Path(back[image][1]).is_file()
 
 
+def test_names_that_no_request_can_hold_are_left_out_and_told(
+    studies: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(studies, "a.nii.gz", "line\nbreak.nii.gz", "x%2fy.nii.gz", "back\\slash.nii", "n" * 230 + ".nii.gz")
+    # As an archive from an older Windows unpacks.
+    (studies / os.fsdecode(b"caf\xe9.nii.gz")).write_bytes(b"image")
+    for _ in range(2):
+        assert images(FolderStore(str(studies))) == {"a": "a.nii.gz"}
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "5 images are left out, whose names no request can hold: rename them"
+    ] * 2
+
+
 def test_a_lost_record_is_made_anew_by_the_files(studies: Path) -> None:
     put(studies, "a.nii.gz", "a.png", "b.c.nii")
     store = FolderStore(str(studies))

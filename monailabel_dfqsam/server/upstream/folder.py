@@ -15,6 +15,7 @@ The record, `datastore_v2.json`, stays upstream's, see `record`. What upstream g
 from __future__ import annotations
 
 import filecmp
+import functools
 import json
 import logging
 import os
@@ -37,7 +38,7 @@ from watchdog.observers.polling import PollingObserver
 
 from monailabel_dfqsam.files import is_image_name, replacing, split_name
 from monailabel_dfqsam.segmentation.volume import ImageError, load_volume
-from monailabel_dfqsam.server.gate.guard import Refusal
+from monailabel_dfqsam.server.gate.guard import Refusal, check_name
 from monailabel_dfqsam.server.serve import ServeError
 from monailabel_dfqsam.server.upstream.disk import copy_whole
 from monailabel_dfqsam.server.upstream.record import (
@@ -77,6 +78,7 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
         # What was taken away may be put back: a network folder, or a program that writes by removing first.
         self._gone: Objects = {}
         self._config_ts: object = None
+        self._unusable = 0
         super().__init__(datastore_path, auto_reload=False, **{"extensions": ("*",), **options})
         if auto_reload:
             self._watch()
@@ -268,6 +270,7 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
             files = {entry.name for entry in os.scandir(self._images()) if entry.is_file()}
             labels = {tag: _label_files(self._labels(tag)) for tag in self._tags()}
             found = reconcile(objects, self._gone, files, labels, self._is_listed)
+            self._tell(sum(is_image_name(name) and not _is_plain(name) for name in files))
             objects.clear()
             objects.update(found)
 
@@ -276,7 +279,13 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
         return sorted(entry.name for entry in folders if entry.is_dir() and entry.name[0] != ".")
 
     def _is_listed(self, name: str) -> bool:
-        return is_image_name(name) and any(fnmatch(name.lower(), one.lower()) for one in self._extensions)
+        chosen = any(fnmatch(name.lower(), one.lower()) for one in self._extensions)
+        return chosen and is_image_name(name) and _is_plain(name)
+
+    def _tell(self, unusable: int) -> None:
+        if unusable != self._unusable:
+            self._unusable = unusable
+            logger.warning("%d images are left out, whose names no request can hold: rename them", unusable)
 
     def _remove_files(self, image: str, tag: str, ending: str, keep: str = "") -> None:
         """Removes an image's label files of a tag: of every kind that is read, and the one of `ending`."""
@@ -343,6 +352,16 @@ def open_studies(studies: str) -> FolderStore:
             f"the record datastore_v2.json in '{studies}' is damaged: put a copy of it back, or remove it; "
             "a new one is then made by the images and labels that lie there"
         ) from None
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _is_plain(name: str) -> bool:
+    """Whether a file's name could come in a request: text, without control characters, not too long."""
+    try:
+        check_name(name, "image")
+    except Refusal:
+        return False
+    return True
 
 
 def _known(objects: Objects, image: str) -> ImageLabelModel:
