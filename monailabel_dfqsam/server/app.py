@@ -17,6 +17,7 @@ from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 from monailabel.utils.async_tasks.task import AsyncTask
 
+from monailabel_dfqsam.segmentation.volume import Volume
 from monailabel_dfqsam.server.answers import active_learning, propose_task
 from monailabel_dfqsam.server.answers.infer_task import InteractiveTask, SegmentTask
 from monailabel_dfqsam.server.answers.request import STORED
@@ -131,6 +132,10 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             logger.error("No model can be made here: the model folder cannot be written to (%s)", error)
         self._models.start(quantize=self._quantize_first)
         start.settle()
+
+    def volume(self, path: Path) -> Volume:
+        """An image, which a click has mostly read before; raises as `load_volume`."""
+        return self._workbench.volume(path)
 
     def on_save_label(self, image_id: str, label_id: str) -> None:
         """Nothing to do: labels are learned from only when somebody asks for it."""

@@ -95,8 +95,11 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
         """
         source = Path(image_filename)
         name = image_id + split_name(source.name)[1] if image_id else source.name
-        if not is_image_name(name):
-            raise Refusal(400, "an image's name must begin with neither a dot nor a tilde")
+        if not self._is_listed(name):
+            raise Refusal(
+                400,
+                "an image's name must begin with neither a dot nor a tilde, and end as listed images do",
+            )
         with self._hold("change"):
             self._reconcile_datastore()
             with self._changing() as objects:
@@ -270,7 +273,7 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
             files = {entry.name for entry in os.scandir(self._images()) if entry.is_file()}
             labels = {tag: _label_files(self._labels(tag)) for tag in self._tags()}
             found = reconcile(objects, self._gone, files, labels, self._is_listed)
-            self._tell(sum(is_image_name(name) and not _is_plain(name) for name in files))
+            self._tell(sum(is_image_name(name) and not _is_plain(split_name(name)[0]) for name in files))
             objects.clear()
             objects.update(found)
 
@@ -280,7 +283,7 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
 
     def _is_listed(self, name: str) -> bool:
         chosen = any(fnmatch(name.lower(), one.lower()) for one in self._extensions)
-        return chosen and is_image_name(name) and _is_plain(name)
+        return chosen and is_image_name(name) and _is_plain(split_name(name)[0])
 
     def _tell(self, unusable: int) -> None:
         if unusable != self._unusable:
@@ -355,10 +358,10 @@ def open_studies(studies: str) -> FolderStore:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _is_plain(name: str) -> bool:
-    """Whether a file's name could come in a request: text, without control characters, not too long."""
+def _is_plain(image: str) -> bool:
+    """Whether an image's id could come in a request: text, without control characters, not too long."""
     try:
-        check_name(name, "image")
+        check_name(image, "image")
     except Refusal:
         return False
     return True

@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import BackgroundTasks, UploadFile
 from monailabel.datastore.dicom import DICOMWebDatastore
@@ -37,7 +37,7 @@ from starlette.background import BackgroundTask
 from monailabel_dfqsam.files import IMAGE_ENDINGS
 from monailabel_dfqsam.memory import MemoryShortage
 from monailabel_dfqsam.segmentation.label_map import fit_label
-from monailabel_dfqsam.segmentation.volume import ImageError, load_volume
+from monailabel_dfqsam.segmentation.volume import ImageError, Volume
 from monailabel_dfqsam.server.gate.guard import Refusal, check_name
 from monailabel_dfqsam.server.gate.json_input import read_object
 from monailabel_dfqsam.server.upstream.dicom import archived_label, repair_dicom
@@ -155,13 +155,11 @@ def _fit_label(path: Path, image: str, info: Mapping[str, Any]) -> None:
     if not image:
         return  # there is none: `save_label` says so
     try:
-        volume = load_volume(image)
-    except (ImageError, MemoryError):
-        volume = None  # viewers read more than this server does
-    try:
-        marks = fit_label(path, volume)
-    except (ImageError, MemoryShortage) as error:
+        marks = fit_label(path, _volume(image))
+    except ImageError as error:
         raise Refusal(400, f"the label was not saved: {error}") from None
+    except MemoryShortage as error:
+        raise Refusal(503, f"the label was not saved: {error}") from None
     names = [entry.get("name") for entry in info.get("label_info") or []]
     if not (marks or info.get("empty") is True or EMPTY in names):
         raise Refusal(
@@ -169,6 +167,14 @@ def _fit_label(path: Path, image: str, info: Mapping[str, Any]) -> None:
             f"the label was not saved: it is empty. If nothing is to be found, add a segment named '{EMPTY}' "
             'and submit again, or send "empty": true in params',
         )
+
+
+def _volume(image: str) -> Volume | None:
+    """An image; None for one that viewers may read, but this server does not."""
+    try:
+        return cast("Volume", app_instance().volume(Path(image)))
+    except ImageError:
+        return None
 
 
 def _check_label_info(params: Mapping[str, Any]) -> None:
