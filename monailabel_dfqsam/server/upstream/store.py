@@ -105,10 +105,10 @@ def check_upload(upload: UploadFile, allowed: tuple[str, ...], what: str) -> Non
 
 
 @contextmanager
-def _received(upload: UploadFile) -> Iterator[Path]:
-    """An upload as a file under its own name, for as long as the block lasts."""
+def _received(upload: UploadFile, name: str) -> Iterator[Path]:
+    """An upload as a file of this name, for as long as the block lasts."""
     with tempfile.TemporaryDirectory(prefix="dfqsam-") as folder:
-        path = Path(folder) / str(upload.filename)
+        path = Path(folder) / name
         with path.open("wb") as file:
             shutil.copyfileobj(upload.file, file)
         yield path
@@ -120,7 +120,7 @@ def _add_image(
     check_upload(file, IMAGE_EXTENSIONS, "file")
     info = read_object(params, "params")
     _check_image_info(info)
-    with _received(file) as path:
+    with _received(file, str(file.filename)) as path:
         stored = app_instance().datastore().add_image(image or "", str(path), _by(user, info))
     return {"image": stored}
 
@@ -138,7 +138,10 @@ def _save_label(
     check_upload(label, LABEL_EXTENSIONS if is_archive else MASK_EXTENSIONS, "label")
     info = read_object(params, "params")
     _check_label_info(info)
-    with _received(label) as path:
+    name = str(label.filename)
+    if is_archive:  # the tool that makes DICOM SEG takes names apart at commas
+        name = "label" + next(end for end in LABEL_EXTENSIONS if name.lower().endswith(end))
+    with _received(label, name) as path:
         if not is_archive:
             _fit_label(path, store.get_image_uri(image), info)
         identity = store.save_label(image, str(path), tag or DefaultLabelTag.FINAL.value, _by(user, info))
