@@ -16,7 +16,7 @@ from monailabel_dfqsam.evaluation.models import Named
 from monailabel_dfqsam.evaluation.prompts import PROMPTS, box_prompt
 from monailabel_dfqsam.segmentation.propagation import Propagation, propagate
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Segmenter
-from monailabel_dfqsam.segmentation.volume import Volume, load_volume, slice_rgb
+from monailabel_dfqsam.segmentation.volume import Volume, load_volume
 
 PLACES: dict[str, tuple[str, tuple[float, ...]]] = {
     "box": ("box", (0.5,)),
@@ -38,7 +38,7 @@ def segment(segmenter: Segmenter, volume: Volume, truth: Mask, kind: str) -> tup
     prompts = {k: PROMPTS[name].first(truth[:, :, k]) for k in prompted_slices(truth, places)}
 
     def embed(ks: Sequence[int]) -> list[Embedding]:
-        return segmenter.embed_many([slice_rgb(volume, k) for k in ks])
+        return segmenter.embed_slices(volume, ks, None)
 
     begin = time.perf_counter()
     found = propagate(embed, segmenter.predict, volume, prompts)
@@ -60,7 +60,7 @@ def every_box(segmenter: Segmenter, volume: Volume, truth: Mask) -> Mask:
     """[I, J, K]: the model's answers to the true box on every slice; what propagation can hardly exceed."""
     result = np.zeros_like(truth)
     for k in np.flatnonzero(truth.any(axis=(0, 1))):
-        embedding = segmenter.embed(slice_rgb(volume, int(k)))
+        embedding = segmenter.embed_slices(volume, [int(k)], None)[0]
         result[:, :, k] = segmenter.predict(embedding, box_prompt(truth[:, :, k])).mask
     return result
 

@@ -25,7 +25,7 @@ from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.segmenter import Prompts, full_precision_segmenter, load_segmenter
-from monailabel_dfqsam.segmentation.volume import load_volume, slice_rgb
+from monailabel_dfqsam.segmentation.volume import load_volume
 
 SHAPE = (96, 80, 3)
 
@@ -65,7 +65,7 @@ def test_masks_are_those_that_the_product_gives_for_the_same_boxes(prepared: Pat
     image = load_volume(prepared / "phantom.nrrd")
     for mask, k in zip(found, (0, 2), strict=True):
         prompts = Prompts(box=tight_box(organ(SHAPE, k)))
-        expected = product.predict(product.embed(slice_rgb(image, k)), prompts).mask
+        expected = product.predict(product.embed_slices(image, [k], None)[0], prompts).mask
         assert expected.sum() > 100
         assert (mask != expected).sum() <= (3 if engine == "openvino-fp32" else 0)
     assert set(seconds) == {"volume", *STAGES}

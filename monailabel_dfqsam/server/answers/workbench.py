@@ -21,7 +21,7 @@ import SimpleITK as sitk
 from fastapi import HTTPException
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.segmentation.embeddings import CacheStats, EmbeddingCache
+from monailabel_dfqsam.segmentation.embeddings import BoundedCache, CacheStats
 from monailabel_dfqsam.segmentation.segmenter import Embedding
 from monailabel_dfqsam.segmentation.slice_mask import write_slice_mask
 from monailabel_dfqsam.segmentation.volume import (
@@ -29,7 +29,6 @@ from monailabel_dfqsam.segmentation.volume import (
     VolumeLoader,
     Window,
     file_key,
-    slice_rgb,
     write_mask,
 )
 from monailabel_dfqsam.server.answers.neighbours import Neighbours
@@ -53,7 +52,7 @@ class Workbench:
     def __init__(self, models: Models, cache_mb: int) -> None:
         self.models = models
         self._volumes = VolumeLoader(cache_mb << 20)
-        self._embeddings = EmbeddingCache(cache_mb << 20)
+        self._embeddings: BoundedCache[Embedding] = BoundedCache(cache_mb << 20)
         self._one_embedding = threading.Lock()
         self._neighbours = Neighbours()
 
@@ -99,9 +98,8 @@ class Workbench:
         self._neighbours.next([lambda k=k: self.embed(shown, k) for k in near])  # type: ignore[misc]
 
     def _compute(self, shown: Shown, slices: Sequence[int]) -> list[Embedding]:
-        images = [slice_rgb(shown.volume, k, shown.window) for k in slices]
         with self._one_embedding:
-            return shown.served.segmenter.embed_many(images)
+            return shown.served.segmenter.embed_slices(shown.volume, slices, shown.window)
 
 
 def _key(shown: Shown, k: int) -> Hashable:
