@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from monailabel_dfqsam.server.serve import ServeError
 from monailabel_dfqsam.server.upstream import folder as folder_module
 from monailabel_dfqsam.server.upstream.folder import FolderStore, open_studies
 from monailabel_dfqsam.server.upstream.record import name_images
+from tests.fresh import printed
 
 # Stems and endings that run into each other.
 PARTS = st.sampled_from(["a", "b", ".nii", ".gz", ".png", ".nii.gz", " ", "."])
@@ -109,23 +108,21 @@ def test_nothing_is_written_when_nothing_changed(studies: Path) -> None:
 
 
 UPSTREAM = """
-import json, sys
+import json
 from monailabel.datastore.local import LocalDatastore
 from monailabel.config import settings
-store = LocalDatastore(sys.argv[1], extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT)
-for image, label, info in json.loads(sys.argv[2]):
+store = LocalDatastore({studies!r}, extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT)
+for image, label, info in {labels!r}:
     store.save_label(image, label, "final", info)
-found = {image: [store.get_image_uri(image), store.get_label_uri(image, "final"),
-                 store.get_label_info(image, "final")] for image in store.list_images()}
-print(json.dumps(found))
+print(json.dumps({{image: [store.get_image_uri(image), store.get_label_uri(image, "final"),
+                          store.get_label_info(image, "final")] for image in store.list_images()}}))
 """
 
 
 def upstream(studies: Path, *labels: tuple[str, str, dict[str, Any]]) -> dict[str, list[Any]]:
     """What unpatched MONAI Label makes of a folder once it has saved labels: both paths, and the info."""
-    line = [sys.executable, "-c", UPSTREAM, str(studies), json.dumps(labels)]
-    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=240)
-    found: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
+    code = UPSTREAM.format(studies=str(studies), labels=labels)
+    found: dict[str, list[Any]] = json.loads(printed(code).splitlines()[-1])
     return found
 
 

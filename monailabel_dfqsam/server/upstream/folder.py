@@ -15,7 +15,6 @@ The record, `datastore_v2.json`, stays upstream's, see `record`. What upstream g
 from __future__ import annotations
 
 import filecmp
-import functools
 import json
 import logging
 import os
@@ -38,12 +37,13 @@ from watchdog.observers.polling import PollingObserver
 
 from monailabel_dfqsam.files import is_image_name, replacing, split_name
 from monailabel_dfqsam.segmentation.volume import ImageError, load_volume
-from monailabel_dfqsam.server.gate.guard import Refusal, check_name
+from monailabel_dfqsam.server.gate.guard import Refusal
 from monailabel_dfqsam.server.serve import ServeError
 from monailabel_dfqsam.server.upstream.disk import copy_whole
 from monailabel_dfqsam.server.upstream.record import (
     Objects,
     file_name,
+    is_plain,
     new_data,
     new_entry,
     possible_ids,
@@ -273,7 +273,7 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
             files = {entry.name for entry in os.scandir(self._images()) if entry.is_file()}
             labels = {tag: _label_files(self._labels(tag)) for tag in self._tags()}
             found = reconcile(objects, self._gone, files, labels, self._is_listed)
-            self._tell(sum(is_image_name(name) and not _is_plain(split_name(name)[0]) for name in files))
+            self._tell(sum(is_image_name(name) and not is_plain(split_name(name)[0]) for name in files))
             objects.clear()
             objects.update(found)
 
@@ -283,7 +283,7 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
 
     def _is_listed(self, name: str) -> bool:
         chosen = any(fnmatch(name.lower(), one.lower()) for one in self._extensions)
-        return chosen and is_image_name(name) and _is_plain(split_name(name)[0])
+        return chosen and is_image_name(name) and is_plain(split_name(name)[0])
 
     def _tell(self, unusable: int) -> None:
         if unusable != self._unusable:
@@ -309,13 +309,17 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
             logger.error("Images and labels that come or go are not noticed: %s", error)
 
     def _on_any_event(self, event: FileSystemEvent) -> None:
-        if event.event_type in _COMING_AND_GOING:
-            paths = [Path(os.fsdecode(path)) for path in (event.src_path, event.dest_path) if path]
+        if event.event_type not in _COMING_AND_GOING:
+            return
+        paths = [Path(os.fsdecode(path)) for path in (event.src_path, event.dest_path) if path]
+        try:
             if any(path.name == Path(self._datastore_config_path).name for path in paths):
                 self._init_from_datastore_file()
             elif event.is_directory or any(self._is_news(path) for path in paths):
                 time.sleep(_GATHERING_SECONDS)
                 self.refresh()
+        except (OSError, Refusal) as error:  # which would end the watching; the next look may succeed
+            logger.warning("A change of the folder was not read (%s)", type(error).__name__)
 
     def _is_news(self, path: Path) -> bool:
         """Whether the record may not know yet that a file is there, or is not."""
@@ -355,16 +359,6 @@ def open_studies(studies: str) -> FolderStore:
             f"the record datastore_v2.json in '{studies}' is damaged: put a copy of it back, or remove it; "
             "a new one is then made by the images and labels that lie there"
         ) from None
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _is_plain(image: str) -> bool:
-    """Whether an image's id could come in a request: text, without control characters, not too long."""
-    try:
-        check_name(image, "image")
-    except Refusal:
-        return False
-    return True
 
 
 def _known(objects: Objects, image: str) -> ImageLabelModel:

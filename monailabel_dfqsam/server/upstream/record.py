@@ -6,6 +6,7 @@ that id in `labels/<tag>`, one a tag. An entry is replaced and never changed, fo
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Set
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from monailabel.datastore.local import DataModel, ImageLabelModel
 
 from monailabel_dfqsam.files import IMAGE_ENDINGS, is_image_name, split_name
+from monailabel_dfqsam.server.gate.guard import Refusal, check_name
 
 Objects = dict[str, ImageLabelModel]
 """Images with their labels, by id."""
@@ -67,6 +69,16 @@ def possible_ids(name: str) -> list[str]:
     """What an image may be called, the best first: any beginning of its name, with the rest as its ending."""
     stem, _ = split_name(name)
     return [stem, *(name[:end] for end in range(len(name), len(stem), -1))]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def is_plain(image: str) -> bool:
+    """Whether an image's id could come in a request: text, without control characters, not too long."""
+    try:
+        check_name(image, "image")
+    except Refusal:
+        return False
+    return True
 
 
 def file_name(image: str, entry: ImageLabelModel) -> str:
