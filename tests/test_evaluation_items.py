@@ -92,7 +92,7 @@ def test_each_label_of_a_decathlon_is_an_object(tmp_path: Path) -> None:
     items = [read() for read in read_items(tmp_path)]
     assert len(items) == 4
     for item, truth in zip(items, (LIVER, AORTA, LIVER, AORTA), strict=True):
-        assert (item.mask == truth.T).all()
+        assert (item.mask == truth).all()
     (tmp_path / "imagesTr" / "liver_2_0000.nii.gz").unlink()
     with pytest.raises(EvaluationError, match=r"'liver_2.nii.gz', but imagesTr has no image"):
         read_items(tmp_path)
@@ -112,8 +112,8 @@ def test_volumes_of_every_ending_are_scored(tmp_path: Path, image_end: str, mask
         (tmp_path / f"{stem}{end.lower()}").rename(tmp_path / f"{stem}{end}")
     (tmp_path / "._case.1_liver.nii").write_bytes(b"what macOS leaves")
     (item,) = [read() for read in read_items(tmp_path)]
-    assert (item.mask == LIVER.T).all()
-    assert item.rgb.shape == (16, 12, 3)
+    assert (item.mask == LIVER).all()
+    assert item.rgb.shape == (12, 16, 3)
 
 
 @pytest.mark.parametrize("end", [".png", ".PNG", ".jpg", ".jpeg"])
@@ -135,7 +135,7 @@ def test_an_image_is_found_in_whatever_format_and_a_mask_in_each(tmp_path: Path)
         write_volume(tmp_path / name, truth)
     items = [read() for read in read_items(tmp_path)]
     assert len(items) == 3
-    assert all((item.mask == LIVER.T).all() for item in items)
+    assert all((item.mask == LIVER).all() for item in items)
 
 
 def test_volumes_whose_masks_do_not_fit_are_refused(tmp_path: Path) -> None:
