@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monailabel_dfqsam.segmentation.label_map import TOLERANCE, fit_label
-from monailabel_dfqsam.segmentation.reading import ImageError
-from monailabel_dfqsam.segmentation.volume import Volume, load_volume
+from monailabel_dfqsam.segmentation.volume import ImageError, Volume, load_volume
 from tests.server_fixtures import affine
 
 # Every order of the axes (i, j, k), each in either direction.

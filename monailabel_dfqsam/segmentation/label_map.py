@@ -15,8 +15,8 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.segmentation.reading import ImageError, read_itk
-from monailabel_dfqsam.segmentation.volume import Volume
+from monailabel_dfqsam.segmentation.reading import read_itk
+from monailabel_dfqsam.segmentation.volume import ImageError, Volume
 
 TOLERANCE = 0.1  # voxels
 
