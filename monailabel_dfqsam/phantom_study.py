@@ -15,12 +15,12 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from monailabel_dfqsam.files import IMAGE_ENDINGS, is_image_name, split_name
 from monailabel_dfqsam.segmentation.prompts import tight_box
 
 LABELS = "labels"
 """Sub-folder of the masks: a server that lists a study's images must not list them."""
 
-_SUFFIXES = (".nii.gz", ".nrrd")
 
 Array = NDArray[np.float64]
 Triple = tuple[float, float, float]
@@ -143,21 +143,21 @@ def write_phantom_study(folder: Path, seed: int = 0) -> list[StudyItem]:
 
 
 def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """Images with their masks, sorted by name: `<image>.nii.gz` and `<image>_<label>.nii.gz`, or .nrrd.
+    """Images with their masks, sorted by name: `<image>.nii.gz` and `<image>_<label>.nii.gz`.
 
-    A mask lies beside its image or in `labels/`. Files that match nothing are left out; an image with two
-    masks comes twice.
+    Every ending that is read counts, in any case. A mask lies beside its image or in `labels/`. Files that
+    match nothing are left out; an image with two masks comes twice.
     """
-    here = {_stem(path): path for path in _images_in(folder)}
-    labels = {_stem(path): path for path in _images_in(folder / LABELS)}
+    files = _images_in(folder)
+    here = {split_name(path.name)[0]: path for path in sorted(files, key=_rank, reverse=True)}
     # A name that prolongs another one's is that one's mask.
     images = [name for name in here if not any(name.startswith(f"{other}_") for other in here)]
     pairs = []
-    for name, path in sorted({**here, **labels}.items()):
-        owners = [image for image in images if name.startswith(f"{image}_")]
+    for path in {path.name: path for path in [*files, *_images_in(folder / LABELS)]}.values():
+        owners = [image for image in images if split_name(path.name)[0].startswith(f"{image}_")]
         if owners:
             pairs.append((here[max(owners, key=len)], path))
-    return pairs
+    return sorted(pairs, key=lambda pair: (split_name(pair[1].name)[0], pair[1].name))
 
 
 def interior_pixel(mask: NDArray[np.bool_]) -> tuple[int, int]:
@@ -191,11 +191,12 @@ def click_for(mask: NDArray[np.generic]) -> Click:
 def _images_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name.endswith(_SUFFIXES))
+    return [path for path in folder.iterdir() if is_image_name(path.name)]
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".nii.gz").removesuffix(".nrrd")
+def _rank(path: Path) -> tuple[int, str]:
+    """Of images that share a stem, the least counts."""
+    return IMAGE_ENDINGS.index(split_name(path.name)[1].lower()), path.name
 
 
 def _smooth_noise(rng: np.random.Generator, size: tuple[int, int, int], sigma: Triple) -> Array:

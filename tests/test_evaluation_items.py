@@ -92,10 +92,50 @@ def test_each_label_of_a_decathlon_is_an_object(tmp_path: Path) -> None:
     items = [read() for read in read_items(tmp_path)]
     assert len(items) == 4
     for item, truth in zip(items, (LIVER, AORTA, LIVER, AORTA), strict=True):
-        assert (item.mask == truth.T).all()
+        assert (item.mask == truth).all()
     (tmp_path / "imagesTr" / "liver_2_0000.nii.gz").unlink()
     with pytest.raises(EvaluationError, match=r"'liver_2.nii.gz', but imagesTr has no image"):
         read_items(tmp_path)
+
+
+ENDINGS = [".nii.gz", ".nii", ".nrrd", ".mha", ".NII", ".NRRD"]
+
+
+@pytest.mark.parametrize("image_end", ENDINGS)
+@pytest.mark.parametrize("mask_end", ENDINGS)
+def test_volumes_of_every_ending_are_scored(tmp_path: Path, image_end: str, mask_end: str) -> None:
+    truth = np.zeros((3, 12, 16), dtype=np.uint8)
+    truth[1][LIVER] = 1
+    grey = np.arange(truth.size, dtype=np.int16).reshape(truth.shape)
+    for end, stem, array in ((image_end, "case.1", grey), (mask_end, "case.1_liver", truth)):
+        write_volume(tmp_path / f"{stem}{end.lower()}", array)
+        (tmp_path / f"{stem}{end.lower()}").rename(tmp_path / f"{stem}{end}")
+    (tmp_path / "._case.1_liver.nii").write_bytes(b"what macOS leaves")
+    (item,) = [read() for read in read_items(tmp_path)]
+    assert (item.mask == LIVER).all()
+    assert item.rgb.shape == (12, 16, 3)
+
+
+@pytest.mark.parametrize("end", [".png", ".PNG", ".jpg", ".jpeg"])
+def test_pictures_of_every_ending_are_scored_upright(tmp_path: Path, end: str) -> None:
+    write_picture(tmp_path / f"scan{end}", np.repeat(np.arange(12)[:, None] * 9, 16, axis=1))
+    write_picture(tmp_path / "labels" / "scan_liver.png", LIVER * 255)
+    (item,) = [read() for read in read_items(tmp_path)]
+    assert (item.mask == LIVER).all()
+    assert item.rgb[-1].mean() > item.rgb[0].mean() + 80
+
+
+def test_an_image_is_found_in_whatever_format_and_a_mask_in_each(tmp_path: Path) -> None:
+    grey = np.arange(3 * 12 * 16, dtype=np.int16).reshape(3, 12, 16)
+    truth = np.zeros((3, 12, 16), dtype=np.uint8)
+    truth[1][LIVER] = 1
+    for name in ("a.nii", "a.nii.gz", "imagesTr/b_0000.nrrd"):
+        write_volume(tmp_path / name, grey)
+    for name in ("a_liver.nii", "a_liver.nrrd", "labelsTr/b.nii"):
+        write_volume(tmp_path / name, truth)
+    items = [read() for read in read_items(tmp_path)]
+    assert len(items) == 3
+    assert all((item.mask == LIVER).all() for item in items)
 
 
 def test_volumes_whose_masks_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_command_is_upstreams_with_our_defaults(tmp_path: Path) -> None:
     weights = tmp_path / "w.pth"
     weights.touch()
     extra = ["--verbose", "DEBUG"]
-    line, environment = command("/studies", checkpoint=weights, app_dir=tmp_path / "app", extra=extra)
+    line, environment = command(str(tmp_path), checkpoint=weights, app_dir=tmp_path / "app", extra=extra)
     assert line[:4] == [sys.executable, "-m", "monailabel_dfqsam.server.upstream.start", "start_server"]
     options = dict(zip(line[4::2], line[5::2], strict=False))
     assert options["--host"] == "127.0.0.1"
@@ -65,7 +65,52 @@ def test_the_command_is_upstreams_with_our_defaults(tmp_path: Path) -> None:
 
 def test_a_missing_checkpoint_is_said_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match="no checkpoint"):
-        command("/studies", checkpoint=tmp_path / "none.pth", app_dir=tmp_path / "app")
+        command(str(tmp_path), checkpoint=tmp_path / "none.pth", app_dir=tmp_path / "app")
+
+
+UNUSABLE = {"a file": "is a file", "nothing": "there is no folder", "read-only": "cannot be written to"}
+
+
+@pytest.fixture(params=UNUSABLE)
+def unusable(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+    """Studies that no server can have, and what it says."""
+    kind = str(request.param)
+    (tmp_path / "image.nii.gz").touch()
+    # Linux lets nobody, not even root, make a file in /proc.
+    place = {"a file": tmp_path / "image.nii.gz", "nothing": tmp_path / "absent", "read-only": Path("/proc")}
+    return str(place[kind]), UNUSABLE[kind]
+
+
+def test_unusable_studies_are_said_in_one_sentence(unusable: tuple[str, str], tmp_path: Path) -> None:
+    studies, sentence = unusable
+    line = [str(Path(sys.executable).with_name("dfqsam")), "serve", "--studies", studies]
+    done = subprocess.run(
+        [*line, "--app", str(tmp_path / "app")], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert [sentence in row and studies in row for row in done.stderr.splitlines()] == [True]
+
+
+@pytest.mark.parametrize("kind", ["a file", "read-only"])  # upstream makes what is not there
+def test_monai_labels_own_command_ends_with_the_sentence_too(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "image.nii.gz").touch()
+    studies = "/proc" if kind == "read-only" else str(tmp_path / "image.nii.gz")
+    line = [
+        sys.executable,
+        "-m",
+        "monailabel.main",
+        "start_server",
+        "--app",
+        str(prepare_app(tmp_path / "app")),
+    ]
+    line += ["--studies", studies, "--port", str(free_port())]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert UNUSABLE[kind] in said
+    assert "Traceback" not in said
+    assert 'File "' not in said
 
 
 def test_the_data_folder_follows_the_desktop_standard(

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.local import LocalDatastore
 
-from monailabel_dfqsam.server.upstream.disk import repair_writing
+from monailabel_dfqsam.server.upstream.folder import FolderStore
 from monailabel_dfqsam.server.upstream.shared import share_datastore
 
 CHANGES = 30
@@ -23,7 +22,7 @@ PATIENCE = 60.0  # seconds, far more than needed; one that waits would wait for 
 def change(folder: Path, label: Path, ready: Event | threading.Event, names: tuple[str, str]) -> None:
     """Infos of 'a', and labels of one image of its own, over and over, as scoring and a batch write them."""
     who, image = names
-    store = LocalDatastore(str(folder))
+    store = FolderStore(str(folder))
     ready.set()
     for n in range(CHANGES):
         store.update_image_info("a", {f"{who}{n}": n})
@@ -33,7 +32,6 @@ def change(folder: Path, label: Path, ready: Event | threading.Event, names: tup
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    repair_writing()
     share_datastore()
     share_datastore()  # once is enough
     studies = tmp_path / "studies"
@@ -46,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_nothing_that_two_processes_write_is_lost(folder: Path) -> None:
     label = folder.parent / "label.nii.gz"
-    store = LocalDatastore(str(folder))
+    store = FolderStore(str(folder))
     seen, end = set(), threading.Event()
 
     def read() -> None:
@@ -81,7 +79,7 @@ def test_nothing_that_two_processes_write_is_lost(folder: Path) -> None:
 
 
 def test_what_has_no_file_any_more_goes(folder: Path) -> None:
-    store = LocalDatastore(str(folder))
+    store = FolderStore(str(folder))
     for image in ("a", "b"):
         store.save_label(image, str(folder.parent / "label.nii.gz"), "final", {})
     (folder / "labels" / "final" / "a.nii.gz").unlink()
@@ -89,24 +87,24 @@ def test_what_has_no_file_any_more_goes(folder: Path) -> None:
     store.refresh()
     assert sorted(store.list_images()) == ["a", "b"]
     assert store.get_labeled_images() == ["b"]
-    assert LocalDatastore(str(folder)).get_labeled_images() == ["b"]
+    assert FolderStore(str(folder)).get_labeled_images() == ["b"]
 
 
 def test_a_damaged_record_is_told_at_the_start_and_ignored_later(folder: Path) -> None:
-    store = LocalDatastore(str(folder))
+    store = FolderStore(str(folder))
     (folder / "datastore_v2.json").write_text('{"name": ')
     store.refresh()
     assert len(store.list_images()) == 3
     (folder / "datastore_v2.json").write_text('{"name": ')
     with pytest.raises(ValueError, match="JSON"):
-        LocalDatastore(str(folder))
+        FolderStore(str(folder))
 
 
 class Archive(DICOMWebDatastore):  # type: ignore[misc]
     """A store on a folder, whose archive is never asked."""
 
     def __init__(self, folder: Path) -> None:
-        LocalDatastore.__init__(self, str(folder))
+        FolderStore.__init__(self, str(folder))
         self._convert_to_nifti = True
 
 

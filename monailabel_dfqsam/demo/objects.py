@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from monailabel_dfqsam.files import split_name
 from monailabel_dfqsam.phantom_study import Click, click_for, find_pairs
 from monailabel_dfqsam.segmentation.volume import load_volume, slice_rgb
 
@@ -51,11 +52,12 @@ def find_cases(studies: Path) -> list[Case]:
         if truth.shape != volume.shape or not truth.any():
             raise DemoError(f"'{mask.name}' is empty or has not the shape of '{image.name}'")
         click = click_for(truth)
-        name = image.name.removesuffix(".nii.gz").removesuffix(".nrrd")
-        label = mask.name.removesuffix(".nii.gz").removesuffix(".nrrd").removeprefix(f"{name}_")
+        name = split_name(image.name)[0]
+        label = split_name(mask.name)[0].removeprefix(f"{name}_")
         cases.append(Case(image, name, label, click, slice_rgb(volume, click.k), truth[:, :, click.k]))
     if not cases:
         raise DemoError(
-            f"'{studies}' has no volume with a mask beside it named <image>_<label>.nii.gz or .nrrd"
+            f"'{studies}' has no volume with a mask beside it named <image>_<label>, as in ct.nii.gz and "
+            "ct_liver.nii.gz"
         )
     return cases

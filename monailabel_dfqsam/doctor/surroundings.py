@@ -14,6 +14,7 @@ from pathlib import Path
 import requests
 
 from monailabel_dfqsam.doctor.finding import Finding, Level
+from monailabel_dfqsam.files import IMAGE_ENDINGS, is_image_name
 from monailabel_dfqsam.machine import usable_cores
 from monailabel_dfqsam.server.serve import is_exposed
 
@@ -21,7 +22,6 @@ PORT = 8000
 """Where `dfqsam serve` listens unless told otherwise."""
 
 _QIDO_SECONDS = 8.0
-_IMAGES = (".nii.gz", ".nii", ".nrrd", ".mha", ".dcm", ".png", ".jpg", ".jpeg")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _YES = ("1", "true", "t", "yes", "y", "on")
 
@@ -125,9 +125,9 @@ def folder(path: Path) -> Finding:
     if not os.access(path, os.W_OK):
         remedy = "Let this user write to it: MONAI Label keeps labels and its list of images there."
         return Finding("studies", name, "cannot be written to", Level.PROBLEM, remedy)
-    count = sum(entry.name.lower().endswith(_IMAGES) for entry in path.iterdir())
+    count = sum(is_image_name(entry.name) for entry in path.iterdir())
     if not count:
-        remedy = f"Put images there: {', '.join(_IMAGES)}; an annotator may also bring volumes along."
+        remedy = f"Put images there: {', '.join(IMAGE_ENDINGS)}; an annotator may also bring volumes along."
         return Finding("studies", name, "holds no image", Level.WARNING, remedy)
     return Finding("studies", name, f"can be read and written to; images in it: {count}")
 

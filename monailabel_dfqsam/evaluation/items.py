@@ -2,7 +2,7 @@
 
 A folder with `manifest.jsonl`, a row {image, mask, modality} a line, paths relative to it. SAM-Med2D's JSON,
 by itself or in a folder under its usual name: {mask: image} of its test set or {image: [mask, …]} of its
-training set. A folder with volumes and their masks as `find_pairs` finds them. A folder with `imagesTr` and
+training set. A folder with images and their masks as `find_pairs` finds them. A folder with `imagesTr` and
 `labelsTr`, as the Medical Segmentation Decathlon and nnU-Net have it, where each label is an object.
 
 Of a volume the slice counts that holds most of the object. What files are missing is said before any is read.
@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from monailabel_dfqsam.files import is_image_name, split_name
 from monailabel_dfqsam.phantom_study import click_for, find_pairs
 from monailabel_dfqsam.segmentation.volume import load_volume, slice_rgb
 
 Mask = NDArray[np.bool_]
 
 _SAM_MED2D = "label2image_test.json"
-_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
+_PICTURES = (".png", ".jpg", ".jpeg")
 # SA-Med2D-20M calls its files like ct_00--MSD_Liver--…, mr_t1--…, x_ray--….
 _PREFIX = re.compile(r"(?P<kind>x_ray|[a-z]+)(_[a-z0-9]+)*--|(?P<short>ct|mr|us|pet|x_ray)_")
 _FOR_PEOPLE = {"ct": "CT", "mr": "MR", "us": "US", "ultrasound": "US", "pet": "PET", "x_ray": "X-ray"}
@@ -68,14 +69,20 @@ def read_items(data: Path) -> list[Reader]:
         return [_picture(data, line, number) for number, line in _lines(data / "manifest.jsonl")]
     if (data / _SAM_MED2D).is_file():
         return _from_json(data / _SAM_MED2D)
-    readers = [partial(_volume_item, image, mask, None) for image, mask in find_pairs(data)]
+    readers = [_paired(image, mask) for image, mask in find_pairs(data)]
     readers += [partial(_volume_item, *one) for one in _decathlon(data)]
     if not readers:
         raise EvaluationError(
-            f"'{data.name}' has neither a manifest.jsonl, nor a {_SAM_MED2D}, nor volumes with masks named "
+            f"'{data.name}' has neither a manifest.jsonl, nor a {_SAM_MED2D}, nor images with masks named "
             "<image>_<label>, nor imagesTr and labelsTr"
         )
     return [*readers]
+
+
+def _paired(image: Path, mask: Path) -> Reader:
+    if image.name.lower().endswith(_PICTURES) and mask.name.lower().endswith(_PICTURES):
+        return partial(_picture_item, image, mask, modality_of(image.name))
+    return partial(_volume_item, image, mask, None)
 
 
 def modality_of(name: str) -> str:
@@ -138,19 +145,20 @@ def _named_pairs(file: Path) -> list[tuple[str, str]]:
 
 def _decathlon(data: Path) -> list[tuple[Path, Path, int]]:
     """(image, labels, value) for each object under `imagesTr` and `labelsTr`; of nnU-Net its channel 0000."""
+    images = {split_name(path.name)[0]: path for path in _named_images(data / "imagesTr")}
     found = []
-    for labels in sorted((data / "labelsTr").glob("[!.]*")):
-        suffix = next((end for end in _SUFFIXES if labels.name.endswith(end)), None)
-        if suffix is None:
-            continue
-        stem = labels.name.removesuffix(suffix)
-        names = [data / "imagesTr" / f"{stem}{channel}{suffix}" for channel in ("", "_0000")]
-        image = next((path for path in names if path.is_file()), None)
+    for labels in _named_images(data / "labelsTr"):
+        stem = split_name(labels.name)[0]
+        image = images.get(stem) or images.get(f"{stem}_0000")
         if image is None:
             raise EvaluationError(f"labelsTr has '{labels.name}', but imagesTr has no image of that name")
         values = np.unique(load_volume(labels).array)
         found += [(image, labels, int(value)) for value in values if value]
     return found
+
+
+def _named_images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if is_image_name(path.name))
 
 
 def _picture_item(image: Path, mask: Path, modality: str) -> Item:

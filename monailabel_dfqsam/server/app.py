@@ -17,6 +17,7 @@ from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 from monailabel.utils.async_tasks.task import AsyncTask
 
+from monailabel_dfqsam.segmentation.volume import Volume
 from monailabel_dfqsam.server.answers import active_learning, propose_task
 from monailabel_dfqsam.server.answers.infer_task import InteractiveTask, SegmentTask
 from monailabel_dfqsam.server.answers.request import STORED
@@ -28,8 +29,9 @@ from monailabel_dfqsam.server.runs.models import Models
 from monailabel_dfqsam.server.runs.parent import SERVER_PID
 from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.runs.trainers import FinetuneTask, QuantizeTask, Trainer
+from monailabel_dfqsam.server.serve import ServeError, check_studies
 from monailabel_dfqsam.server.settings import read_settings
-from monailabel_dfqsam.server.upstream import disk, repairs, shared, start
+from monailabel_dfqsam.server.upstream import folder, repairs, shared, start
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,6 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         server = {"app_dir": app_dir, "studies": studies, "conf": dict(conf or {})}
         self._queue = RunQueue(self._models.folder, server)
         repairs.quieten()
-        disk.repair_writing()
         shared.share_datastore()
         super().__init__(
             app_dir=app_dir,
@@ -68,10 +69,18 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         self._scoring_begun = -math.inf
 
     def init_datastore(self) -> Any:
-        """Upstream's, which also notices files that are renamed into place."""
-        store = super().init_datastore()
-        disk.notice_renamed(store)
-        return store
+        """A folder's, or upstream's for an archive.
+
+        Raises:
+            ServeError: for a folder that cannot be used; the log then holds nothing else.
+        """
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        try:
+            check_studies(self.studies)
+            return folder.open_studies(self.studies)
+        except ServeError as error:
+            start.end_with(error)
 
     def init_infers(self) -> dict[str, InteractiveTask]:
         """The models offered; all answer with the same weights."""
@@ -123,6 +132,10 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
             logger.error("No model can be made here: the model folder cannot be written to (%s)", error)
         self._models.start(quantize=self._quantize_first)
         start.settle()
+
+    def volume(self, path: Path) -> Volume:
+        """An image, which a click has mostly read before; raises as `load_volume`."""
+        return self._workbench.volume(path)
 
     def on_save_label(self, image_id: str, label_id: str) -> None:
         """Nothing to do: labels are learned from only when somebody asks for it."""

@@ -13,6 +13,7 @@ import logging
 import os
 import ssl
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -77,6 +78,24 @@ def prepare_app(app_dir: Path) -> Path:
     return app_dir
 
 
+def check_studies(studies: str) -> None:
+    """Refuses what can be no datastore, a folder of images or the URL of an archive; raises ServeError."""
+    if studies.startswith(("http://", "https://")):
+        return
+    folder = Path(studies)
+    if not folder.exists():
+        raise ServeError(f"there is no folder '{studies}': make it, or name the one with your images")
+    if not folder.is_dir():
+        raise ServeError(f"'{studies}' is a file: expected is the folder of the images, or an archive's URL")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ServeError(
+            f"the folder '{studies}' cannot be written to ({error.strerror}): labels are kept there"
+        ) from None
+
+
 def command(
     studies: str,
     host: str = "127.0.0.1",
@@ -94,9 +113,10 @@ def command(
         extra: further options of `monailabel start_server`.
 
     Raises:
-        ServeError: when the app folder, the checkpoint or a further option cannot be used.
+        ServeError: when the studies, the app folder, the checkpoint or a further option cannot be used.
     """
     check_options(extra)
+    check_studies(studies)
     if checkpoint is not None and not checkpoint.is_file():
         raise ServeError(f"there is no checkpoint file '{checkpoint}'")
     app = prepare_app(app_dir or default_app_dir())

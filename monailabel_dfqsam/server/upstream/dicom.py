@@ -31,7 +31,6 @@ from cachetools import TTLCache, cached
 from monailabel.config import settings
 from monailabel.datastore import dicom as upstream
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.local import LocalDatastore
 from monailabel.datastore.utils.colors import GENERIC_ANATOMY_COLORS
 from monailabel.datastore.utils.convert import dicom_seg_to_itk_image, dicom_to_nifti, nifti_to_dicom_seg
 from monailabel.datastore.utils.dicom import dicom_web_download_series
@@ -41,6 +40,7 @@ from pydicom.dataset import Dataset
 from monailabel_dfqsam.segmentation.image import ImageError
 from monailabel_dfqsam.segmentation.reading import read_itk
 from monailabel_dfqsam.server.gate.guard import Refusal
+from monailabel_dfqsam.server.upstream.folder import FolderStore
 
 if TYPE_CHECKING:
     from pydicom.sr.coding import Code
@@ -79,7 +79,7 @@ def repair_dicom() -> None:
 
     @functools.wraps(unlabeled)
     def readable(self: Any, *arguments: Any, **options: Any) -> list[str]:
-        left_out = {*_refused, *LocalDatastore.get_labeled_images(self)}
+        left_out = {*_refused, *FolderStore.get_labeled_images(self)}
         return [image for image in unlabeled(self, *arguments, **options) if image not in left_out]
 
     @functools.wraps(sample)
@@ -134,10 +134,8 @@ def archived_label(store: DICOMWebDatastore, image: str, tag: str) -> str:
         ]
         label = os.path.join(folder, "label.nii.gz")
         _resample(path, Path(store.get_image_uri(image)), label)
-        LocalDatastore.save_label(
-            store, image, label, tag, {"label_info": names, "SeriesInstanceUID": series}
-        )
-    return str(LocalDatastore.get_label_uri(store, image, tag))
+        FolderStore.save_label(store, image, label, tag, {"label_info": names, "SeriesInstanceUID": series})
+    return str(FolderStore.get_label_uri(store, image, tag))
 
 
 @cached(cache=TTLCache(maxsize=16, ttl=settings.MONAI_LABEL_DICOMWEB_CACHE_EXPIRY))

@@ -13,9 +13,13 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import logging
 from types import SimpleNamespace
+from typing import NoReturn
 
 from monailabel_dfqsam.server.upstream import imports
+
+logger = logging.getLogger(__name__)
 
 # Less than the ten after which a container is killed.
 _FAREWELL_SECONDS = 5
@@ -33,6 +37,13 @@ def start() -> None:
         run=functools.partial(uvicorn.run, timeout_graceful_shutdown=_FAREWELL_SECONDS)
     )
     main.Main().run()
+
+
+def end_with(error: Exception) -> NoReturn:
+    """Lets the server end at its start with a sentence, and without the trace of where it was raised."""
+    logger.error("%s", error)
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "Traceback" not in record.getMessage())
+    raise error
 
 
 def settle() -> None:

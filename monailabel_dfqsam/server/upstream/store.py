@@ -2,6 +2,9 @@
 
 - Uploads of any name, extension and number of parts are taken, and archives unpacked: only images and labels
   under plain names are, and what was received is removed when its handler fails.
+- An image is named by its file's name up to the first dot: here by the whole stem.
+- Any file counts as a finished label: here one that is no label map, lies elsewhere than its image, or is
+  empty without saying so, is refused before anything is stored.
 - Fields that must be JSON objects are stored whatever they are.
 - A session is named by the clock and the network card: by chance here. One that was written in part stops
   the removal of all old ones: it is removed at once.
@@ -17,28 +20,35 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import BackgroundTasks, UploadFile
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.local import LocalDatastore
 from monailabel.endpoints import datastore as datastore_endpoint
 from monailabel.endpoints import session as session_endpoint
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.utils.app import app_instance
 from starlette.background import BackgroundTask
 
+from monailabel_dfqsam.files import IMAGE_ENDINGS
+from monailabel_dfqsam.memory import MemoryShortage
+from monailabel_dfqsam.segmentation.label_map import fit_label
+from monailabel_dfqsam.segmentation.volume import ImageError, Volume
 from monailabel_dfqsam.server.gate.guard import Refusal, check_name
 from monailabel_dfqsam.server.gate.json_input import read_object
 from monailabel_dfqsam.server.upstream.dicom import archived_label, repair_dicom
+from monailabel_dfqsam.server.upstream.folder import FolderStore
 
-IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha", ".dcm", ".png", ".jpg", ".jpeg")
+IMAGE_EXTENSIONS = IMAGE_ENDINGS
 MASK_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 LABEL_EXTENSIONS = (*MASK_EXTENSIONS, ".bin")
+
+EMPTY = "empty"
+"""The name of a segment by which a viewer says that nothing is to be found in an image."""
 
 # What strategies and scoring read again, and take to be as they left it.
 _SERVERS_OWN = frozenset({"strategy", "confidence", "name", "path", "ts"})
@@ -67,7 +77,7 @@ class UploadsRemoved:
 
 def repair_store() -> None:
     """Replaces upstream's handlers; call it once."""
-    _check_uploads()
+    datastore_endpoint.add_image, datastore_endpoint.save_label = _add_image, _save_label
     _check_infos()
     _check_downloads()
     _replace_sessions()
@@ -94,28 +104,80 @@ def check_upload(upload: UploadFile, allowed: tuple[str, ...], what: str) -> Non
     upload.filename = name
 
 
-def _check_uploads() -> None:
-    add_image, save_label = datastore_endpoint.add_image, datastore_endpoint.save_label
+@contextmanager
+def _received(upload: UploadFile, name: str) -> Iterator[Path]:
+    """An upload as a file of this name, for as long as the block lasts."""
+    with tempfile.TemporaryDirectory(prefix="dfqsam-") as folder:
+        path = Path(folder) / name
+        with path.open("wb") as file:
+            shutil.copyfileobj(upload.file, file)
+        yield path
 
-    @functools.wraps(add_image)
-    def checked_image(
-        tasks: BackgroundTasks, image: str | None, params: str, file: UploadFile, user: str | None = None
-    ) -> Any:
-        check_upload(file, IMAGE_EXTENSIONS, "file")
-        _check_image_info(read_object(params, "params"))
-        with UploadsRemoved(tasks):
-            return add_image(tasks, image, params, file, user)
 
-    @functools.wraps(save_label)
-    def checked_label(
-        tasks: BackgroundTasks, image: str, params: str, tag: str, label: UploadFile, user: str | None = None
-    ) -> Any:
-        check_upload(label, LABEL_EXTENSIONS, "label")
-        _check_label_info(read_object(params, "params"))
-        with UploadsRemoved(tasks):
-            return save_label(tasks, image, params, tag, label, user)
+def _add_image(
+    tasks: BackgroundTasks, image: str | None, params: str, file: UploadFile, user: str | None = None
+) -> Any:
+    check_upload(file, IMAGE_EXTENSIONS, "file")
+    info = read_object(params, "params")
+    _check_image_info(info)
+    with _received(file, str(file.filename)) as path:
+        stored = app_instance().datastore().add_image(image or "", str(path), _by(user, info))
+    return {"image": stored}
 
-    datastore_endpoint.add_image, datastore_endpoint.save_label = checked_image, checked_label
+
+def _save_label(
+    tasks: BackgroundTasks,
+    image: str,
+    params: str,
+    tag: str,
+    label: UploadFile,
+    user: str | None = None,
+) -> Any:
+    store = app_instance().datastore()
+    is_archive = isinstance(store, DICOMWebDatastore)
+    check_upload(label, LABEL_EXTENSIONS if is_archive else MASK_EXTENSIONS, "label")
+    info = read_object(params, "params")
+    _check_label_info(info)
+    name = str(label.filename)
+    if is_archive:  # the tool that makes DICOM SEG takes names apart at commas
+        name = "label" + next(end for end in LABEL_EXTENSIONS if name.lower().endswith(end))
+    with _received(label, name) as path:
+        if not is_archive:
+            _fit_label(path, store.get_image_uri(image), info)
+        identity = store.save_label(image, str(path), tag or DefaultLabelTag.FINAL.value, _by(user, info))
+    reply = app_instance().on_save_label(image, identity) or {}
+    return {**reply, "image": image, "label": identity}
+
+
+def _by(user: str | None, info: Mapping[str, Any]) -> dict[str, Any]:
+    return {**info, **({"user": user} if user else {})}
+
+
+def _fit_label(path: Path, image: str, info: Mapping[str, Any]) -> None:
+    """Refuses an upload that is no label of the image at a path; one whose axes run otherwise is turned."""
+    if not image:
+        return  # there is none: `save_label` says so
+    try:
+        marks = fit_label(path, _volume(image))
+    except ImageError as error:
+        raise Refusal(400, f"the label was not saved: {error}") from None
+    except MemoryShortage as error:
+        raise Refusal(503, f"the label was not saved: {error}") from None
+    names = [entry.get("name") for entry in info.get("label_info") or []]
+    if not (marks or info.get("empty") is True or EMPTY in names):
+        raise Refusal(
+            400,
+            f"the label was not saved: it is empty. If nothing is to be found, add a segment named '{EMPTY}' "
+            'and submit again, or send "empty": true in params',
+        )
+
+
+def _volume(image: str) -> Volume | None:
+    """An image; None for one that viewers may read, but this server does not."""
+    try:
+        return cast("Volume", app_instance().volume(Path(image)))
+    except ImageError:
+        return None
 
 
 def _check_label_info(params: Mapping[str, Any]) -> None:
@@ -243,31 +305,29 @@ def repair_dicomweb() -> None:
     """Replaces what fetches from an archive, in every process that does; call it once in each."""
     repair_dicom()
     get_image_uri, get_label_uri = DICOMWebDatastore.get_image_uri, DICOMWebDatastore.get_label_uri
-    downloading = threading.Lock()
 
     @functools.wraps(get_image_uri)
     def whole_image(self: Any, image_id: str) -> str:
         if not _UID.fullmatch(image_id):
             raise Refusal(400, "an image of this server is named by its SeriesInstanceUID")
         folder = os.path.join(self._datastore.image_path(), image_id)
-        with downloading:
-            known = os.path.isdir(folder)
-            try:
-                fetched = str(get_image_uri(self, image_id))
-            except Exception:
-                # What came would be taken for the whole series from then on.
-                if not known:
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-            kept = os.path.realpath(f"{folder}.nii.gz")
-            if os.path.isfile(kept) and fetched != kept:  # the temporary file of which that is a copy
-                os.unlink(fetched)
-                return kept
-            return fetched
+        known = os.path.isdir(folder)
+        try:
+            fetched = str(get_image_uri(self, image_id))
+        except Exception:
+            # What came would be taken for the whole series from then on.
+            if not known:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        kept = os.path.realpath(f"{folder}.nii.gz")
+        if os.path.isfile(kept) and fetched != kept:  # the temporary file of which that is a copy
+            os.unlink(fetched)
+            return kept
+        return fetched
 
     @functools.wraps(get_label_uri)
     def local_label(self: Any, label_id: str, label_tag: str, image_id: str = "") -> str:
-        found = LocalDatastore.get_label_uri(self, label_id, label_tag)
+        found = FolderStore.get_label_uri(self, label_id, label_tag)
         if found and os.path.isfile(found):
             return str(found)
         if label_tag == DefaultLabelTag.FINAL and not image_id and _UID.fullmatch(label_id):
