@@ -26,7 +26,7 @@ class VolumeLoader:
     def __init__(self, max_bytes: int) -> None:
         self._cache: BoundedCache[Volume] = BoundedCache(max_bytes)
 
-    def load(self, path: str | Path) -> Volume:
+    def load(self, path: str | Path, name: str | None = None) -> Volume:
         """As `load_volume`, with the `file_key` of what was read as the volume's key.
 
         Raises:
@@ -36,21 +36,21 @@ class VolumeLoader:
         for _ in range(_READS):
             key = file_key(path)
             try:
-                return self._cache.get_or_compute(key, partial(_read, path, key))[0]
+                return self._cache.get_or_compute(key, partial(_read, path, name, key))[0]
             except _ChangedError:
                 continue
-        raise ImageError(f"'{path.name}' is being written to: ask again when it is complete")
+        raise ImageError(f"'{name or path.name}' is being written to: ask again when it is complete")
 
 
 class _ChangedError(Exception):
     """The file is another one by now."""
 
 
-def _read(path: Path, key: FileKey) -> Volume:
+def _read(path: Path, name: str | None, key: FileKey) -> Volume:
     """The volume of the file that `key` tells; raises _ChangedError where that one has gone."""
     _wait_for_a_tick(path)
     try:
-        volume = load_volume(path)
+        volume = load_volume(path, name)
     except (ValueError, MemoryError, OSError):
         if file_key(path) != key:
             raise _ChangedError from None

@@ -19,6 +19,7 @@ from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Prompts
 from monailabel_dfqsam.segmentation.volume import VolumeTooLarge
 from monailabel_dfqsam.server.answers.request import (
+    FILE_NAME,
     FILE_ORDER,
     SLICER_ORDER,
     WINDOWS,
@@ -103,7 +104,7 @@ class InteractiveTask(InferTask):  # type: ignore[misc]
     def shown(self, request: Mapping[str, Any], view: View) -> Shown:
         """The image that a request is about, and the model that answers."""
         served = self.workbench.served()
-        volume = self.workbench.volume(Path(request["image"]))
+        volume = self.workbench.volume(Path(request["image"]), request.get(FILE_NAME))
         return Shown(served, volume, read_window(view, volume))
 
 

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 from fastapi import HTTPException
 from numpy.typing import NDArray
 
@@ -67,9 +66,9 @@ class Workbench:
         except NoModelError as error:
             raise HTTPException(503, f"no model can be loaded: {error}") from None
 
-    def volume(self, path: Path) -> Volume:
-        """An image, read once as long as it stays in the cache; raises ImageError."""
-        return self._volumes.load(path)
+    def volume(self, path: Path, name: str | None = None) -> Volume:
+        """An image, read once as long as it stays in the cache; raises ImageError, which calls it `name`."""
+        return self._volumes.load(path, name)
 
     def embed(self, shown: Shown, k: int) -> tuple[Embedding, bool]:
         """The embedding of slice k, and whether it was there when asked for."""
@@ -130,12 +129,9 @@ def write_answer(mask: NDArray[np.uint8], k: int | None, volume: Volume, view: V
     os.close(handle)
     try:
         if k is None:
-            write_mask(mask, volume, file, view.result_compress)
+            write_mask(mask, volume, file, view.result_compress, view.dtype)
         else:
-            write_slice_mask(mask, k, volume, file, view.result_compress)
-        if view.pixel_type != sitk.sitkUInt8:
-            image = sitk.Cast(sitk.ReadImage(file), view.pixel_type)
-            sitk.WriteImage(image, file, useCompression=view.result_compress)
+            write_slice_mask(mask, k, volume, file, view.result_compress, view.dtype)
     except BaseException:
         os.unlink(file)
         raise

@@ -38,7 +38,8 @@ from monailabel.datastore.utils.dicom import dicom_web_download_series
 from monailabel.endpoints import activelearning as activelearning_endpoint
 from pydicom.dataset import Dataset
 
-from monailabel_dfqsam.segmentation.reading import ImageError, read_itk
+from monailabel_dfqsam.segmentation.image import ImageError
+from monailabel_dfqsam.segmentation.reading import read_itk
 from monailabel_dfqsam.server.gate.guard import Refusal
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse
 
-from monailabel_dfqsam.server.answers.request import MASK, STORED
+from monailabel_dfqsam.server.answers.request import FILE_NAME, MASK, MASK_PART, STORED
 from monailabel_dfqsam.server.gate.bodies import MAX_UPLOAD, BodyLimit
 from monailabel_dfqsam.server.gate.guard import Guard, Refusal, check_name, check_session, check_tag
 from monailabel_dfqsam.server.gate.json_input import check_options, check_own, read_object
@@ -80,7 +80,7 @@ _TALKATIVE = (
 )  # fmt: skip
 
 # Set by the server about the request, so not by the client within it.
-_RESERVED = frozenset({"image", "model", "session", "description", "file", MASK, STORED})
+_RESERVED = frozenset({"image", "model", "session", "description", "file", FILE_NAME, MASK, STORED})
 
 # Each chunk costs a change of threads; OHIF asks for whole volumes, 26 MB of which were 400 of them.
 _CHUNK = 1 << 20
@@ -205,6 +205,7 @@ def _infer(
             raise Refusal(404, "there is no such session; it may have expired: PUT /session/ starts one")
     elif file:
         check_upload(file, IMAGE_EXTENSIONS, "file")
+        params = _with(params, FILE_NAME, file.filename)
     elif not image:
         raise Refusal(400, "there is no image: name one with image, or a session with session_id")
     else:
@@ -222,12 +223,16 @@ def _infer(
 
 def _with_mask(params: str, mask: UploadFile, tasks: BackgroundTasks) -> str:
     """The params with the place of an uploaded mask; upstream would let `label`, a name, replace it."""
-    check_upload(mask, MASK_EXTENSIONS, "label")
+    check_upload(mask, MASK_EXTENSIONS, MASK_PART)
     suffix = next(end for end in MASK_EXTENSIONS if str(mask.filename).lower().endswith(end))
     with tempfile.NamedTemporaryFile(prefix="dfqsam-", suffix=suffix, delete=False) as file:
         tasks.add_task(os.unlink, file.name)
         shutil.copyfileobj(mask.file, file)
-    return json.dumps({**json.loads(params or "{}"), MASK: file.name})
+    return _with(params, MASK, file.name)
+
+
+def _with(params: str, key: str, value: Any) -> str:
+    return json.dumps({**json.loads(params or "{}"), key: value})
 
 
 def _check_params(params: str) -> None:
