@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -90,11 +91,11 @@ def test_a_file_replaced_while_it_is_read_is_read_again(
     loader, path = VolumeLoader(1 << 20), write(tmp_path / "a.nii", OLD)
     original, before = loading.load_volume, file_key(path)
 
-    def interrupted(asked: Path) -> Volume:
+    def interrupted(*asked: Any) -> Volume:
         monkeypatch.setattr(loading, "load_volume", original)
         if when == "before":
             REPLACEMENTS[how](path)
-        volume = original(asked)
+        volume = original(*asked)
         if when == "after":
             REPLACEMENTS[how](path)
         return volume
@@ -113,10 +114,10 @@ def test_a_file_half_written_is_not_an_error_once_it_is_whole(
     path.write_bytes(whole[:100])
     original = loading.load_volume
 
-    def finishing(asked: Path) -> Volume:
+    def finishing(*asked: Any) -> Volume:
         monkeypatch.setattr(loading, "load_volume", original)
         try:
-            return original(asked)
+            return original(*asked)
         finally:
             path.write_bytes(whole)
 
@@ -128,8 +129,8 @@ def test_a_file_that_never_comes_to_rest_is_refused(tmp_path: Path, monkeypatch:
     loader, path = VolumeLoader(1 << 20), write(tmp_path / "a.nii", OLD)
     original = loading.load_volume
 
-    def always(asked: Path) -> Volume:
-        volume = original(asked)
+    def always(*asked: Any) -> Volume:
+        volume = original(*asked)
         in_place(path)
         return volume
 

@@ -36,7 +36,7 @@ class VolumeLoader:
         for _ in range(_READS):
             key = file_key(path)
             try:
-                return self._cache.get_or_compute(key, partial(_read, path, key, name))[0]
+                return self._cache.get_or_compute(key, partial(_read, path, name, key))[0]
             except _ChangedError:
                 continue
         raise ImageError(f"'{name or path.name}' is being written to: ask again when it is complete")
@@ -46,7 +46,7 @@ class _ChangedError(Exception):
     """The file is another one by now."""
 
 
-def _read(path: Path, key: FileKey, name: str | None) -> Volume:
+def _read(path: Path, name: str | None, key: FileKey) -> Volume:
     """The volume of the file that `key` tells; raises _ChangedError where that one has gone."""
     _wait_for_a_tick(path)
     try:
