@@ -2,28 +2,38 @@
 
 Upstream keeps the record of all images in each process's memory and writes it whole, so that whoever writes
 last takes back what the others wrote: a label saved while a batch runs loses its entry. Here every change of
-a record happens under one lock of the folder, on the record as it is then. Nor does a thread that only reads
-ever meet a record that is half replaced.
+a record happens under one lock of the folder, on a copy of the record as it is then, which takes the record's
+place when it is complete: a thread that only reads never meets one that changes under it.
 
 An archive's series is fetched into the same folder by all: one at a time, so that none takes a part for the
-whole; a series that is here already waits for nobody.
+whole; a series that is here already waits for nobody. Sessions are shared by threads only.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore, LocalDatastoreModel
+from monailabel.utils.sessions import Sessions
 
 from monailabel_dfqsam.server.upstream.store import repair_dicomweb
+from monailabel_dfqsam.server.upstream.threads import holding, slow
 
-_CHANGES = ("add_image", "save_label", "update_image_info", "update_label_info", "_reconcile_datastore")
+_CHANGES = (
+    "add_image", "remove_image", "save_label", "remove_label", "update_image_info", "update_label_info",
+    "_reconcile_datastore",
+)  # fmt: skip
+_ARCHIVE = "the image archive"
+_FETCH_SECONDS = 60.0
 _POLL_SECONDS = 0.005  # a change takes about as long
 
 
@@ -37,6 +47,9 @@ def share_datastore() -> None:
     LocalDatastore._remove_non_existing = _remove_missing
     repair_dicomweb()
     DICOMWebDatastore.get_image_uri = _one_at_a_time(DICOMWebDatastore.get_image_uri)
+    one = threading.RLock()
+    for name in ("get_session", "remove_session", "remove_expired"):
+        setattr(Sessions, name, _under(one, getattr(Sessions, name)))
 
 
 def _lock(store: Any, what: str) -> FileLock:
@@ -46,20 +59,40 @@ def _lock(store: Any, what: str) -> FileLock:
     return found
 
 
+def _record(lock: FileLock) -> AbstractContextManager[None]:
+    return holding(lock, "the record of the images", poll_seconds=_POLL_SECONDS)
+
+
 def _alone(change: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(change)
     def alone(self: Any, *arguments: Any, **options: Any) -> Any:
-        with _lock(self, "change").acquire(poll_interval=_POLL_SECONDS):
+        lock = _lock(self, "change")
+        with _record(lock):
+            if lock.lock_counter > 1:  # within another change, on its copy
+                return change(self, *arguments, **options)
             self._init_from_datastore_file()
-            return change(self, *arguments, **options)
+            draft = copy.copy(self)
+            draft._datastore = self._datastore.model_copy(deep=True)
+            result = change(draft, *arguments, **options)
+            self._datastore, self._config_ts = draft._datastore, draft._config_ts
+            return result
 
     return alone
+
+
+def _under(lock: threading.RLock, method: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[valid-type]
+    @functools.wraps(method)
+    def under(*arguments: Any, **options: Any) -> Any:
+        with lock:  # type: ignore[attr-defined]
+            return method(*arguments, **options)
+
+    return under
 
 
 def _read_record(self: Any, throw_exception: bool = False) -> None:
     """Upstream's, but the record takes its place only when it is whole, and not amid a change of the old."""
     path = Path(self._datastore_config_path)
-    with _lock(self, "change").acquire(poll_interval=_POLL_SECONDS):
+    with _record(_lock(self, "change")):
         if not path.exists():
             return
         written = path.stat().st_mtime
@@ -101,7 +134,7 @@ def _one_at_a_time(fetch: Callable[..., Any]) -> Callable[..., Any]:
         here = LocalDatastore.get_image_uri(self, image_id)
         if here and os.path.isfile(here):
             return str(here)
-        with _lock(self, "fetch"):
+        with slow(_ARCHIVE), holding(_lock(self, "fetch"), _ARCHIVE, _FETCH_SECONDS):
             return str(fetch(self, image_id))
 
     return fetch_alone

@@ -111,14 +111,15 @@ def _check_uploads() -> None:
         tasks: BackgroundTasks, image: str, params: str, tag: str, label: UploadFile, user: str | None = None
     ) -> Any:
         check_upload(label, LABEL_EXTENSIONS, "label")
-        _check_label_info(read_object(params, "params"))
+        check_label_info(read_object(params, "params"))
         with UploadsRemoved(tasks):
             return save_label(tasks, image, params, tag, label, user)
 
     datastore_endpoint.add_image, datastore_endpoint.save_label = checked_image, checked_label
 
 
-def _check_label_info(params: Mapping[str, Any]) -> None:
+def check_label_info(params: Mapping[str, Any]) -> None:
+    """Refuses names of a label's values that are none; raises Refusal 400."""
     entries = params.get("label_info")
     if entries is None:
         return
@@ -147,7 +148,7 @@ def _check_infos() -> None:
 
     @functools.wraps(update_label)
     def checked_label(label: str, tag: str, info: str, user: str | None = None) -> Any:
-        _check_label_info(read_object(info, "info"))
+        check_label_info(read_object(info, "info"))
         return update_label(label, tag, info, user)
 
     datastore_endpoint.update_image_info, datastore_endpoint.update_label_info = checked_image, checked_label
