@@ -8,6 +8,7 @@ codes are DICOM's own, colours are read, and what no segmentation can be made of
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import re
 import tempfile
@@ -53,11 +54,9 @@ def load_in_background() -> None:
     """Loads what a segmentation is written with, so that no click waits while the first one is."""
 
     def load() -> None:
-        # Of highdicom, 20 MB of DICOM's tables.
-        import highdicom._modules
-        import highdicom.seg
-        import skimage.color  # noqa: F401
-
+        # The second is 20 MB of DICOM's tables.
+        for name in ("highdicom.seg", "highdicom._modules", "skimage.color"):
+            importlib.import_module(name)
         _known_codes()
 
     threading.Thread(target=load, name="dfqsam-segmentations", daemon=True).start()

@@ -44,7 +44,8 @@ def leave_loop(router: APIRouter) -> None:
         elif isinstance(route, APIRoute) and _is_theirs(route.endpoint):
             given = inspect.signature(APIRoute.__init__).parameters
             same = {name: getattr(route, name) for name in given if hasattr(route, name)}
-            router.routes[place] = APIRoute(**{**same, "endpoint": off_loop(route.endpoint)})
+            move = _stay if route.endpoint.__module__ in _ON_THE_LOOP else off_loop
+            router.routes[place] = APIRoute(**{**same, "endpoint": move(route.endpoint)})
 
 
 def off_loop(handler: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
@@ -57,16 +58,7 @@ def off_loop(handler: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., 
         with _in_request():
             return finished(handler(*arguments, **options))
 
-    signature = inspect.signature(handler)
-    in_thread.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[
-            parameter.replace(default=_plain(parameter.default))
-            for parameter in signature.parameters.values()
-        ]
-    )
-    in_thread.__name__ = getattr(handler, "__name__", type(handler).__name__)
-    in_thread.__module__, in_thread.__doc__ = handler.__module__, handler.__doc__
-    return in_thread
+    return _in_place_of(handler, in_thread)
 
 
 def finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -137,10 +129,31 @@ def _is_request() -> bool:
     return getattr(_here, "request", False)
 
 
+def _stay(handler: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    """A handler as it is, but for its dependencies."""
+
+    async def on_loop(*arguments: Any, **options: Any) -> Any:
+        return await handler(*arguments, **options)
+
+    return _in_place_of(handler, on_loop)
+
+
+def _in_place_of(handler: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """`other` with the name and parameters of a handler; dependencies leave the loop."""
+    # Not by `functools.wraps`, after which FastAPI looks at the handler within.
+    signature = inspect.signature(handler)
+    parameters = [
+        parameter.replace(default=_plain(parameter.default)) for parameter in signature.parameters.values()
+    ]
+    other.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    other.__name__ = getattr(handler, "__name__", type(handler).__name__)
+    other.__module__, other.__doc__ = handler.__module__, handler.__doc__
+    return other
+
+
 def _is_theirs(handler: Any) -> bool:
-    """Whether a route or dependency is a coroutine function of MONAI Label that awaits nothing."""
-    module = getattr(handler, "__module__", "")
-    if not module.startswith("monailabel.") or module in _ON_THE_LOOP:
+    """Whether a route or dependency is a coroutine function of MONAI Label."""
+    if not getattr(handler, "__module__", "").startswith("monailabel."):
         return False
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
 

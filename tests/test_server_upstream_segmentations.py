@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from monailabel_dfqsam.server.upstream.dicom import segments
+from monailabel_dfqsam.server.upstream.segmentations import segments
 
 
 def told(values: list[int], label_info: list[dict[str, Any]]) -> dict[int, str]:
-    found = [entry["segmentAttribute"] for entry in segments(values, label_info)]
-    return {attribute["labelID"]: attribute["SegmentLabel"] for attribute in found}
+    return {segment["labelID"]: segment["SegmentLabel"] for segment in segments(values, label_info)}
 
 
 @pytest.mark.parametrize(
@@ -47,8 +46,7 @@ def test_values_choose_names(values: list[int], idx: list[int | None], expected:
     ],
 )
 def test_codes_are_those_of_dicom_or_plain_tissue(name: str, category: str, kind: str) -> None:
-    (entry,) = segments([1], [{"name": name, "idx": 1}])
-    attribute = entry["segmentAttribute"]
+    (attribute,) = segments([1], [{"name": name, "idx": 1}])
     assert attribute["SegmentLabel"] == name
     assert attribute["SegmentedPropertyCategoryCodeSequence"]["CodeMeaning"] == category
     assert attribute["SegmentedPropertyTypeCodeSequence"]["CodeMeaning"] == kind
@@ -68,11 +66,11 @@ def test_codes_are_those_of_dicom_or_plain_tissue(name: str, category: str, kind
     ],
 )
 def test_a_colour_in_words_is_read_and_nonsense_left(color: Any, expected: list[int]) -> None:
-    (entry,) = segments([1], [{"name": "bone", "idx": 1, "color": color}])
-    assert entry["segmentAttribute"]["recommendedDisplayRGBValue"] == entry["color"] == expected
+    (segment,) = segments([1], [{"name": "bone", "idx": 1, "color": color}])
+    assert segment["recommendedDisplayRGBValue"] == expected
 
 
 def test_what_the_client_says_itself_stands() -> None:
-    (entry,) = segments([4], [{"name": "x", "idx": 4, "segmentAttribute": {"SegmentLabel": "own"}}])
-    assert entry["segmentAttribute"]["SegmentLabel"] == "own"
-    assert entry["segmentAttribute"]["labelID"] == 4
+    (segment,) = segments([4], [{"name": "x", "idx": 4, "segmentAttribute": {"SegmentLabel": "own"}}])
+    assert segment["SegmentLabel"] == "own"
+    assert segment["labelID"] == 4
