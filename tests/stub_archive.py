@@ -6,7 +6,6 @@ import io
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,10 +140,10 @@ def _handler(archive: StubArchive) -> type[BaseHTTPRequestHandler]:
             elif matched[1] not in archive.series:
                 send(self, 404, "text/plain", b"no such series")
             elif matched[2]:
-                headers = [d.copy() for d in archive.series[matched[1]]]
+                headers = [d.to_json_dict() for d in archive.series[matched[1]]]
                 for header in headers:
-                    del header.PixelData
-                send(self, 200, _JSON, json.dumps([d.to_json_dict() for d in headers]).encode())
+                    del header["7FE00010"]
+                send(self, 200, _JSON, json.dumps(headers).encode())
             else:
                 send(self, 200, KIND, multipart(archive.series[matched[1]]))
 
@@ -153,7 +152,8 @@ def _handler(archive: StubArchive) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if archive.answer("POST", self.path, self):
                 return
-            stored = pydicom.dcmread(io.BytesIO(body[body.index(b"\r\n\r\n") + 4 :]))
+            part = body[body.index(b"\r\n\r\n") + 4 : body.rindex(b"\r\n--")]
+            stored = pydicom.dcmread(io.BytesIO(part))
             archive._take([stored])
             answer = Dataset()
             item = Dataset()
@@ -172,14 +172,3 @@ def _handler(archive: StubArchive) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
-
-
-def sleeping(seconds: float) -> Callable[[str, str, BaseHTTPRequestHandler], bool]:
-    """An archive that takes `seconds` for every series."""
-
-    def answer(method: str, path: str, handler: BaseHTTPRequestHandler) -> bool:
-        if is_retrieval(method, path):
-            time.sleep(seconds)
-        return False
-
-    return answer

@@ -23,6 +23,7 @@ from monailabel_dfqsam.server.answers.request import MASK, STORED
 from monailabel_dfqsam.server.gate.guard import Refusal, check_name, check_session, check_tag
 from monailabel_dfqsam.server.gate.json_input import read_object
 from monailabel_dfqsam.server.upstream.archive import is_archive
+from monailabel_dfqsam.server.upstream.dicom import not_asking
 from monailabel_dfqsam.server.upstream.segmentations import write_segmentation
 from monailabel_dfqsam.server.upstream.store import (
     IMAGE_EXTENSIONS,
@@ -61,7 +62,7 @@ def repair_clicks() -> None:
         app_instance().check_model(model)
         _check_params(params)
         _check_source(image, session_id, file)
-        with UploadsRemoved(tasks):
+        with UploadsRemoved(tasks), not_asking():
             if label:
                 params = _with_mask(params, label, tasks)
             if output is endpoint.ResultType.dicom_seg:

@@ -3,7 +3,8 @@
 - A series of an archive becomes one file whatever the places of its slices are: `segmentation.reading` reads
   it here, and refuses what is no volume. One of which a part came is refused, too.
 - Labels become segmentations, and segmentations labels, by `segmentations`.
-- Each click asks the archive how many series it has: while it is away, what was told last counts.
+- Each click asks the archive how many series it has: for a click, and while the archive is away, what was
+  told last counts.
 - Without a filter, segmentations, reports and the like are listed among the images: they are left out.
 - A series that is refused would be proposed as the next sample again and again: it is passed over. So
   is one labelled here, which the archive's list, kept for minutes, does not know yet.
@@ -18,7 +19,8 @@ import functools
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ _NO_IMAGES = frozenset(
 # Series of which this process knows that they are no volume, or that the archive has lost them; one that was
 # completed since is read when named.
 _refused: set[str] = set()
+_here = threading.local()
 
 
 def repair_dicom() -> None:
@@ -86,6 +89,16 @@ def repair_dicom() -> None:
     DICOMWebDatastore._dicom_info = _known_info(DICOMWebDatastore._dicom_info)
     activelearning_endpoint.sample = readable_sample
     DICOMWebDatastore.status = _last_known(DICOMWebDatastore.status)
+
+
+@contextmanager
+def not_asking() -> Iterator[None]:
+    """Within, this thread takes the numbers that the archive told last."""
+    _here.known = True
+    try:
+        yield
+    finally:
+        _here.known = False
 
 
 def archived_label(store: DICOMWebDatastore, image: str, tag: str) -> str:
@@ -128,12 +141,10 @@ def _list_images(self: DICOMWebDatastore) -> list[str]:
 def _last_known(status: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(status)
     def last_known(self: Any) -> Any:
-        try:
-            self._dfqsam_status = status(self)
-        except ArchiveError:
-            # Everything but new series goes on without the archive.
-            return self.__dict__.get("_dfqsam_status", {"total": 0, "completed": 0, "label_tags": {}})
-        return self._dfqsam_status
+        if not getattr(_here, "known", False):
+            with suppress(Refusal):  # everything but new series goes on without the archive
+                self._dfqsam_status = status(self)
+        return self.__dict__.get("_dfqsam_status", {"total": 0, "completed": 0, "label_tags": {}})
 
     return last_known
 
