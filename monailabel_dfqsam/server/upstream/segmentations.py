@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import re
 import tempfile
 import threading
@@ -23,7 +22,6 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 from monailabel.datastore.utils.colors import GENERIC_ANATOMY_COLORS
-from monailabel.datastore.utils.convert import dicom_seg_to_itk_image
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
@@ -109,22 +107,35 @@ def read_segmentation(segmentation: Path, image: Path, label: Path) -> list[dict
     Raises:
         Refusal: 400 when it cannot be one label map.
     """
+    from pydicom_seg import MultiClassReader
+
+    d, grid = pydicom.dcmread(segmentation), read_image(image)
+    if d.get("SegmentationType") != "BINARY":
+        raise Refusal(400, "the series' label in the archive holds fractions: it is no label map")
     try:
-        read = dicom_seg_to_itk_image(str(segmentation))
-    except ValueError:
+        measures = d.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+        if "SpacingBetweenSlices" not in measures:  # slices need not be as far apart as they are thick
+            measures.SpacingBetweenSlices = pydicom.valuerep.DSfloat(grid.GetSpacing()[2], auto_format=True)
+        d.SegmentsOverlap = "UNDEFINED"  # whatever is said of it: looked for
+        found = MultiClassReader().read(d).image
+        names = [
+            {"name": str(segment.SegmentLabel), "idx": int(segment.SegmentNumber)}
+            for segment in d.SegmentSequence
+        ]
+    except _NOT_DICOM as error:
+        overlap = "overlapping" in str(error)
         raise Refusal(
-            400, "the series' label in the archive has overlapping parts: it is no one map"
+            400,
+            "the series' label in the archive "
+            + (
+                "has overlapping parts: it is no one map"
+                if overlap
+                else "cannot be read: it is of a rare kind"
+            ),
         ) from None
-    try:
-        found = sitk.ReadImage(read)
-    finally:
-        os.unlink(read)
-    placed = sitk.Resample(found, read_image(image), sitk.Transform(), sitk.sitkNearestNeighbor, 0.0)
+    placed = sitk.Resample(found, grid, sitk.Transform(), sitk.sitkNearestNeighbor, 0.0)
     sitk.WriteImage(placed, str(label))
-    return [
-        {"name": str(segment.SegmentLabel), "idx": int(segment.SegmentNumber)}
-        for segment in pydicom.dcmread(segmentation, stop_before_pixels=True).SegmentSequence
-    ]
+    return names
 
 
 def read_image(path: Path) -> sitk.Image:
@@ -247,8 +258,8 @@ def _description(number: int, said: Info) -> Any:
     )
     found.SegmentDescription = said["SegmentDescription"]
     colour = np.array(said["recommendedDisplayRGBValue"], np.uint8)
-    # DICOM's colours are of the profile connection space, whose white is D50.
-    found.RecommendedDisplayCIELabValue = list(CIELabColor(*rgb2lab(colour / 255, illuminant="D50")).value)
+    # With the white of screens, D65: so dcmqi reads it, which wrote these before, and by which Slicer reads.
+    found.RecommendedDisplayCIELabValue = list(CIELabColor(*rgb2lab(colour / 255)).value)
     return found
 
 
