@@ -175,7 +175,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "a type": {"result_dtype": "__import__('os')", **CLICK},
     "a window": {"window": {"$gt": ""}, **CLICK},
     "a slice": {"slice": "0 OR 1=1", **CLICK},
-    "a label": {"label": ["x"], **CLICK},
+    "a label": {"label": {"x": 1}, **CLICK},
 }
 
 

@@ -15,6 +15,7 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from benchmarks.volume import VOLUME_ENGINES
 from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.benchmark.floor import (
     FLOAT_SHAPE,
@@ -26,7 +27,7 @@ from monailabel_dfqsam.benchmark.floor import (
 )
 from monailabel_dfqsam.benchmark.layout import DECODER_WEIGHTS, FLOAT_WEIGHTS, IMAGES, artifact_path
 from monailabel_dfqsam.benchmark.machine import commit, describe_run
-from monailabel_dfqsam.benchmark.plan import ENGINES, VOLUME_ENGINES, EncoderPlan, Family, Place
+from monailabel_dfqsam.benchmark.plan import ENGINES, EncoderPlan, Family, Place
 from monailabel_dfqsam.benchmark.runner import kind_of
 from monailabel_dfqsam.benchmark.session import statistics_of
 from monailabel_dfqsam.benchmark.table import print_encoder

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +34,7 @@ from monailabel_dfqsam.segmentation.segmenter import (
     Segmenter,
     full_precision_segmenter,
 )
+from tests.fresh import printed
 
 REALDATA = Path(__file__).parents[2] / "shared" / "realdata"
 KEYS = {
@@ -196,10 +195,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
         "import sys, monailabel_dfqsam.evaluation\n"
         "print([name for name in ('monai', 'skimage', 'monailabel') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert printed(code) == "[]"
 
 
 @pytest.mark.skipif(not REALDATA.is_dir(), reason="../shared/realdata is absent")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import monailabel_dfqsam
+from tests.fresh import printed
 
 NAME = "monailabel_dfqsam"
 PACKAGE = Path(monailabel_dfqsam.__file__).parent
@@ -139,10 +139,7 @@ def test_loading_the_server_loads_no_synthesis() -> None:
         "import sys, monailabel_dfqsam.server.app\n"
         f"print([n for n in {NOT_FOR_CLICKS!r} if any(m.startswith(f'{NAME}.{{n}}') for m in sys.modules)])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.strip().splitlines()[-1] == "[]"
+    assert printed(code).splitlines()[-1] == "[]"
 
 
 def test_a_start_loads_no_more_than_clicks_need() -> None:
@@ -153,10 +150,7 @@ def test_a_start_loads_no_more_than_clicks_need() -> None:
         "import monailabel.main, monailabel.app, monailabel_dfqsam.server.app\n"
         f"print([name for name in {NOT_FOR_A_START!r} if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.strip().splitlines()[-1] == "[]"
+    assert printed(code).splitlines()[-1] == "[]"
 
 
 def test_quantizing_loads_no_monai_label() -> None:
@@ -165,18 +159,12 @@ def test_quantizing_loads_no_monai_label() -> None:
         "import sys, monailabel_dfqsam.server.runs.process, monailabel_dfqsam.pipeline, "
         "monailabel_dfqsam.report; print('monailabel' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
-    )
-    assert done.stdout.split() == ["False"]
+    assert printed(code).split() == ["False"]
 
 
 def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, monailabel_dfqsam.cli; print('torch' in sys.modules, 'monailabel' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.split() == ["False", "False"]
+    assert printed(code).split() == ["False", "False"]
 
 
 def test_the_check_itself_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

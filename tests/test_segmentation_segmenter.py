@@ -12,7 +12,7 @@ import torch
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, stored
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.sam import VARIANTS, Sam
-from monailabel_dfqsam.sam.preprocess import to_image, to_input
+from monailabel_dfqsam.sam.preprocess import to_image, to_input, to_low_res
 from monailabel_dfqsam.sam.variants import Preprocessing
 from monailabel_dfqsam.segmentation.segmenter import (
     Embedding,
@@ -21,6 +21,7 @@ from monailabel_dfqsam.segmentation.segmenter import (
     full_precision_segmenter,
     load_segmenter,
 )
+from monailabel_dfqsam.segmentation.volume import Volume
 
 HEIGHT, WIDTH = 90, 140
 EXACT = 1e-5
@@ -211,3 +212,25 @@ def test_a_decoder_that_does_not_fit_is_named(sam: Sam) -> None:
         load_segmenter(artifact, EngineKind.REFERENCE)
     with pytest.raises(ArtifactError):
         load_segmenter(Artifact({**artifact.header, "variant": "unheard-of"}, artifact.tensors))
+
+
+def test_of_a_volume_the_model_sees_slices_as_people_do(segmenter: Segmenter, rgb: np.ndarray) -> None:
+    """Prompts and masks stay in the order of the array, [I, J] with x along j, and mean the same picture."""
+    grid = ((0.0,) * 3, (1.0,) * 3, (1.0, 0, 0, 0, 1, 0, 0, 0, 1))
+    volume = Volume(np.ascontiguousarray(rgb.transpose(1, 0, 2))[:, :, None], *grid, None, None)
+    seen, (embedding,) = segmenter.embed(rgb), segmenter.embed_slices(volume, [0], None)
+    assert torch.equal(embedding.tensor, seen.tensor)
+    points, labels = np.array([[20.5, 30.5], [70.0, 12.5]]), np.array([1, 0])
+    box = np.array([10.0, 5, 80, 60])
+    expected = segmenter.predict(seen, Prompts(points, labels, box))
+    found = segmenter.predict(embedding, Prompts(points[:, ::-1], labels, box[[1, 0, 3, 2]]))
+    assert found.mask.shape == (WIDTH, HEIGHT)
+    assert np.array_equal(found.mask, expected.mask.T)
+    assert 0 < expected.mask.sum() < expected.mask.size
+    assert torch.equal(
+        segmenter.predict_points(embedding, points[:, ::-1])[0], segmenter.predict_points(seen, points)[0]
+    )
+    assert torch.equal(to_low_res(found.mask, embedding.frame), to_low_res(expected.mask, seen.frame))
+    outside = Prompts(np.array([[HEIGHT + 1.0, 1.0]]), np.array([1]))
+    with pytest.raises(ValueError, match=f"{HEIGHT}×{WIDTH}"):
+        segmenter.predict(embedding, outside)

@@ -175,7 +175,7 @@ def test_a_batch_needs_a_model_without_prompts(server: Server, model: str) -> No
         ("", {"label_tag": "final"}, "finished"),
         ("", {"save_label": False}, "save_label"),
         ("", {"window": []}, "window"),
-        ("", {"slice": "3"}, "slice"),
+        ("", {"slice": "middle"}, "slice"),
         ("", {"model": "dfqsam"}, "option model"),
         ("", {"images": ["phantom0"]}, "option images"),
         ("&run_sync=true", {}, "run_sync"),

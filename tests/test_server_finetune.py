@@ -19,11 +19,11 @@ from monailabel_dfqsam.artifact import read_artifact, read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.sam.checkpoint import file_sha256
 from monailabel_dfqsam.segmentation.segmenter import load_segmenter
+from monailabel_dfqsam.server.gate.options import OptionError
 from monailabel_dfqsam.server.page.overview import Overview
 from monailabel_dfqsam.server.runs.finetuning import NAME, labelled_images
 from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.server.runs.models import Models
-from monailabel_dfqsam.server.runs.options import OptionError
 from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.runs.trainers import FinetuneTask
 from monailabel_dfqsam.server.settings import Settings

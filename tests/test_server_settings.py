@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from monailabel_dfqsam.config import Calibration, Policy, Preset
-from monailabel_dfqsam.server.runs.options import OptionError, defaults, read_options
-from monailabel_dfqsam.server.settings import DEFAULT_LABELS, Settings, SettingsError, read_settings
+from monailabel_dfqsam.server.gate.options import OptionError
+from monailabel_dfqsam.server.runs.options import defaults, read_options
+from monailabel_dfqsam.server.settings import DEFAULT_LABELS, Settings, read_settings
 
 APP = Path("/app")
 
@@ -31,16 +32,16 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     conf = {
         "checkpoint": str(weights), "variant": "medsam", "labels": " liver , spleen,", "quantize": "False",
         "preset": "best", "images": "3", "bits": "8", "min_fidelity": "0.9", "cache_mb": "7",
-        "window": "b", "model_dir": str(tmp_path), "trusted_hosts": "PACS.example", "server_mode": "true",
-        "max_upload_mb": "9",
+        "window": "ct lung", "model_dir": str(tmp_path), "trusted_hosts": "PACS.example",
+        "server_mode": "true", "max_upload_mb": "9",
     }  # fmt: skip
-    settings = read_settings(conf, APP, windows=("a", "b"))
+    settings = read_settings(conf, APP)
     assert (settings.checkpoint, settings.variant) == (weights, "medsam")
     assert settings.labels == ("liver", "spleen")
     assert not settings.quantize
     assert settings.quantization.recipe == Preset.BEST.config.recipe
     assert (settings.quantization.images, settings.quantization.bits) == (3, 8)
-    assert (settings.min_fidelity, settings.cache_mb, settings.window) == (0.9, 7, "b")
+    assert (settings.min_fidelity, settings.cache_mb, settings.window) == (0.9, 7, "ct lung")
     assert settings.model_dir == tmp_path
     assert settings.trusted_hosts == ("pacs.example",)
     assert settings.max_upload_mb == 9
@@ -61,8 +62,8 @@ def test_iterations_win_over_the_preset() -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_pair_is_named(key: str, value: str) -> None:
-    with pytest.raises(SettingsError, match=key):
-        read_settings({key: value}, APP, windows=("a", "b"))
+    with pytest.raises(OptionError, match=key):
+        read_settings({key: value}, APP)
 
 
 def test_training_options_as_slicer_and_ohif_send_them() -> None:
@@ -99,7 +100,7 @@ def test_a_request_says_only_what_differs() -> None:
     [
         ("max_epochs", 5), ("bits", 3), ("bits", "many"), ("bits", True), ("bits", 4.0), ("images", 0),
         ("iterations", 0), ("iterations", 10**9), ("seed", -1), ("policy", "all"), ("calibration", "folder"),
-        ("preset", None), ("checkpoint", "../weights.pth"), ("checkpoint", "/etc/passwd"),
+        ("checkpoint", "../weights.pth"), ("checkpoint", "/etc/passwd"),
         ("checkpoint", ".."), ("checkpoint", "not-there.pth"), ("checkpoint", 5),
     ],
 )  # fmt: skip

@@ -17,9 +17,10 @@ import pytest
 from monailabel_dfqsam.artifact import read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.sam.checkpoint import file_sha256
+from monailabel_dfqsam.server.gate.options import OptionError
 from monailabel_dfqsam.server.runs.folder import HISTORY, ModelFolder
 from monailabel_dfqsam.server.runs.models import FULL_PRECISION, ChoiceError, Models
-from monailabel_dfqsam.server.runs.options import OptionError, read_options
+from monailabel_dfqsam.server.runs.options import read_options
 from monailabel_dfqsam.server.runs.record import Run, RunState, run_from_json
 from monailabel_dfqsam.server.runs.trainers import FinetuneTask, QuantizeTask
 from monailabel_dfqsam.server.settings import Settings

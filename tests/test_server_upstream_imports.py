@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 
 from monailabel_dfqsam.server.upstream.imports import moved
+from tests.fresh import printed
 
 
 def test_an_import_moves_into_the_functions_that_use_it() -> None:
@@ -87,10 +86,7 @@ def test_upstreams_conversion_still_works(tmp_path: Path) -> None:
         "print('monai' in sys.modules, 'itk' in sys.modules)\n"
         f"print(binary_to_image({str(image)!r}, {str(label)!r}))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    before, path = done.stdout.split("\n")[:2]
+    before, path = printed(code).split("\n")[:2]
     made = nibabel.load(path)
     found = np.asarray(made.dataobj)
     Path(path).unlink()
@@ -104,7 +100,4 @@ def test_memory_is_searched_for_garbage_again_when_all_is_loaded() -> None:
         "import gc; from monailabel_dfqsam.server.upstream import start\n"
         "gc.disable(); start.settle(); print(gc.isenabled(), gc.get_freeze_count() > 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.split() == ["True", "True"]
+    assert printed(code).split() == ["True", "True"]

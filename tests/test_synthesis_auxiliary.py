@@ -39,14 +39,6 @@ def network() -> torch.nn.Module:
     return UNet(**KWARGS).eval()  # type: ignore[no-any-return]
 
 
-def bundle(folder: Path, network: torch.nn.Module, definition: dict[str, Any]) -> Path:
-    (folder / "configs").mkdir(parents=True)
-    (folder / "models").mkdir()
-    (folder / "configs" / "inference.json").write_text(json.dumps({"network_def": definition}))
-    torch.save(network.state_dict(), folder / "models" / "model.pt")
-    return folder
-
-
 def images() -> torch.Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -64,7 +56,7 @@ def test_network_by_name_gives_its_own_scores(tmp_path: Path, network: torch.nn.
         torch.save({"state_dict": network.state_dict()}, path)
     else:
         save_file(network.state_dict(), path)
-    auxiliary = load_auxiliary("UNet", path, KWARGS)
+    auxiliary = load_auxiliary(path, "UNet", KWARGS)
     torch.testing.assert_close(auxiliary.scores(images()), expected_scores(network))
 
 
@@ -72,23 +64,9 @@ def test_metadata_names_the_network(tmp_path: Path, network: torch.nn.Module) ->
     path = tmp_path / "weights.safetensors"
     metadata = {"network": "UNet", "network_kwargs": json.dumps(KWARGS), "input_size": "16"}
     save_file(network.state_dict(), path, metadata=metadata)
-    scores = load_auxiliary(None, path).scores(images())
+    scores = load_auxiliary(path).scores(images())
     assert scores.shape == (2, 2, 16, 16)
     torch.testing.assert_close(scores.sum(1), torch.ones(2, 16, 16))
-
-
-def test_bundle_folder(tmp_path: Path, network: torch.nn.Module) -> None:
-    folder = bundle(tmp_path / "b", network, {"_target_": "monai.networks.nets.UNet", **KWARGS})
-    torch.testing.assert_close(load_auxiliary(folder, None).scores(images()), expected_scores(network))
-
-
-def test_bundle_expressions_are_refused_and_not_run(tmp_path: Path, network: torch.nn.Module) -> None:
-    witness = tmp_path / "ran"
-    code = f"$open({str(witness)!r}, 'w').close() or 2"
-    folder = bundle(tmp_path / "b", network, {"_target_": "UNet", **KWARGS, "out_channels": code})
-    with pytest.raises(AuxiliaryError, match="expressions"):
-        load_auxiliary(folder, None)
-    assert not witness.exists()
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
@@ -100,7 +78,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
     torch.save({"state_dict": Evil()}, tmp_path / "weights.pt")
     with pytest.raises(AuxiliaryError, match="more than tensors"):
-        load_auxiliary("UNet", tmp_path / "weights.pt", KWARGS)
+        load_auxiliary(tmp_path / "weights.pt", "UNet", KWARGS)
     assert not witness.exists()
 
 
@@ -118,21 +96,16 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     with pytest.raises(AuxiliaryError, match=message):
-        load_auxiliary(name, tmp_path / "weights.pt", {**KWARGS, **change})
+        load_auxiliary(tmp_path / "weights.pt", name, {**KWARGS, **change})
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"no tensors")
     with pytest.raises(AuxiliaryError, match="no weights file"):
-        load_auxiliary("UNet", tmp_path / "none.pt", KWARGS)
+        load_auxiliary(tmp_path / "none.pt", "UNet", KWARGS)
     with pytest.raises(AuxiliaryError, match="not a readable"):
-        load_auxiliary(None, damaged)
-    with pytest.raises(AuxiliaryError, match="needs a weights file"):
-        load_auxiliary("UNet", None)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(AuxiliaryError, match="no network_def"):
-        load_auxiliary(tmp_path / "empty", None)
+        load_auxiliary(damaged)
 
 
 def test_one_output_channel_is_background_and_foreground() -> None:
@@ -174,7 +147,7 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     whole, resumed = train(tmp_path / "whole", [4]), train(tmp_path / "resumed", [2, 4])
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
-    weights = load_auxiliary(None, tmp_path / "whole" / "dfqsam-tiny-auxiliary.safetensors")
+    weights = load_auxiliary(tmp_path / "whole" / "dfqsam-tiny-auxiliary.safetensors")
     assert weights.input_size == 128
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from benchmarks.propagation import PLACES, segment
 from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.evaluation import dice
-from monailabel_dfqsam.evaluation.volumes import PLACES, segment
 from monailabel_dfqsam.segmentation.segmenter import load_segmenter
 from monailabel_dfqsam.segmentation.volume import Volume, Window
 

@@ -1,4 +1,4 @@
-"""The commands `dfqsam benchmark encoder`, `volume`, `click` and `load`."""
+"""The commands `dfqsam benchmark encoder` and `click`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from monailabel_dfqsam.benchmark.plan import ENGINES, VARIANTS, VOLUME_ENGINES, EncoderPlan, Place, VolumePlan
+from monailabel_dfqsam.benchmark.plan import ENGINES, VARIANTS, EncoderPlan, Place
 from monailabel_dfqsam.config import Progress
 from monailabel_dfqsam.console import plain_errors, progress_bars
 from monailabel_dfqsam.files import replacing
@@ -52,56 +52,15 @@ def encoder(
     Ctrl-C ends it early and keeps what was measured.
     """
     with plain_errors():
-        chosen = {"threads": threads, "batches": tuple(batch or ()) or None, "engines": _names(engines)}
+        chosen = {"threads": threads, "batches": tuple(batch or ()) or None, "engines": names(engines)}
         plan = EncoderPlan(
             variant=variant, place=device, checkpoint=checkpoint, repeats=repeats, profile=profile,
-            **_given(chosen),
+            **given(chosen),
         )  # fmt: skip
         from monailabel_dfqsam.benchmark.encoder import measure_encoder
         from monailabel_dfqsam.benchmark.table import print_encoder
 
-        _run(lambda save, progress: measure_encoder(plan, save, progress), print_encoder, json_file)
-
-
-@benchmark.command()
-def volume(
-    variant: Annotated[str, typer.Option(metavar="|".join(VARIANTS), help="The model.")] = VolumePlan.variant,
-    engines: Annotated[
-        str | None,
-        typer.Option(help=f"With commas between, of {', '.join(VOLUME_ENGINES)}.", show_default=False),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Weights; without it by seed, for 'tiny' the embedded ones.", show_default=False),
-    ] = None,
-    slices: Annotated[int, typer.Option(help="How many at most.")] = VolumePlan.slices,
-    image: Annotated[
-        Path | None,
-        typer.Option("--volume", help="An image file; a phantom without it.", show_default=False),
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(help="Of an object in it, whose boxes are the prompts.", show_default=False),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="For every engine; one a core without it.", show_default=False)
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Of the volume on every engine.")] = VolumePlan.repeats,
-    json_file: JsonFile = None,
-) -> None:
-    """Times a whole CT volume, slice by slice with a box each, from pixels to masks, on several engines.
-
-    Ctrl-C ends it early and keeps what was measured.
-    """
-    with plain_errors():
-        plan = VolumePlan(
-            variant=variant, checkpoint=checkpoint, slices=slices, volume=image, mask=mask, repeats=repeats,
-            **_given({"threads": threads, "engines": _names(engines)}),
-        )  # fmt: skip
-        from monailabel_dfqsam.benchmark.table import print_volume
-        from monailabel_dfqsam.benchmark.volume import measure_volume
-
-        _run(lambda save, progress: measure_volume(plan, save, progress), print_volume, json_file)
+        run(lambda save, progress: measure_encoder(plan, save, progress), print_encoder, json_file)
 
 
 @benchmark.command()
@@ -120,46 +79,24 @@ def click(
         from monailabel_dfqsam.benchmark.machine import describe_run
         from monailabel_dfqsam.benchmark.table import print_clicks
 
-        run = describe_run()
+        described = describe_run()
         with progress_bars() as progress:
             found = measure_clicks(clicks=clicks, shape=sizes, checkpoint=checkpoint, progress=progress)
-        _write(json_file, {**run, **found})
+        write_json(json_file, {**described, **found})
     print_clicks(found)
 
 
-@benchmark.command()
-def load(
-    clients: Annotated[int, typer.Option(help="Annotators at once, a volume each.")] = 8,
-    seconds: Annotated[float, typer.Option(help="For how long they click.")] = 180.0,
-    json_file: JsonFile = None,
-) -> None:
-    """Lets many annotators click at once while the server quantizes, and checks each of their masks.
-
-    Exits with status 1 after an error or a wrong mask.
-    """
-    with plain_errors():
-        from monailabel_dfqsam.benchmark.load import measure_load
-        from monailabel_dfqsam.benchmark.machine import describe_run
-        from monailabel_dfqsam.benchmark.table import print_load
-
-        run = describe_run()
-        with progress_bars() as progress:
-            found = measure_load(clients=clients, seconds=seconds, progress=progress)
-        _write(json_file, {**run, **found})
-    print_load(found)
-    if found["errors"] or found["wrong"]:
-        raise typer.Exit(1)
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
+def names(text: str | None) -> tuple[str, ...] | None:
+    """A text with commas as its parts."""
     return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
-def _given(chosen: dict[str, Any]) -> dict[str, Any]:
+def given(chosen: dict[str, Any]) -> dict[str, Any]:
+    """What is not None."""
     return {key: value for key, value in chosen.items() if value is not None}
 
 
-def _run(
+def run(
     measure: Callable[[Callable[[dict[str, Any]], None], Progress], object],
     show: Callable[[dict[str, Any]], None],
     json_file: Path | None,
@@ -169,7 +106,7 @@ def _run(
 
     def save(result: dict[str, Any]) -> None:
         found.update(result)
-        _write(json_file, result)
+        write_json(json_file, result)
 
     try:
         with progress_bars() as progress:
@@ -189,7 +126,8 @@ def _shape(text: str) -> tuple[int, int, int]:
     return i, j, k
 
 
-def _write(path: Path | None, result: dict[str, Any]) -> None:
+def write_json(path: Path | None, result: Any) -> None:
+    """Writes a result; nothing without a path."""
     if path is not None:
         with replacing(path) as partial:
             partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

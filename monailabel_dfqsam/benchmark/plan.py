@@ -81,11 +81,6 @@ ENGINES: dict[str, Engine] = {
     )
 }
 
-VOLUME_ENGINES = (
-    TORCH_EAGER, "openvino-fp32", OPENVINO_INT8, "onednn", "onednn-w8a8", "openvino-w4a4", "openvino-w8a8",
-)  # fmt: skip
-"""Those that a whole volume can be measured on."""
-
 
 @dataclass(frozen=True)
 class EncoderPlan:
@@ -125,49 +120,3 @@ class EncoderPlan:
             raise ValueError("--batch must be at least 1")
         if self.threads < 1 or self.repeats < 1:
             raise ValueError("--threads and --repeats must be at least 1")
-
-
-@dataclass(frozen=True)
-class VolumePlan:
-    """One run of `dfqsam benchmark volume`, on the CPU.
-
-    Attributes:
-        variant: a name of `VARIANTS`.
-        engines: names of `VOLUME_ENGINES`; the order is that of the rows.
-        checkpoint: weights; None takes the embedded ones for `tiny`, and makes others by seed.
-        slices: as many at most are segmented; the phantom has this many.
-        volume: an image file; None takes a phantom of `PHANTOM_SLICE` pixels a slice.
-        mask: a file on the same grid, not 0 in the object, whose boxes are the prompts.
-        threads: for every engine.
-        repeats: of the whole volume on every engine.
-
-    Raises:
-        ValueError: for values outside these, and for a volume without a mask or the reverse.
-    """
-
-    variant: str = "lite_medsam"
-    engines: tuple[str, ...] = VOLUME_ENGINES
-    checkpoint: Path | None = None
-    slices: int = 80
-    volume: Path | None = None
-    mask: Path | None = None
-    threads: int = usable_cores()
-    repeats: int = 3
-
-    def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"--variant must be one of {', '.join(VARIANTS)}, not '{self.variant}'")
-        unknown = [name for name in self.engines if name not in VOLUME_ENGINES]
-        if unknown or not self.engines:
-            raise ValueError(
-                f"--engines takes names of {', '.join(VOLUME_ENGINES)}, "
-                f"not '{', '.join(unknown) or 'nothing'}'"
-            )
-        if min(self.slices, self.threads, self.repeats) < 1:
-            raise ValueError("--slices, --threads and --repeats must be at least 1")
-        if (self.volume is None) != (self.mask is None):
-            raise ValueError("--volume goes with --mask, whose boxes are the prompts")
-
-
-PHANTOM_SLICE = (512, 512)
-"""Pixels of the phantom's slices, as a CT's."""

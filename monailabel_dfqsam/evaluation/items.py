@@ -168,7 +168,7 @@ def _picture_item(image: Path, mask: Path, modality: str) -> Item:
 
 
 def _volume_item(image: Path, mask: Path, value: int | None) -> Item:
-    """The slice with most of an object: of what has a value in the mask, or of all that is not 0."""
+    """The slice with most of an object, i to the right: of what has a value in the mask, or is not 0."""
     volume, labels = load_volume(image), load_volume(mask).array
     truth = labels != 0 if value is None else labels == value
     if truth.shape != volume.shape:
@@ -179,7 +179,8 @@ def _volume_item(image: Path, mask: Path, value: int | None) -> Item:
     if not truth.any():
         raise EvaluationError(f"'{mask.name}' is empty")
     k = click_for(truth).k
-    return _item(slice_rgb(volume, k), truth[:, :, k], volume.modality or _OTHER, image.name, mask.name)
+    seen = slice_rgb(volume, k).transpose(1, 0, 2)
+    return _item(seen, truth[:, :, k].T, volume.modality or _OTHER, image.name, mask.name)
 
 
 def _item(rgb: NDArray[np.uint8], mask: Mask, modality: str, image_name: str, mask_name: str) -> Item:

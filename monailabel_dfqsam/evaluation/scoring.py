@@ -23,7 +23,6 @@ NAMES = ("model", "engine", "policy")
 _MEANS = ("iou", "dice", "nsd", "drop", "agreement")
 _MEDIANS = ("embed_ms", "predict_ms")
 _RESAMPLES = 2000
-_CONFIDENCE = (2.5, 97.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +162,11 @@ def _rows(
 
 def _interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
     """95 % interval of the mean by bootstrap; the same for the same values."""
-    generator = np.random.default_rng(0)
-    means = [generator.choice(values, len(values)).mean() for _ in range(_RESAMPLES)]
-    return [float(x) for x in np.percentile(means, _CONFIDENCE)]
+    from scipy.stats import bootstrap  # slow to import
+
+    if np.ptp(values) == 0:
+        return [float(values[0])] * 2  # nothing to resample
+    found = bootstrap(
+        (values,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    )
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]

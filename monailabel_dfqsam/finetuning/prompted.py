@@ -178,6 +178,4 @@ def _target(inside: NDArray[np.bool_], frame: Frame) -> Tensor:
 
 def _scaled(places: Any, frame: Frame) -> Tensor:
     """[N, 2] (x, y) of the image in the input, less what the prompt encoder adds to reach pixels' centres."""
-    scale = np.array(frame.scale)
-    moved = np.asarray(places, dtype=np.float64).reshape(-1, 2) * scale - 0.5
-    return torch.from_numpy(moved).float()
+    return torch.from_numpy(frame.places(places) - 0.5).float()

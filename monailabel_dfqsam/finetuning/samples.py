@@ -84,15 +84,15 @@ class Reader:
         return image, _resampled(label, image)
 
     def read(self, sample: Sample) -> dict[str, NDArray[np.float32]]:
-        """`image` [3, H, W] float32 in 0 … 255 as the model's user sees it, `mask` [1, H, W] of 0 and 1.
+        """`image` [3, H, W] float32 in 0 … 255, W along i as people see it; `mask` [1, H, W] of 0 and 1.
 
         Of an object in several parts the largest counts, as SAM-Med2D evaluates: a click means one of them.
         """
         volume, labels = self.labels(sample)
         rgb = slice_rgb(volume, sample.k)
-        mask = torch.from_numpy(labels[:, :, sample.k] == sample.value)[None].float()
+        mask = torch.from_numpy(sample.value == labels[:, :, sample.k].T)[None].float()
         largest = KeepLargestConnectedComponent()(mask).numpy()
-        return {"image": rgb.transpose(2, 0, 1).astype(np.float32), "mask": largest.astype(np.float32)}
+        return {"image": rgb.transpose(2, 1, 0).astype(np.float32), "mask": largest.astype(np.float32)}
 
 
 def find_samples(

@@ -1,11 +1,4 @@
-"""The integer ops, each with schema, fake and reference together; engines may bring faster kernels.
-
-`dfqsam::quantize`   float to unsigned integers, DFQ-SAM Eq. 1
-`dfqsam::int_linear` unsigned activations times signed weights, accumulated exactly, dequantized
-
-The functions of plain torch that define them are there to be called too: torch loads its compiler, for
-seconds, when a custom op is called for the first time.
-"""
+"""Quantized values and products in plain torch, exact: what every engine's kernels are measured against."""
 
 from __future__ import annotations
 
@@ -17,7 +10,7 @@ _FLOAT32_EXACT = 1 << 24
 
 
 def quantized(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
-    """q = clip(round(x / scale) + zero_point, 0, 2^bits − 1), ties to even.
+    """q = clip(round(x / scale) + zero_point, 0, 2^bits − 1), ties to even; DFQ-SAM Eq. 1.
 
     Args:
         x: any shape, float32.
@@ -30,17 +23,6 @@ def quantized(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
     """
     q = (x * (1.0 / scale)).round_().add_(zero_point).clamp_(0, (1 << bits) - 1)
     return q.to(torch.uint8)
-
-
-@torch.library.custom_op("dfqsam::quantize", mutates_args=())
-def quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
-    """`quantized`."""
-    return quantized(x, scale, zero_point, bits)
-
-
-@quantize.register_fake
-def _(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
-    return torch.empty_like(x, dtype=torch.uint8)
 
 
 def multiplied(
@@ -61,19 +43,6 @@ def multiplied(
     """
     accumulator = int_accumulate(x, weight) - zero_point * weight.sum(1, dtype=torch.int64)
     return accumulator.to(torch.float32).mul_(scale * weight_scale).add_(bias)
-
-
-@torch.library.custom_op("dfqsam::int_linear", mutates_args=())
-def int_linear(
-    x: Tensor, weight: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor
-) -> Tensor:
-    """`multiplied`."""
-    return multiplied(x, weight, scale, zero_point, weight_scale, bias)
-
-
-@int_linear.register_fake
-def _(x: Tensor, weight: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor) -> Tensor:
-    return weight_scale.new_empty(x.shape[0], weight.shape[0])
 
 
 def int_accumulate(x: Tensor, weight: Tensor) -> Tensor:

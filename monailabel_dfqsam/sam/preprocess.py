@@ -7,6 +7,7 @@ are (x, y) with pixel centres at +0.5, so that a frame change is a plain multipl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,10 @@ MASK_LOGIT = 10.0
 class Frame:
     """Where an image lies in the model input: its size and the size it was resized to, in pixels.
 
-    `mask_cell` is the side of a mask prompt's pixel, and of the decoder's masks', in pixels of the input.
+    Attributes:
+        height, width: of the image as the model sees it.
+        mask_cell: side of a mask prompt's pixel, and of the decoder's masks', in pixels of the input.
+        transposed: the model sees the image's rows as columns: a volume's slice [I, J] as people see it.
     """
 
     height: int
@@ -35,21 +39,33 @@ class Frame:
     resized_width: int
     input_size: int
     mask_cell: int = 4
+    transposed: bool = False
 
     @property
     def scale(self) -> tuple[float, float]:
-        """(x, y) model-input pixels per image pixel."""
+        """(x, y) model-input pixels per image pixel, as the model sees them."""
         return self.resized_width / self.width, self.resized_height / self.height
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(width, height) of the image, as the caller has it."""
+        return (self.height, self.width) if self.transposed else (self.width, self.height)
 
-def frame_of(variant: Variant, height: int, width: int) -> Frame:
-    """The frame of an H×W image under a variant's preprocessing."""
+    def places(self, xy: NDArray[Any]) -> NDArray[np.float64]:
+        """[N, 2] (x, y) in pixels of the image to pixels of the model input."""
+        seen = np.asarray(xy, dtype=np.float64).reshape(-1, 2)
+        moved: NDArray[np.float64] = (seen[:, ::-1] if self.transposed else seen) * np.array(self.scale)
+        return moved
+
+
+def frame_of(variant: Variant, height: int, width: int, transposed: bool = False) -> Frame:
+    """The frame of an image that a variant's model sees as H×W."""
     size = rows = columns = variant.input_size
     if variant.preprocessing in (Preprocessing.SAM, Preprocessing.LITE_MEDSAM):
         scale = size / max(height, width)
         # A side that is shorter than half a pixel of the input still gets one.
         rows, columns = (max(1, int(side * scale + 0.5)) for side in (height, width))
-    return Frame(height, width, rows, columns, size, variant.mask_cell)
+    return Frame(height, width, rows, columns, size, variant.mask_cell, transposed)
 
 
 def normalize(rgb: Tensor) -> Tensor:
@@ -67,11 +83,12 @@ def input_range(variant: Variant) -> tuple[Tensor, Tensor]:
     return normalize(black).flatten(), normalize(white).flatten()
 
 
-def to_input(variant: Variant, rgb: NDArray[np.uint8]) -> tuple[Tensor, Frame]:
+def to_input(variant: Variant, rgb: NDArray[np.uint8], transposed: bool = False) -> tuple[Tensor, Frame]:
     """An image as the model takes it.
 
     Args:
         rgb: [H, W, 3] uint8.
+        transposed: as in `Frame`.
 
     Returns:
         [1, 3, S, S] float32 and the frame.
@@ -81,7 +98,8 @@ def to_input(variant: Variant, rgb: NDArray[np.uint8]) -> tuple[Tensor, Frame]:
     """
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or rgb.size == 0:
         raise ValueError(f"an image must be [H, W, 3] uint8 and not empty, not {list(rgb.shape)} {rgb.dtype}")
-    frame = frame_of(variant, rgb.shape[0], rgb.shape[1])
+    rgb = rgb.transpose(1, 0, 2) if transposed else rgb
+    frame = frame_of(variant, rgb.shape[0], rgb.shape[1], transposed)
     x = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None].float()
     target = (frame.resized_height, frame.resized_width)
     kind = variant.preprocessing
@@ -140,7 +158,8 @@ def to_image(low_res_masks: Tensor, frame: Frame) -> Tensor:
     size = frame.input_size
     full = F.interpolate(low_res_masks, size=(size, size), mode="bilinear", align_corners=False)
     full = full[..., : frame.resized_height, : frame.resized_width]
-    return F.interpolate(full, size=(frame.height, frame.width), mode="bilinear", align_corners=False)
+    seen = F.interpolate(full, size=(frame.height, frame.width), mode="bilinear", align_corners=False)
+    return seen.mT if frame.transposed else seen
 
 
 def to_low_res(mask: NDArray[np.bool_], frame: Frame) -> Tensor:
@@ -153,7 +172,8 @@ def to_low_res(mask: NDArray[np.bool_], frame: Frame) -> Tensor:
         [1, 1, M, M] float32 logits, M = S / `frame.mask_cell`, `MASK_LOGIT` well inside and minus that well
         outside.
     """
-    signed = torch.from_numpy(np.where(mask, MASK_LOGIT, -MASK_LOGIT)).float()[None, None]
+    seen = mask.T if frame.transposed else mask
+    signed = torch.from_numpy(np.where(seen, MASK_LOGIT, -MASK_LOGIT)).float()[None, None]
     inner = F.interpolate(
         signed, size=(frame.resized_height, frame.resized_width), mode="bilinear", antialias=True
     )

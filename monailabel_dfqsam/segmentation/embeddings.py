@@ -13,8 +13,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from monailabel_dfqsam.segmentation.segmenter import Embedding
-
 
 class Sized(Protocol):
     """What can be cached: it knows the memory it holds."""
@@ -97,6 +95,3 @@ class BoundedCache(Generic[V]):
             self._bytes += value.nbytes
             while self._bytes > self._max_bytes:
                 self._bytes -= self._values.popitem(last=False)[1].nbytes
-
-
-EmbeddingCache = BoundedCache[Embedding]

@@ -25,6 +25,7 @@ from monailabel_dfqsam.sam.preprocess import Frame, to_image, to_input
 from monailabel_dfqsam.sam.variants import VARIANTS, Preprocessing, Variant
 from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, channels_last
 from monailabel_dfqsam.segmentation.memory import embed_bytes
+from monailabel_dfqsam.segmentation.volume import Volume, Window, slice_rgb
 
 # segment-anything's prompt encoder takes pixel indices and adds this to reach pixel centres. Prompts here
 # count from the pixel's edge, so it is taken off again.
@@ -122,10 +123,18 @@ class Segmenter:
         """
         return self.embed_many([rgb])[0]
 
+    def embed_slices(self, volume: Volume, slices: Sequence[int], window: Window | None) -> list[Embedding]:
+        """Slices of a volume, as `slice_rgb` has them; the model sees them as people do, i to the right."""
+        return self.embed_many([slice_rgb(volume, k, window) for k in slices], transposed=True)
+
     @torch.inference_mode()
-    def embed_many(self, images: Sequence[NDArray[Any]]) -> list[Embedding]:
-        """`embed` of several images, which may differ in size; several at a time where they are small."""
-        inputs = [to_input(self.variant, rgb) for rgb in images]
+    def embed_many(self, images: Sequence[NDArray[Any]], transposed: bool = False) -> list[Embedding]:
+        """`embed` of several images, which may differ in size; several at a time where they are small.
+
+        Args:
+            transposed: as in `Frame`.
+        """
+        inputs = [to_input(self.variant, rgb, transposed) for rgb in images]
         at_once = max(1, _PIXELS_AT_ONCE // self.variant.input_size**2)
         parts: list[Tensor] = []
         for first in range(0, len(inputs), at_once):
@@ -182,11 +191,7 @@ class Segmenter:
         if len(points) == 0:
             return torch.zeros(0, 1, side, side), torch.zeros(0)
         _check(Prompts(points, np.ones(len(points), dtype=np.int64)), embedding.frame)
-        xy = (
-            torch.from_numpy(points * np.array(embedding.frame.scale) - _PIXEL_CENTRE)
-            .float()
-            .to(self._device)
-        )
+        xy = torch.from_numpy(embedding.frame.places(points) - _PIXEL_CENTRE).float().to(self._device)
         image = embedding.tensor.to(self._device)
         parts = []
         for some in xy.split(max(1, _BATCH_NUMBERS // image.numel())):
@@ -200,14 +205,13 @@ class Segmenter:
         self, prompts: Prompts, frame: Frame
     ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
         """Prompts in model-input pixels, as segment-anything's prompt encoder takes them."""
-        scale = np.array(frame.scale)
         points = boxes = masks = None
         if len(prompts.points):
-            xy = torch.from_numpy(np.asarray(prompts.points, dtype=np.float64) * scale - _PIXEL_CENTRE)
+            xy = torch.from_numpy(frame.places(prompts.points) - _PIXEL_CENTRE)
             labels = torch.from_numpy(np.asarray(prompts.labels, dtype=np.int64))
             points = (xy.float()[None].to(self._device), labels[None].to(self._device))
         if prompts.box is not None:
-            corners = np.asarray(prompts.box, dtype=np.float64).reshape(2, 2) * scale - _PIXEL_CENTRE
+            corners = frame.places(prompts.box) - _PIXEL_CENTRE
             boxes = torch.from_numpy(corners.reshape(1, 4)).float().to(self._device)
         if prompts.mask_logits is not None:
             masks = prompts.mask_logits.to(self._device)
@@ -284,8 +288,9 @@ def _check(prompts: Prompts, frame: Frame) -> None:
         raise ValueError(f"points must be [N, 2], (x, y) each, not {list(points.shape)}")
     if labels.shape != points.shape[:1] or not np.isin(labels, (0, 1)).all():
         raise ValueError("every point needs a label, 1 for inside the object or 0 for outside")
-    limit = np.array([frame.width, frame.height], dtype=np.float64)
-    size = f"the image of {frame.width}×{frame.height} pixels"
+    width, height = frame.image_size
+    limit = np.array([width, height], dtype=np.float64)
+    size = f"the image of {width}×{height} pixels"
     # Written so that NaN fails too.
     if len(points) and not ((points >= 0) & (points <= limit)).all():
         raise ValueError(f"a point lies outside {size}: {points.tolist()}")

@@ -19,7 +19,7 @@ from monailabel.utils.async_tasks.task import AsyncTask
 
 from monailabel_dfqsam.server.answers import active_learning, propose_task
 from monailabel_dfqsam.server.answers.infer_task import InteractiveTask, SegmentTask
-from monailabel_dfqsam.server.answers.request import STORED, WINDOWS
+from monailabel_dfqsam.server.answers.request import STORED
 from monailabel_dfqsam.server.answers.volume_task import LabelsTask, VolumeTask
 from monailabel_dfqsam.server.answers.workbench import Workbench
 from monailabel_dfqsam.server.page import routes as page
@@ -45,9 +45,9 @@ class DFQSamApp(MONAILabelApp):  # type: ignore[misc]
         """As MONAI Label calls it.
 
         Raises:
-            SettingsError: for a wrong `--conf` pair.
+            OptionError: for a wrong `--conf` pair.
         """
-        self._settings = read_settings(conf or {}, Path(app_dir), tuple(WINDOWS))
+        self._settings = read_settings(conf or {}, Path(app_dir))
         self._models = Models(self._settings)
         self._workbench = Workbench(self._models, self._settings.cache_mb)
         server = {"app_dir": app_dir, "studies": studies, "conf": dict(conf or {})}

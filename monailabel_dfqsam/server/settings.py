@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from monailabel_dfqsam.config import Preset, QuantizationConfig
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.sam.variants import VARIANTS
+from monailabel_dfqsam.server.answers.request import WINDOWS
+from monailabel_dfqsam.server.gate.options import OptionError, Options, Whole, read
 
 DEFAULT_LABELS = ("organ", "lesion", "vessel", "bone", "other")
+MAX_ITERATIONS = 100_000
 
 # Set by MONAI Label itself, not by a person.
 _UPSTREAM_KEYS = frozenset({"server_mode"})
 
-_YES = frozenset({"1", "true", "yes", "on"})
-_NO = frozenset({"0", "false", "no", "off"})
-
-
-class SettingsError(ValueError):
-    """A `--conf` pair that cannot be used; the message names the key and what it may be."""
+_MEBIBYTES = Field(ge=1, le=1 << 20)
 
 
 @dataclass(frozen=True)
@@ -56,86 +56,75 @@ class Settings:
     max_upload_mb: int = 4096
 
 
-def read_settings(conf: Mapping[str, Any], app_dir: Path, windows: tuple[str, ...] = ()) -> Settings:
+class QuantizingOptions(Options):
+    """How to quantize, as `--conf` and `POST /train/dfqsam` both say it; None leaves it as it was."""
+
+    preset: Preset | None = None
+    bits: Whole | None = None
+    images: Whole | None = None
+    iterations: Annotated[Whole, Field(ge=1, le=MAX_ITERATIONS)] | None = None
+
+    def changed(self, base: QuantizationConfig) -> QuantizationConfig:
+        """`base` with what these say.
+
+        Raises:
+            OptionError: for values that the configuration does not take.
+        """
+        if self.preset is not None:
+            chosen = self.preset.config
+            base = replace(base, images=chosen.images, synthesis=chosen.synthesis, recipe=chosen.recipe)
+        if self.iterations is not None:
+            base = replace(base, synthesis=replace(base.synthesis, iterations=self.iterations))
+        own = self.model_dump(exclude_none=True, include={field.name for field in fields(base)})
+        try:
+            return replace(base, **own)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    return tuple(name.strip() for name in text.split(",") if name.strip()) or None
+
+
+_Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
+
+
+class _Conf(QuantizingOptions):
+    """`--conf`, each value a text."""
+
+    checkpoint: Path | None = None
+    variant: Literal[tuple(VARIANTS)] | None = None  # type: ignore[valid-type]
+    labels: _Names = None
+    quantize: bool | None = None
+    min_fidelity: Annotated[float, Field(ge=0, le=1)] | None = None
+    cache_mb: Annotated[Whole, _MEBIBYTES] | None = None
+    window: Literal[tuple(WINDOWS)] | None = None  # type: ignore[valid-type]
+    model_dir: Path | None = None
+    trusted_hosts: _Names = None
+    max_upload_mb: Annotated[Whole, _MEBIBYTES] | None = None
+
+
+def read_settings(conf: Mapping[str, Any], app_dir: Path) -> Settings:
     """Settings out of the strings given at the start.
 
     Args:
         conf: key -> text, as MONAI Label hands it over.
         app_dir: the app's folder; models go to its sub-folder `model` unless `model_dir` says otherwise.
-        windows: names that `window` may take.
 
     Raises:
-        SettingsError: for an unknown key or a value that does not fit.
+        OptionError: for an unknown key or a value that does not fit.
     """
     texts = {key: str(value).strip() for key, value in conf.items() if key not in _UPSTREAM_KEYS}
-    unknown = sorted(set(texts) - set(_KEYS))
-    if unknown:
-        raise SettingsError(f"unknown --conf {', '.join(unknown)}; known are: {', '.join(_KEYS)}")
-    variant = _one_of(texts, "variant", tuple(VARIANTS))
-    labels = tuple(name.strip() for name in texts.get("labels", "").split(",") if name.strip())
-    hosts = tuple(name.strip().lower() for name in texts.get("trusted_hosts", "").split(",") if name.strip())
-    checkpoint = Path(texts.get("checkpoint", EMBEDDED)).expanduser()
-    if "checkpoint" in texts and not checkpoint.is_file():
-        raise SettingsError(f"--conf checkpoint: there is no file '{checkpoint}'")
-    return Settings(
-        model_dir=Path(texts.get("model_dir", app_dir / "model")).expanduser(),
-        checkpoint=checkpoint,
-        variant=variant,
-        labels=labels or DEFAULT_LABELS,
-        quantize=_boolean(texts, "quantize", True),
-        quantization=_quantization(texts),
-        min_fidelity=_number(texts, "min_fidelity", Settings.min_fidelity, 0.0, 1.0),
-        cache_mb=int(_number(texts, "cache_mb", Settings.cache_mb, 1, 1 << 20)),
-        window=_one_of(texts, "window", windows),
-        trusted_hosts=hosts,
-        max_upload_mb=int(_number(texts, "max_upload_mb", Settings.max_upload_mb, 1, 1 << 20)),
-    )
-
-
-def _quantization(texts: Mapping[str, str]) -> QuantizationConfig:
-    preset = Preset(_one_of(texts, "preset", tuple(p.value for p in Preset)) or Preset.FAST.value).config
-    iterations = int(_number(texts, "iterations", preset.synthesis.iterations, 1, 100_000))
     try:
-        return replace(
-            preset,
-            bits=int(_number(texts, "bits", preset.bits, 1, 32)),
-            images=int(_number(texts, "images", preset.images, 1, 256)),
-            synthesis=replace(preset.synthesis, iterations=iterations),
-        )
-    except ValueError as error:
-        raise SettingsError(f"--conf: {error}") from None
-
-
-def _one_of(texts: Mapping[str, str], key: str, choices: tuple[str, ...]) -> str | None:
-    value = texts.get(key)
-    if value is not None and value not in choices:
-        raise SettingsError(f"--conf {key} must be one of {', '.join(choices)}, not '{value}'")
-    return value
-
-
-def _boolean(texts: Mapping[str, str], key: str, default: bool) -> bool:
-    value = texts.get(key, str(default)).lower()
-    if value not in _YES | _NO:
-        raise SettingsError(f"--conf {key} must be true or false, not '{value}'")
-    return value in _YES
-
-
-def _number(texts: Mapping[str, str], key: str, default: float, low: float, high: float) -> float:
-    """A number within [low, high]; whole when `low` is an int."""
-    text = texts.get(key)
-    if text is None:
-        return default
-    whole = isinstance(low, int)
-    try:
-        value = int(text) if whole else float(text)
-    except ValueError:
-        raise SettingsError(f"--conf {key} must be a {'whole ' * whole}number, not '{text}'") from None
-    if not low <= value <= high:
-        raise SettingsError(f"--conf {key} must be {low} to {high}, not {text}")
-    return value
-
-
-_KEYS = (
-    "checkpoint", "variant", "labels", "quantize", "preset", "iterations", "images", "bits", "min_fidelity",
-    "cache_mb", "window", "model_dir", "trusted_hosts", "max_upload_mb",
-)  # fmt: skip
+        given = read(_Conf, texts)
+        quantization = given.changed(Preset.FAST.config)
+        if given.checkpoint and not given.checkpoint.expanduser().is_file():
+            raise OptionError(f"checkpoint: there is no file '{given.checkpoint}'")
+    except OptionError as error:
+        raise OptionError(f"--conf {error}") from None
+    own = given.model_dump(exclude_none=True, exclude=set(QuantizingOptions.model_fields))
+    for key in ("checkpoint", "model_dir"):
+        if key in own:
+            own[key] = own[key].expanduser()
+    own["trusted_hosts"] = tuple(name.lower() for name in own.get("trusted_hosts", ()))
+    return Settings(**{"model_dir": app_dir / "model", **own, "quantization": quantization})

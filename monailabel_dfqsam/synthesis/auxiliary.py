@@ -1,8 +1,7 @@
 """The auxiliary model: any network that says of every pixel which class it is of.
 
-It is a MONAI network, named by its class with the arguments it is constructed with, or a MONAI bundle. Only
-networks out of `monai.networks.nets` are constructed, and weights are read as tensors alone: neither a
-weights file nor a bundle can run code here.
+It is a MONAI network, named by its class with the arguments it is constructed with. Only networks out of
+`monai.networks.nets` are constructed, and weights are read as tensors alone: no file can run code here.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 
 EMBEDDED_AUXILIARY = Path(__file__).parents[1] / "sam" / "weights" / "dfqsam-tiny-auxiliary.safetensors"
 
-_BUNDLE_CONFIGS = ("inference.json", "inference.yaml", "train.json", "train.yaml")
-_BUNDLE_WEIGHTS = ("model.safetensors", "model.pt")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "network")
 
 
@@ -72,30 +69,24 @@ class Auxiliary:
 
 def embedded_auxiliary() -> Auxiliary | None:
     """The embedded model's auxiliary network, trained on phantoms alone; None when it is not installed."""
-    return load_auxiliary(None, EMBEDDED_AUXILIARY) if EMBEDDED_AUXILIARY.is_file() else None
+    return load_auxiliary(EMBEDDED_AUXILIARY) if EMBEDDED_AUXILIARY.is_file() else None
 
 
 def load_auxiliary(
-    name_or_bundle: str | Path | None, weights: Path | None, arguments: dict[str, Any] | None = None
+    weights: Path, name: str | None = None, arguments: dict[str, Any] | None = None
 ) -> Auxiliary:
-    """An auxiliary model from a MONAI bundle, or from a MONAI network's name and a weights file.
+    """An auxiliary model from a weights file and the MONAI network it is of.
 
     Args:
-        name_or_bundle: a folder with `configs/` and `models/`; or the name of a class of
-            `monai.networks.nets`; or None for the class that the weights' metadata name.
-        weights: `.safetensors`, or a torch file of tensors; None for a bundle's own.
+        weights: `.safetensors`, or a torch file of tensors.
+        name: of a class of `monai.networks.nets`; None for the class that the weights' metadata name.
         arguments: what to construct the class with; None for the weights' metadata `network_kwargs` (JSON).
 
     Raises:
         AuxiliaryError: when something is missing, damaged, holds code, or does not fit together.
     """
-    if name_or_bundle is not None and Path(name_or_bundle).is_dir():
-        name, arguments = _bundle_network(Path(name_or_bundle))
-        return _construct(name, arguments, weights or _bundle_weights(Path(name_or_bundle)), None)
-    if weights is None:
-        raise AuxiliaryError("an auxiliary network needs a weights file; a bundle folder brings its own")
     metadata = _metadata(weights)
-    class_name = metadata.get("network") if name_or_bundle is None else str(name_or_bundle)
+    class_name = name or metadata.get("network")
     if class_name is None:
         raise AuxiliaryError(f"'{weights.name}' does not say which network it is of: name a MONAI network")
     if arguments is None:
@@ -123,31 +114,6 @@ def _construct(name: str, arguments: dict[str, Any], weights: Path, input_size: 
         reason = " ".join(str(error).split())[:300]
         raise AuxiliaryError(f"'{weights.name}' does not fit the network '{name}': {reason}") from None
     return Auxiliary(network, int(arguments.get("in_channels", 3)), input_size)
-
-
-def _bundle_network(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Class name and arguments of a bundle's `network_def`, read and never evaluated."""
-    from monai.bundle import ConfigParser  # slow to import
-
-    for file in (folder / "configs" / name for name in _BUNDLE_CONFIGS):
-        definition = ConfigParser.load_config_file(str(file)).get("network_def") if file.is_file() else None
-        if isinstance(definition, dict) and "_target_" in definition:
-            break
-    else:
-        raise AuxiliaryError(f"the bundle '{folder.name}' has no network_def in {', '.join(_BUNDLE_CONFIGS)}")
-    if any(mark in json.dumps(definition) for mark in ('"$', '"@', '"%')):
-        raise AuxiliaryError(
-            f"the network_def of '{folder.name}' has expressions ($, @, %), which are not run here"
-        )
-    arguments = {key: value for key, value in definition.items() if not key.startswith("_")}
-    return str(definition["_target_"]).rsplit(".", 1)[-1], arguments
-
-
-def _bundle_weights(folder: Path) -> Path:
-    for file in (folder / "models" / name for name in _BUNDLE_WEIGHTS):
-        if file.is_file():
-            return file
-    raise AuxiliaryError(f"the bundle '{folder.name}' has neither of {', '.join(_BUNDLE_WEIGHTS)} in models/")
 
 
 def _metadata(weights: Path) -> dict[str, str]:

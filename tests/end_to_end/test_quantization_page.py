@@ -46,7 +46,6 @@ LONG = "50000"  # iterations, far from done when the test is
 # own defaults, which takes minutes.
 PICTURES = os.environ.get("DFQSAM_PICTURES")
 CONF: dict[str, Any] = {} if PICTURES else QUICK
-PATIENCE = (10 if PICTURES else 1) * WORK_SECONDS
 
 pytestmark = [
     pytest.mark.slow,

@@ -76,7 +76,7 @@ class ConfidenceScoring(ScoringMethod):  # type: ignore[misc]
         return {"scored": len(due) - len(skipped), "before": before, "skipped": len(skipped)}
 
     def _score(self, image: str, datastore: Any) -> dict[str, Any]:
-        found = self._task.find({"image": image_path(datastore, image)}, Clock())
+        found = self._task.find({"image": image_path(datastore, image)}, self._task.view({}), Clock())
         return {
             "value": round(found.proposals.confidence, 6),
             "objects": len(found.proposals.confidences),

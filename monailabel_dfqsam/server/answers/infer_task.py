@@ -22,15 +22,13 @@ from monailabel_dfqsam.server.answers.request import (
     FILE_ORDER,
     SLICER_ORDER,
     WINDOWS,
+    View,
     in_file_order,
-    read_flag,
-    read_format,
-    read_label,
     read_mask,
     read_window,
-    with_defaults,
 )
 from monailabel_dfqsam.server.answers.workbench import Clock, Shown, Workbench, write_answer
+from monailabel_dfqsam.server.gate.options import read
 from monailabel_dfqsam.server.settings import Settings
 
 
@@ -86,7 +84,7 @@ class InteractiveTask(InferTask):  # type: ignore[misc]
         with self.workbench.busy():
             try:
                 with shortage_told("this request"):
-                    return self.answer(with_defaults(self._config, {"slices": FILE_ORDER, **request}))
+                    return self.answer(request, self.view(request))
             except ValueError as error:  # images, prompts and options all raise this, with a sentence
                 raise HTTPException(400, str(error)) from None
             except VolumeTooLarge as error:
@@ -94,16 +92,20 @@ class InteractiveTask(InferTask):  # type: ignore[misc]
             except MemoryError as error:
                 raise HTTPException(503, str(error)) from None
 
-    def answer(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """`__call__` with every config entry there, and errors as ValueError."""
+    def answer(self, request: Mapping[str, Any], view: View) -> tuple[str, dict[str, Any]]:
+        """`__call__`, with errors as ValueError."""
         raise NotImplementedError
 
-    def shown(self, request: Mapping[str, Any]) -> Shown:
+    def view(self, request: Mapping[str, Any]) -> View:
+        """What the viewer wants; without a window, the one it is offered first. Raises OptionError."""
+        return read(View, {"window": self._config["window"], **request})
+
+    def shown(self, request: Mapping[str, Any], view: View) -> Shown:
         """The image that a request is about, and the model that answers."""
         served = self.workbench.served()
         path = Path(request["image"])
         volume = self.workbench.volume(path)
-        return Shown(served, path, volume, read_window(request, volume))
+        return Shown(served, path, volume, read_window(view, volume))
 
 
 class SegmentTask(InteractiveTask):
@@ -113,15 +115,11 @@ class SegmentTask(InteractiveTask):
         description = "Segment Anything by points and boxes on a slice"
         super().__init__(workbench, settings, InferType.DEEPGROW, 2, description)
 
-    def answer(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def answer(self, request: Mapping[str, Any], view: View) -> tuple[str, dict[str, Any]]:
         """The mask lies in one slice."""
         clock = Clock()
-        multimask, largest = read_flag(request, "multimask"), read_flag(request, "largest_cc")
-        fill = read_flag(request, "fill_holes")
-        label = read_label(request, self.settings.labels[0])
-        form = read_format(request)
-        shown = self.shown(request)
-        request, viewers_number = in_file_order(request, shown.volume)
+        shown = self.shown(request, view)
+        request, viewers_number = in_file_order(request, view.slices, shown.volume)
         mask = read_mask(request, shown.volume)
         k, prompts = _prompts(request, shown.volume.shape, mask)
         clock.lap("load")
@@ -132,22 +130,22 @@ class SegmentTask(InteractiveTask):
         if mask is not None and mask[:, :, k].any():
             prompts = replace(prompts, mask_logits=to_low_res(mask[:, :, k], embedding.frame))
         if _names_an_object(prompts):
-            prediction = shown.served.segmenter.predict(embedding, prompts, multimask)
+            prediction = shown.served.segmenter.predict(embedding, prompts, view.multimask)
             plane, score = prediction.mask, prediction.score
         else:
             plane, score = np.zeros(shown.volume.shape[:2], dtype=bool), 0.0
         clock.lap("decode")
-        if largest:
+        if view.largest_cc:
             plane = largest_component(plane, inside(prompts, plane.shape))
-        if fill:
+        if view.fill_holes:
             plane = fill_holes(plane)
         clock.lap("post")
-        file = write_answer(plane.astype(np.uint8), k, shown.volume, form)
+        file = write_answer(plane.astype(np.uint8), k, shown.volume, view)
         clock.lap("write")
         shown.served.speed.count(clock.laps(), cached)
         self.workbench.prepare(shown, (k + 1, k - 1))
         return file, {
-            "label_names": {label: 1},
+            "label_names": {view.label or self.settings.labels[0]: 1},
             "model": shown.served.segmenter.name,
             "engine": shown.served.engine,
             "artifact": shown.served.identity,

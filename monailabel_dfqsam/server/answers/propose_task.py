@@ -6,17 +6,19 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask, run_infer_task
 from monailabel.interfaces.tasks.infer_v2 import InferType
+from pydantic import AfterValidator, Field
 
 from monailabel_dfqsam.segmentation.proposals import Proposals, propose
 from monailabel_dfqsam.segmentation.volume import slice_rgb
 from monailabel_dfqsam.server.answers.infer_task import InteractiveTask
-from monailabel_dfqsam.server.answers.request import WINDOWS, read_format, with_defaults
+from monailabel_dfqsam.server.answers.request import WINDOWS, View
 from monailabel_dfqsam.server.answers.workbench import Clock, Shown, Workbench, write_answer
 from monailabel_dfqsam.server.gate.guard import Refusal, check_tag
+from monailabel_dfqsam.server.gate.options import OptionError, Options, Whole, read
 from monailabel_dfqsam.server.runs.parent import exit_with_parent
 from monailabel_dfqsam.server.settings import Settings
 
@@ -52,13 +54,12 @@ class ProposeTask(InteractiveTask):
         super().__init__(workbench, settings, InferType.OTHERS, 2, description)
         self._config = {"window": self.config()["window"]}
 
-    def answer(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def answer(self, request: Mapping[str, Any], view: View) -> tuple[str, dict[str, Any]]:
         """`slice` is the slice, by default the middle one; voxels are 1 … N, the largest object 1."""
-        form = read_format(request)
         clock = Clock()
-        found = self.find(request, clock)
+        found = self.find(request, view, clock)
         served = found.shown.served
-        file = write_answer(found.proposals.labels, found.k, found.shown.volume, form)
+        file = write_answer(found.proposals.labels, found.k, found.shown.volume, view)
         clock.lap("write")
         count = len(found.proposals.confidences)
         return file, {
@@ -71,14 +72,13 @@ class ProposeTask(InteractiveTask):
             "latencies": clock.laps(),
         }
 
-    def find(self, request: Mapping[str, Any], clock: Clock) -> Found:
-        """The proposals themselves; `request` as for a call, what is missing by default.
+    def find(self, request: Mapping[str, Any], view: View, clock: Clock) -> Found:
+        """The proposals themselves; `request` holds `image`, and `slice` unless it is the middle one.
 
         Raises:
             ValueError: for an image or an option that cannot be used; HTTPException 503 without a model.
         """
-        request = with_defaults(self._config, request)
-        shown = self.shown(request)
+        shown = self.shown(request, view)
         k = _slice(request.get("slice"), shown.volume.shape[2])
         clock.lap("load")
         embedding = self.workbench.embed(shown, k)
@@ -100,13 +100,10 @@ class ProposeBatch(BatchInferTask):  # type: ignore[misc]
         """Raises Refusal 400 for a model or options that a batch cannot be run with."""
         if model != NAME:
             raise Refusal(400, f"batch inference needs a model without prompts: {NAME}, not '{model}'")
-        unknown = sorted(set(params) - set(_OPTIONS) - _IGNORED)
-        if unknown:
-            known = ", ".join(_OPTIONS)
-            raise Refusal(400, f"a batch has no option {', '.join(unknown)}; there is: {known}")
-        for key, value in params.items():
-            if key in _OPTIONS:
-                _OPTIONS[key](value)
+        try:
+            _read_batch(params)
+        except OptionError as error:
+            raise Refusal(400, str(error)) from None
 
     def __call__(
         self, request: Mapping[str, Any], datastore: Any, infer: Callable[[Any, Any], Mapping[str, Any]]
@@ -122,14 +119,14 @@ class ProposeBatch(BatchInferTask):  # type: ignore[misc]
             How many images were `saved`, and how many `skipped`.
         """
         exit_with_parent(lambda: logger.warning("The server has gone: the batch stops"))
+        given = _read_batch({k: v for k, v in request.items() if k not in ("model", "images")})
         images = sorted(self.get_images(request, datastore))
-        images = images[: request.get("max_batch_size") or None]
-        options = {key: request[key] for key in ("window", "slice") if key in request}
-        tag = request.get("label_tag") or "original"
+        images = images[: given.max_batch_size or None]
+        options = given.model_dump(include={"window", "slice"}, exclude_none=True)
         skipped: dict[str, str] = {}
         begin = time.monotonic()
         for n, image in enumerate(images, start=1):
-            one = {**options, "model": NAME, "image": image, "save_label": True, "label_tag": tag}
+            one = {**options, "model": NAME, "image": image, "save_label": True, "label_tag": given.label_tag}
             try:
                 told = f"{len(run_infer_task(one, datastore, infer)['params']['label_names'])} objects"
             except Exception as error:  # whatever is wrong with one image is no reason to leave the others
@@ -166,35 +163,24 @@ def _slice(value: Any, count: int) -> int:
     return value
 
 
-def _tag(value: Any) -> None:
-    if not isinstance(value, str):
-        raise Refusal(400, "label_tag must be a word")
-    check_tag(value)
-    if value == "final":
+def _tag(tag: str) -> str:
+    check_tag(tag)
+    if tag == "final":
         raise Refusal(400, "proposals are not saved as finished labels: give another label_tag than 'final'")
+    return tag
 
 
-def _whole(value: Any, key: str, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Refusal(400, f"{key} must be a whole number, {low} to {high}")
+class _Batch(Options):
+    """The options of a batch; it has nowhere but the datastore to put its results."""
 
-
-def _saving(value: Any) -> None:
-    if value is not True:
-        raise Refusal(400, "save_label must be true: a batch has nowhere else to put its results")
-
-
-def _window(value: Any) -> None:
-    if not isinstance(value, str) or value not in WINDOWS:
-        raise Refusal(400, f"window must be one of {', '.join(WINDOWS)}")
-
-
-_OPTIONS: dict[str, Callable[[Any], None]] = {
-    "label_tag": _tag,
-    "save_label": _saving,
+    label_tag: Annotated[str, AfterValidator(_tag)] = "original"
+    save_label: Literal[True] = True
     # One embedding is computed at a time: more workers would only wait for each other.
-    "max_workers": lambda value: _whole(value, "max_workers", 0, 1),
-    "max_batch_size": lambda value: _whole(value, "max_batch_size", 0, 1_000_000),
-    "slice": lambda value: _whole(value, "slice", 0, 1_000_000),
-    "window": _window,
-}
+    max_workers: Annotated[Whole, Field(ge=0, le=1)] = 0
+    max_batch_size: Annotated[Whole, Field(ge=0)] = 0
+    slice: Annotated[Whole, Field(ge=0)] | None = None
+    window: Literal[tuple(WINDOWS)] | None = None  # type: ignore[valid-type]
+
+
+def _read_batch(params: Mapping[str, Any]) -> _Batch:
+    return read(_Batch, {key: value for key, value in params.items() if key not in _IGNORED})

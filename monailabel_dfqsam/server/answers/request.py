@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
 from monailabel_dfqsam.segmentation.volume import Volume, Window, load_volume
+from monailabel_dfqsam.server.gate.options import Number, OptionError, Options
 
 MASK = "mask"
 """Entry by which the server passes on where it put an uploaded mask; a client cannot set it."""
@@ -31,78 +32,63 @@ WINDOWS: dict[str, Window | None] = {
 }
 """Names that a viewer offers; 'auto' is the image's own window, 'full range' its least to greatest value."""
 
-EXTENSIONS = (".nrrd", ".nii.gz", ".nii")
 _PIXEL_TYPES = {
     "uint8": sitk.sitkUInt8, "int8": sitk.sitkInt8, "uint16": sitk.sitkUInt16, "int16": sitk.sitkInt16,
     "uint32": sitk.sitkUInt32, "int32": sitk.sitkInt32, "float32": sitk.sitkFloat32,
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ResultFormat:
-    """The mask file that a viewer wants.
+class View(Options):
+    """What a viewer wants beside its prompts; anything else in its request is not looked at.
 
     Attributes:
-        extension: one of `EXTENSIONS`.
-        pixel_type: ITK's number of it.
-        compress: for .nrrd; a NIfTI's name says it.
+        multimask: as `Segmenter.predict` says.
+        largest_cc, fill_holes: what is left of the mask, and added to it.
+        slices: how the request counts slices, see `in_file_order`.
+        window: a name out of `WINDOWS`.
+        window_center, window_width: the values to show, instead of `window`; of several, the first.
+        label: the object's name; None for the server's first.
+        result_extension, result_dtype: the mask file's kind and the type of its voxels.
+        result_compress: whether an .nrrd is compressed; a NIfTI's name says it.
     """
 
-    extension: str
-    pixel_type: int
-    compress: bool
+    model_config = ConfigDict(extra="ignore")
+
+    multimask: bool = True
+    largest_cc: bool = False
+    fill_holes: bool = False
+    slices: Literal[SLICER_ORDER, FILE_ORDER] = FILE_ORDER  # type: ignore[valid-type]
+    window: Literal[tuple(WINDOWS)] = "auto"  # type: ignore[valid-type]
+    window_center: Number | None = None
+    window_width: Number | None = None
+    label: str | None = None
+    result_extension: Literal[".nrrd", ".nii.gz", ".nii"] = ".nii.gz"
+    result_dtype: Literal[tuple(_PIXEL_TYPES)] = "uint8"  # type: ignore[valid-type]
+    result_compress: bool = True
+
+    @property
+    def pixel_type(self) -> int:
+        """ITK's number of `result_dtype`."""
+        return int(_PIXEL_TYPES[self.result_dtype])
 
 
-def with_defaults(config: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
-    """The request with the config entries it lacks; Slicer sends a choice as a list, chosen first."""
-    merged = {**config, **request}
-    for key in config:
-        value = merged[key]
-        merged[key] = value[0] if isinstance(value, list) and value else value
-    return merged
-
-
-def read_flag(request: Mapping[str, Any], key: str) -> bool:
-    """A truth value, which may be text.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    value = request[key]
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} must be true or false, not {value!r}")
-    return value
-
-
-def read_label(request: Mapping[str, Any], default: str) -> str:
-    """The name of the object; raises ValueError for what is no text."""
-    label = request.get("label") or default
-    if not isinstance(label, str):
-        raise ValueError(f"label must be a name, not {label!r}")
-    return label
-
-
-def read_window(request: Mapping[str, Any], volume: Volume) -> Window | None:
-    """The values to show: a viewer's own, sent as `window_center` and `window_width`, or those of a name.
+def read_window(view: View, volume: Volume) -> Window | None:
+    """The values to show: a viewer's own, or those of a name.
 
     Returns:
         None for the image's own window.
 
     Raises:
-        ValueError: for an unknown name, and for a centre and a width that are no window.
+        ValueError: for a centre and a width that are no window.
     """
-    center, width = request.get("window_center"), request.get("window_width")
-    if center is not None or width is not None:
-        return Window.of_level(_number(center, "window_center"), _number(width, "window_width"))
-    name = request["window"]
-    if not isinstance(name, str) or name not in WINDOWS:
-        raise ValueError(f"window must be one of {', '.join(WINDOWS)}, not {name!r}")
-    if name == FULL_RANGE and volume.array.ndim == 3:
+    if view.window_center is not None or view.window_width is not None:
+        if view.window_center is None or view.window_width is None:
+            raise OptionError("window_center and window_width go together: give both or neither")
+        return Window.of_level(view.window_center, view.window_width)
+    if view.window == FULL_RANGE and volume.array.ndim == 3:
         low, high = float(volume.array.min()), float(volume.array.max())
         return Window(low, high if high > low else low + 1)
-    return WINDOWS[name]
+    return WINDOWS[view.window]
 
 
 def read_mask(request: Mapping[str, Any], volume: Volume) -> NDArray[np.bool_] | None:
@@ -124,7 +110,7 @@ def read_mask(request: Mapping[str, Any], volume: Volume) -> NDArray[np.bool_] |
 
 
 def in_file_order(
-    request: Mapping[str, Any], volume: Volume, labels: Sequence[str] = ()
+    request: Mapping[str, Any], slices: str, volume: Volume, labels: Sequence[str] = ()
 ) -> tuple[dict[str, Any], Callable[[int], int]]:
     """The request with slices counted as in the image's file, and the viewer's number of a slice there.
 
@@ -134,17 +120,12 @@ def in_file_order(
     Slicer has it.
 
     Args:
-        request: `slices`, and the prompts.
+        request: with its prompts.
+        slices: how it counts them, as in `View`.
         labels: names under which points may stand, beside 'foreground' and 'background'.
-
-    Raises:
-        ValueError: for an unknown order.
     """
-    order = request["slices"]
-    if order not in (SLICER_ORDER, FILE_ORDER):
-        raise ValueError(f"slices must be '{SLICER_ORDER}' or '{FILE_ORDER}', not {order!r}")
     axes = np.array(volume.direction).reshape(len(volume.spacing), -1)
-    if order == FILE_ORDER or not request.get(STORED) or len(axes) < 3 or np.linalg.det(axes) > 0:
+    if slices == FILE_ORDER or not request.get(STORED) or len(axes) < 3 or np.linalg.det(axes) > 0:
         return dict(request), lambda k: k
     last = volume.shape[2] - 1
 
@@ -164,34 +145,3 @@ def in_file_order(
     if isinstance(k, int | float) and 0 <= k <= last:
         found["slice"] = turned(k)
     return found, lambda k: last - k
-
-
-def read_format(request: Mapping[str, Any]) -> ResultFormat:
-    """What kind of file to answer with; compressed unless that is refused, as OHIF does.
-
-    Raises:
-        ValueError: for an unknown kind.
-    """
-    extension = request.get("result_extension") or EXTENSIONS[1]
-    if extension not in EXTENSIONS:
-        raise ValueError(f"result_extension must be one of {', '.join(EXTENSIONS)}, not {extension!r}")
-    name = request.get("result_dtype") or "uint8"
-    if not isinstance(name, str) or name not in _PIXEL_TYPES:
-        raise ValueError(f"result_dtype must be one of {', '.join(_PIXEL_TYPES)}, not {name!r}")
-    compress = request.get("result_compress")
-    if compress in (None, ""):
-        compress = True
-    return ResultFormat(
-        extension, _PIXEL_TYPES[name], read_flag({"result_compress": compress}, "result_compress")
-    )
-
-
-def _number(value: Any, key: str) -> float:
-    """A number, a text of one, or the first of several, as DICOM allows for windows."""
-    first = value[0] if isinstance(value, list) and value else value
-    try:
-        if isinstance(first, bool):
-            raise TypeError
-        return float(first)
-    except (TypeError, ValueError):
-        raise ValueError(f"{key} must be a number beside its partner, not {value!r}") from None

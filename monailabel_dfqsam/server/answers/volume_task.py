@@ -23,10 +23,8 @@ from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prediction, Prompts
 from monailabel_dfqsam.server.answers.infer_task import InteractiveTask, inside
 from monailabel_dfqsam.server.answers.request import (
+    View,
     in_file_order,
-    read_flag,
-    read_format,
-    read_label,
     read_mask,
 )
 from monailabel_dfqsam.server.answers.workbench import Clock, Shown, Workbench, write_answer
@@ -44,15 +42,14 @@ class VolumeTask(InteractiveTask):
         description = "Segment Anything by points and boxes on some slices, through the volume"
         super().__init__(workbench, settings, InferType.DEEPGROW, 3, description)
 
-    def answer(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def answer(self, request: Mapping[str, Any], view: View) -> tuple[str, dict[str, Any]]:
         """Prompts as `read_volume_prompts` takes them; of a mask alone, its largest slice."""
-        label = read_label(request, self.settings.labels[0])
-        run = _Run(self.workbench, request, self.shown)
+        run = _Run(self.workbench, request, view, self.shown)
         prompts = _prompts(run.request, run.shown)
         run.clock.lap("load")
         found = run.propagate(prompts)
         mask = run.refined(found, prompts)
-        return run.reply(mask.astype(np.uint8), {label: 1}, [found])
+        return run.reply(mask.astype(np.uint8), {view.label or self.settings.labels[0]: 1}, [found])
 
 
 class LabelsTask(InteractiveTask):
@@ -65,14 +62,14 @@ class LabelsTask(InteractiveTask):
         description = "Segment Anything by points for several labels at once, through the volume"
         super().__init__(workbench, settings, InferType.DEEPEDIT, 3, description, settings.labels)
 
-    def answer(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def answer(self, request: Mapping[str, Any], view: View) -> tuple[str, dict[str, Any]]:
         """Prompts: {label: [[i, j, k], …]}, and `background`."""
         given = {name: _points(request[name], name) for name in self.settings.labels if request.get(name)}
         if not given:
             raise PromptError(
                 f"there is nothing to segment: give points under a label, {', '.join(self.settings.labels)}"
             )
-        run = _Run(self.workbench, request, self.shown, self.settings.labels)
+        run = _Run(self.workbench, request, view, self.shown, self.settings.labels)
         given = {name: run.request[name] for name in given}
         prompts = {}
         for name, points in given.items():
@@ -116,16 +113,14 @@ class _Run:
         self,
         workbench: Workbench,
         request: Mapping[str, Any],
-        show: Callable[[Mapping[str, Any]], Shown],
+        view: View,
+        show: Callable[[Mapping[str, Any], View], Shown],
         labels: Sequence[str] = (),
     ) -> None:
         self.clock = Clock()
-        self._workbench = workbench
-        self._multimask = read_flag(request, "multimask")
-        self._largest, self._fill = read_flag(request, "largest_cc"), read_flag(request, "fill_holes")
-        self._form = read_format(request)
-        self.shown = show(request)
-        self.request, self._viewers_number = in_file_order(request, self.shown.volume, labels)
+        self._workbench, self._view = workbench, view
+        self.shown = show(request, view)
+        self.request, self._viewers_number = in_file_order(request, view.slices, self.shown.volume, labels)
 
     def propagate(self, prompts: VolumePrompts) -> Propagation:
         """One object through the volume, with its progress in the log."""
@@ -144,9 +139,9 @@ class _Run:
     def refined(self, found: Propagation, prompts: VolumePrompts) -> NDArray[np.bool_]:
         """The mask, cleaned up as the request asks for."""
         mask = found.mask
-        if self._largest:
+        if self._view.largest_cc:
             mask = largest_component(mask, _inside(prompts, mask.shape))
-        if self._fill:
+        if self._view.fill_holes:
             mask = fill_holes(mask)
         self.clock.lap("post")
         return mask
@@ -155,7 +150,7 @@ class _Run:
         self, mask: NDArray[np.uint8], names: Mapping[str, int], found: Sequence[Propagation]
     ) -> tuple[str, dict[str, Any]]:
         """The mask's file and what is told beside it."""
-        file = write_answer(mask, None, self.shown.volume, self._form)
+        file = write_answer(mask, None, self.shown.volume, self._view)
         self.clock.lap("write")
         served = self.shown.served
         slices = sorted(self._viewers_number(int(k)) for k in np.flatnonzero(mask.any(axis=(0, 1))))
@@ -186,7 +181,7 @@ class _Run:
         return embeddings
 
     def _predict(self, embedding: Embedding, prompts: Prompts) -> Prediction:
-        return self.shown.served.segmenter.predict(embedding, prompts, self._multimask)
+        return self.shown.served.segmenter.predict(embedding, prompts, self._view.multimask)
 
 
 def _prompts(request: Mapping[str, Any], shown: Shown) -> VolumePrompts:

@@ -21,7 +21,7 @@ import SimpleITK as sitk
 from fastapi import HTTPException
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.segmentation.embeddings import CacheStats, EmbeddingCache
+from monailabel_dfqsam.segmentation.embeddings import BoundedCache, CacheStats
 from monailabel_dfqsam.segmentation.segmenter import Embedding
 from monailabel_dfqsam.segmentation.slice_mask import write_slice_mask
 from monailabel_dfqsam.segmentation.volume import (
@@ -29,11 +29,10 @@ from monailabel_dfqsam.segmentation.volume import (
     VolumeLoader,
     Window,
     file_key,
-    slice_rgb,
     write_mask,
 )
 from monailabel_dfqsam.server.answers.neighbours import Neighbours
-from monailabel_dfqsam.server.answers.request import ResultFormat
+from monailabel_dfqsam.server.answers.request import View
 from monailabel_dfqsam.server.runs.models import Models, Served
 
 
@@ -53,7 +52,7 @@ class Workbench:
     def __init__(self, models: Models, cache_mb: int) -> None:
         self.models = models
         self._volumes = VolumeLoader(cache_mb << 20)
-        self._embeddings = EmbeddingCache(cache_mb << 20)
+        self._embeddings: BoundedCache[Embedding] = BoundedCache(cache_mb << 20)
         self._one_embedding = threading.Lock()
         self._neighbours = Neighbours()
 
@@ -99,9 +98,8 @@ class Workbench:
         self._neighbours.next([lambda k=k: self.embed(shown, k) for k in near])  # type: ignore[misc]
 
     def _compute(self, shown: Shown, slices: Sequence[int]) -> list[Embedding]:
-        images = [slice_rgb(shown.volume, k, shown.window) for k in slices]
         with self._one_embedding:
-            return shown.served.segmenter.embed_many(images)
+            return shown.served.segmenter.embed_slices(shown.volume, slices, shown.window)
 
 
 def _key(shown: Shown, k: int) -> Hashable:
@@ -126,23 +124,23 @@ class Clock:
         return {k: round(v, 6) for k, v in {**self._laps, "total": self._last - self._begin}.items()}
 
 
-def write_answer(mask: NDArray[np.uint8], k: int | None, volume: Volume, form: ResultFormat) -> str:
+def write_answer(mask: NDArray[np.uint8], k: int | None, volume: Volume, view: View) -> str:
     """A mask as a temporary file, the caller's to remove.
 
     Args:
         mask: [I, J] uint8 of slice k, or with k None [I, J, K].
         k: 0 … K − 1, or None.
     """
-    handle, file = tempfile.mkstemp(prefix="dfqsam-", suffix=form.extension)
+    handle, file = tempfile.mkstemp(prefix="dfqsam-", suffix=view.result_extension)
     os.close(handle)
     try:
         if k is None:
-            write_mask(mask, volume, file, form.compress)
+            write_mask(mask, volume, file, view.result_compress)
         else:
-            write_slice_mask(mask, k, volume, file, form.compress)
-        if form.pixel_type != sitk.sitkUInt8:
-            image = sitk.Cast(sitk.ReadImage(file), form.pixel_type)
-            sitk.WriteImage(image, file, useCompression=form.compress)
+            write_slice_mask(mask, k, volume, file, view.result_compress)
+        if view.pixel_type != sitk.sitkUInt8:
+            image = sitk.Cast(sitk.ReadImage(file), view.pixel_type)
+            sitk.WriteImage(image, file, useCompression=view.result_compress)
     except BaseException:
         os.unlink(file)
         raise

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from monailabel_dfqsam.config import (
     Calibration,
     FinetuneConfig,
     Policy,
-    Preset,
     QuantizationConfig,
     Sampling,
-    SynthesisConfig,
 )
 from monailabel_dfqsam.sam.checkpoint import CheckpointError, check_checkpoint
-from monailabel_dfqsam.server.settings import Settings
+from monailabel_dfqsam.server.gate.options import OptionError, Options, Read, Whole, read
+from monailabel_dfqsam.server.settings import QuantizingOptions, Settings
 
-OPTIONS = ("bits", "policy", "iterations", "images", "seed", "calibration", "preset", "checkpoint")
-FINETUNING_OPTIONS = ("bits", "sampling", "max_epochs", "seed")
-
-# What MONAI Label, Slicer and OHIF add to every request; none of it concerns quantization.
+# What MONAI Label, Slicer and OHIF add to every request; none of it concerns a trainer.
 _ADDED_BY_CLIENTS = frozenset({"model", "client_id", "device", "gpus", "multi_gpu", "local_rank", "name"})
 
 
-class OptionError(ValueError):
-    """An option that cannot be used; the message names it and what it may be."""
+class _Quantize(QuantizingOptions):
+    policy: Policy | None = None
+    # Images of a folder are not among them: a request names no path.
+    calibration: Annotated[Literal["synthetic", "gaussian"], AfterValidator(Calibration)] | None = None
+    seed: Whole | None = None
+    checkpoint: str | None = None
+
+
+class _Finetune(Options):
+    bits: Whole | None = None
+    sampling: Sampling = Sampling.BALANCED
+    max_epochs: Annotated[Whole, Field(ge=1, le=1000)] = FinetuneConfig.max_epochs
+    seed: Annotated[Whole, Field(ge=0)] = FinetuneConfig.seed
 
 
 def defaults(settings: Settings) -> dict[str, Any]:
@@ -56,27 +65,8 @@ def read_options(
     Raises:
         OptionError: for unknown options and for values that do not fit.
     """
-    given = _given(request, own_name, OPTIONS)
-    base = settings.quantization
-    if "preset" in given:
-        chosen = Preset(_choice(given, "preset", [p.value for p in Preset], "")).config
-        base = replace(base, images=chosen.images, synthesis=chosen.synthesis, recipe=chosen.recipe)
-    iterations = _whole(given, "iterations", base.synthesis.iterations)
-    calibrations = [Calibration.SYNTHETIC.value, Calibration.GAUSSIAN.value]
-    try:
-        config = QuantizationConfig(
-            bits=_whole(given, "bits", base.bits),
-            policy=Policy(_choice(given, "policy", [p.value for p in Policy], base.policy.value)),
-            calibration=Calibration(_choice(given, "calibration", calibrations, base.calibration.value)),
-            images=_whole(given, "images", base.images),
-            seed=_whole(given, "seed", base.seed),
-            synthesis=replace(base.synthesis, iterations=iterations),
-            recipe=base.recipe,
-        )
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    _check_cost(config.synthesis)
-    return config, _checkpoint(given.get("checkpoint"), settings)
+    given = _read(_Quantize, request, own_name)
+    return given.changed(settings.quantization), _checkpoint(given.checkpoint, settings)
 
 
 def quantization_options(request: Mapping[str, Any], settings: Settings, own_name: str) -> dict[str, Any]:
@@ -89,7 +79,7 @@ def quantization_options(request: Mapping[str, Any], settings: Settings, own_nam
         OptionError: as `read_options`.
     """
     config, checkpoint = read_options(request, settings, own_name)
-    given = _given(request, own_name, OPTIONS)
+    preset = _read(_Quantize, request, own_name).preset
     return {
         "bits": config.bits,
         "policy": config.policy.value,
@@ -99,7 +89,7 @@ def quantization_options(request: Mapping[str, Any], settings: Settings, own_nam
         "seed": config.seed,
         "checkpoint": checkpoint.name,
         # More than iterations and images hang on it.
-        **({"preset": given["preset"]} if "preset" in given else {}),
+        **({"preset": preset.value} if preset else {}),
     }
 
 
@@ -135,36 +125,19 @@ def read_finetuning(
     Raises:
         OptionError: for unknown options and for values that do not fit.
     """
-    given = _given(request, own_name, FINETUNING_OPTIONS)
-    base = settings.quantization
-    bits = _whole(given, "bits", _finetuned_bits(settings))
+    given = _read(_Finetune, request, own_name)
+    bits = _finetuned_bits(settings) if given.bits is None else given.bits
     if bits not in (4, 8):
         raise OptionError(f"bits must be 4 or 8, not {bits}")
-    samplings = [sampling.value for sampling in Sampling]
-    try:
-        config = FinetuneConfig(
-            sampling=Sampling(_choice(given, "sampling", samplings, FinetuneConfig.sampling.value)),
-            max_epochs=_whole(given, "max_epochs", FinetuneConfig.max_epochs),
-            seed=_whole(given, "seed", FinetuneConfig.seed),
-        )
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    return replace(base, bits=bits), config
+    start = replace(settings.quantization, bits=bits)
+    return start, FinetuneConfig(sampling=given.sampling, max_epochs=given.max_epochs, seed=given.seed)
 
 
-MAX_ITERATIONS = 100_000
-
-
-def _check_cost(synthesis: SynthesisConfig) -> None:
-    if synthesis.iterations > MAX_ITERATIONS:
-        raise OptionError(f"iterations must be 1 to {MAX_ITERATIONS}, not {synthesis.iterations}")
-
-
-def _checkpoint(name: Any, settings: Settings) -> Path:
+def _checkpoint(name: str | None, settings: Settings) -> Path:
     """The server's own checkpoint, or a file in the model folder: a client cannot name any other path."""
-    if name in (None, "", settings.checkpoint.name):
+    if name in (None, settings.checkpoint.name):
         return settings.checkpoint
-    if not isinstance(name, str) or name in (".", "..") or Path(name).name != name or "\\" in name:
+    if name in (".", "..") or Path(name).name != name or "\\" in name:
         raise OptionError("checkpoint must be the name of a file in the model folder, without a path")
     path = settings.model_dir / name
     if not path.is_file():
@@ -181,39 +154,10 @@ def _finetuned_bits(settings: Settings) -> int:
     return 4 if settings.quantization.bits == 4 else 8
 
 
-def _given(request: Mapping[str, Any], own_name: str, known: Sequence[str]) -> dict[str, Any]:
-    """A request's options by name, without what clients add.
-
-    Raises:
-        OptionError: when one is not known.
-    """
+def _read(model: type[Read], request: Mapping[str, Any], own_name: str) -> Read:
     nested = request.get(own_name)
-    merged = {**request, **nested} if isinstance(nested, Mapping) else dict(request)
-    given = {k: _plain(v) for k, v in merged.items() if k not in _ADDED_BY_CLIENTS and k != own_name}
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise OptionError(f"unknown option {', '.join(unknown)}; known are: {', '.join(known)}")
-    return given
-
-
-def _plain(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value
-
-
-def _choice(given: Mapping[str, Any], key: str, choices: list[str], default: str) -> str:
-    value = given.get(key, default)
-    if value not in choices:
-        raise OptionError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
-    return str(value)
-
-
-def _whole(given: Mapping[str, Any], key: str, default: int) -> int:
-    value = given.get(key, default)
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionError(f"{key} must be a whole number, not {value!r}")
-    return value
+    merged = {**request, **nested} if isinstance(nested, Mapping) else request
+    return read(model, {k: v for k, v in merged.items() if k not in _ADDED_BY_CLIENTS and k != own_name})
 
 
 def _first(chosen: str, choices: list[str]) -> list[str]:

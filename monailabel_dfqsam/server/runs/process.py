@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from monailabel_dfqsam.server.answers.request import WINDOWS
 from monailabel_dfqsam.server.runs import quantizing
 from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.server.runs.record import Run
@@ -27,7 +26,7 @@ def main() -> None:
     """Carries out the run that the command line names."""
     logging.basicConfig(level=logging.INFO, format=_FORM)
     server = json.load(sys.stdin)
-    settings = read_settings(server["conf"], Path(server["app_dir"]), tuple(WINDOWS))
+    settings = read_settings(server["conf"], Path(server["app_dir"]))
     folder = ModelFolder(settings.model_dir)
     run = folder.run(sys.argv[1])
     if run is None:

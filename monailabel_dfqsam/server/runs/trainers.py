@@ -10,10 +10,10 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from monailabel_dfqsam.config import Policy
+from monailabel_dfqsam.server.gate.options import OptionError
 from monailabel_dfqsam.server.runs import finetuning, quantizing
 from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.server.runs.options import (
-    OptionError,
     defaults,
     finetuning_defaults,
     finetuning_options,

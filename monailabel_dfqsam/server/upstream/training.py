@@ -16,8 +16,8 @@ from monailabel.endpoints import train as endpoint
 
 from monailabel_dfqsam.server.gate.guard import Refusal
 from monailabel_dfqsam.server.gate.json_input import check_options, check_own
+from monailabel_dfqsam.server.gate.options import OptionError
 from monailabel_dfqsam.server.runs.folder import ModelFolder
-from monailabel_dfqsam.server.runs.options import OptionError
 from monailabel_dfqsam.server.runs.queue import BusyError, ElsewhereError, RunQueue
 from monailabel_dfqsam.server.runs.record import Run, RunState
 from monailabel_dfqsam.server.runs.trainers import Trainer

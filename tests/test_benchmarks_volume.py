@@ -11,21 +11,21 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from benchmarks import volume
+from benchmarks.__main__ import app
+from benchmarks.volume import VOLUME_ENGINES, VolumePlan
+from benchmarks.volume_runner import STAGES, VolumeRunner
 from monailabel_dfqsam.artifact import read_artifact
-from monailabel_dfqsam.benchmark import volume
 from monailabel_dfqsam.benchmark.layout import BOXES, artifact_path
 from monailabel_dfqsam.benchmark.phantom import organ, write_phantom
-from monailabel_dfqsam.benchmark.plan import VOLUME_ENGINES, VolumePlan
 from monailabel_dfqsam.benchmark.runner import Request
-from monailabel_dfqsam.benchmark.volume_runner import STAGES, VolumeRunner
 from monailabel_dfqsam.benchmark.weights import Preparation
-from monailabel_dfqsam.cli import app
 from monailabel_dfqsam.engines import onednn
 from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.segmenter import Prompts, full_precision_segmenter, load_segmenter
-from monailabel_dfqsam.segmentation.volume import load_volume, slice_rgb
+from monailabel_dfqsam.segmentation.volume import load_volume
 
 SHAPE = (96, 80, 3)
 
@@ -65,7 +65,7 @@ def test_masks_are_those_that_the_product_gives_for_the_same_boxes(prepared: Pat
     image = load_volume(prepared / "phantom.nrrd")
     for mask, k in zip(found, (0, 2), strict=True):
         prompts = Prompts(box=tight_box(organ(SHAPE, k)))
-        expected = product.predict(product.embed(slice_rgb(image, k)), prompts).mask
+        expected = product.predict(product.embed_slices(image, [k], None)[0], prompts).mask
         assert expected.sum() > 100
         assert (mask != expected).sum() <= (3 if engine == "openvino-fp32" else 0)
     assert set(seconds) == {"volume", *STAGES}
@@ -133,6 +133,6 @@ def test_rows_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_options_are_refused_with_a_sentence(arguments: tuple[str, ...], words: str) -> None:
-    result = CliRunner().invoke(app, ["benchmark", "volume", *arguments])
+    result = CliRunner().invoke(app, ["volume", *arguments])
     assert result.exit_code == 1
     assert words in result.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from monailabel_dfqsam.benchmark.load import _memory, measure_load
-from monailabel_dfqsam.cli import app
+from benchmarks.__main__ import app
+from benchmarks.load import _memory, measure_load
 
 MIB = 1 << 20
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from benchmarks.propagation import PLACES, evaluate_volumes, extruded, prompted_slices
 from monailabel_dfqsam.evaluation import EvaluationError, box_baseline, dice
-from monailabel_dfqsam.evaluation.volumes import PLACES, evaluate_volumes, extruded, prompted_slices
 from monailabel_dfqsam.phantom_study import find_pairs, write_phantom_study
 from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.segmentation.segmenter import full_precision_segmenter

@@ -6,24 +6,76 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.volume_runner import STAGES, VolumeRunner
 from monailabel_dfqsam.benchmark.child import Child, ChildError
 from monailabel_dfqsam.benchmark.layout import BOXES
 from monailabel_dfqsam.benchmark.machine import describe_run
 from monailabel_dfqsam.benchmark.phantom import organ, write_phantom
-from monailabel_dfqsam.benchmark.plan import ENGINES, PHANTOM_SLICE, TORCH_EAGER, Place, VolumePlan
+from monailabel_dfqsam.benchmark.plan import ENGINES, OPENVINO_INT8, TORCH_EAGER, VARIANTS, Place
 from monailabel_dfqsam.benchmark.preparing import prepare
 from monailabel_dfqsam.benchmark.runner import Request
 from monailabel_dfqsam.benchmark.session import Session, statistics_of
-from monailabel_dfqsam.benchmark.volume_runner import STAGES, VolumeRunner
 from monailabel_dfqsam.config import Progress, silent
+from monailabel_dfqsam.machine import usable_cores
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.volume import load_volume
+
+VOLUME_ENGINES = (
+    TORCH_EAGER, "openvino-fp32", OPENVINO_INT8, "onednn", "onednn-w8a8", "openvino-w4a4", "openvino-w8a8",
+)  # fmt: skip
+"""Those that a whole volume can be measured on."""
+
+PHANTOM_SLICE = (512, 512)
+"""Pixels of the phantom's slices, as a CT's."""
+
+
+@dataclass(frozen=True)
+class VolumePlan:
+    """One run of `python -m benchmarks volume`, on the CPU.
+
+    Attributes:
+        variant: a name of `VARIANTS`.
+        engines: names of `VOLUME_ENGINES`; the order is that of the rows.
+        checkpoint: weights; None takes the embedded ones for `tiny`, and makes others by seed.
+        slices: as many at most are segmented; the phantom has this many.
+        volume: an image file; None takes a phantom of `PHANTOM_SLICE` pixels a slice.
+        mask: a file on the same grid, not 0 in the object, whose boxes are the prompts.
+        threads: for every engine.
+        repeats: of the whole volume on every engine.
+
+    Raises:
+        ValueError: for values outside these, and for a volume without a mask or the reverse.
+    """
+
+    variant: str = "lite_medsam"
+    engines: tuple[str, ...] = VOLUME_ENGINES
+    checkpoint: Path | None = None
+    slices: int = 80
+    volume: Path | None = None
+    mask: Path | None = None
+    threads: int = usable_cores()
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"--variant must be one of {', '.join(VARIANTS)}, not '{self.variant}'")
+        unknown = [name for name in self.engines if name not in VOLUME_ENGINES]
+        if unknown or not self.engines:
+            raise ValueError(
+                f"--engines takes names of {', '.join(VOLUME_ENGINES)}, "
+                f"not '{', '.join(unknown) or 'nothing'}'"
+            )
+        if min(self.slices, self.threads, self.repeats) < 1:
+            raise ValueError("--slices, --threads and --repeats must be at least 1")
+        if (self.volume is None) != (self.mask is None):
+            raise ValueError("--volume goes with --mask, whose boxes are the prompts")
 
 
 def measure_volume(

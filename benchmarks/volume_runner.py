@@ -97,11 +97,11 @@ class VolumeRunner:
         from monailabel_dfqsam.segmentation.volume import slice_rgb
 
         times = [time.perf_counter()]
-        x, frame = to_input(self._variant, slice_rgb(self._volume, k))
+        x, frame = to_input(self._variant, slice_rgb(self._volume, k), transposed=True)
         times.append(time.perf_counter())
         embedding = self._encode(x)
         times.append(time.perf_counter())
-        logits = self._decode(embedding, torch.tensor(box) * torch.tensor([*frame.scale, *frame.scale]))
+        logits = self._decode(embedding, torch.from_numpy(frame.places(np.array(box))).float().flatten())
         times.append(time.perf_counter())
         mask = (to_image(logits, frame)[0, 0] > 0).numpy()
         times.append(time.perf_counter())

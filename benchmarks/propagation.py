@@ -1,30 +1,22 @@
-"""Propagation against volumes with ground truth, beside baselines that need no model.
-
-`python -m monailabel_dfqsam.evaluation.volumes FOLDER --json FILE` prompts each object as an ideal person
-would and scores what comes back.
-"""
+"""Objects through volumes against the truth, prompted as an ideal person would, beside baselines."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from monailabel_dfqsam.console import progress_bars
 from monailabel_dfqsam.evaluation.baselines import box_baseline, ellipse_baseline
 from monailabel_dfqsam.evaluation.items import EvaluationError, Item
 from monailabel_dfqsam.evaluation.measures import Mask, dice
-from monailabel_dfqsam.evaluation.models import Named, load_groups
+from monailabel_dfqsam.evaluation.models import Named
 from monailabel_dfqsam.evaluation.prompts import PROMPTS, box_prompt
-from monailabel_dfqsam.phantom_study import find_pairs
 from monailabel_dfqsam.segmentation.propagation import Propagation, propagate
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Segmenter
-from monailabel_dfqsam.segmentation.volume import Volume, load_volume, slice_rgb
+from monailabel_dfqsam.segmentation.volume import Volume, load_volume
 
 PLACES: dict[str, tuple[str, tuple[float, ...]]] = {
     "box": ("box", (0.5,)),
@@ -46,7 +38,7 @@ def segment(segmenter: Segmenter, volume: Volume, truth: Mask, kind: str) -> tup
     prompts = {k: PROMPTS[name].first(truth[:, :, k]) for k in prompted_slices(truth, places)}
 
     def embed(ks: Sequence[int]) -> list[Embedding]:
-        return segmenter.embed_many([slice_rgb(volume, k) for k in ks])
+        return segmenter.embed_slices(volume, ks, None)
 
     begin = time.perf_counter()
     found = propagate(embed, segmenter.predict, volume, prompts)
@@ -68,7 +60,7 @@ def every_box(segmenter: Segmenter, volume: Volume, truth: Mask) -> Mask:
     """[I, J, K]: the model's answers to the true box on every slice; what propagation can hardly exceed."""
     result = np.zeros_like(truth)
     for k in np.flatnonzero(truth.any(axis=(0, 1))):
-        embedding = segmenter.embed(slice_rgb(volume, int(k)))
+        embedding = segmenter.embed_slices(volume, [int(k)], None)[0]
         result[:, :, k] = segmenter.predict(embedding, box_prompt(truth[:, :, k])).mask
     return result
 
@@ -140,33 +132,3 @@ def _scores(found: Propagation, expected: Mask, truth: Mask, kind: str) -> dict[
 
 def _stem(path: Path) -> str:
     return path.name.split(".")[0]
-
-
-def _print(rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = ("dice", "agreement", "every_box", "ellipse", "box", "box_reached", "seconds")
-    print(f"{'model':16} {'object':24} {'prompts':8}", *(f"{name:>11}" for name in columns))
-    for row in rows:
-        name = f"{_stem(Path(row['image']))} {row['object']}"
-        print(f"{row['model']:16} {name:24} {row['prompts']:8}", *(f"{row[key]:11.3f}" for key in columns))
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Scores propagation on volumes with masks.")
-    parser.add_argument("folder", type=Path, help="volumes with masks named <image>_<label>")
-    parser.add_argument("--model", type=Path, action="append", default=[], help="an artifact or a checkpoint")
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    options = parser.parse_args()
-    rows = []
-    with progress_bars() as progress:
-        for reference, named in load_groups(options.model, (), progress):
-            scored = [one for one in named if one[0] is not reference]
-            meta = {"model": reference.variant.name, "engine": "torch"}
-            rows += evaluate_volumes(find_pairs(options.folder), reference, [(reference, meta), *scored])
-    _print(rows)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
