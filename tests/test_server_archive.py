@@ -116,9 +116,11 @@ def in_order(world: World) -> Iterator[None]:
 
 @contextmanager
 def listing(world: World, *series: Series) -> Iterator[None]:
-    """The archive's list holds these series alone."""
-    listed = world.archive.listed
-    world.archive.listed = {one.uid: listed[one.uid] for one in series}
+    """The archive's list holds these images alone, and its segmentations."""
+    listed, names = world.archive.listed, {one.uid for one in series}
+    world.archive.listed = {
+        uid: entry for uid, entry in listed.items() if uid in names or entry.Modality == "SEG"
+    }
     time.sleep(1.1)  # the list is kept that long
     try:
         yield

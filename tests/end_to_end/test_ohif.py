@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.dicomweb_scenario import PLUGIN
+from tests.end_to_end.ohif_scenario import SHAPE
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "realdata" / "dicom" / "sarcoma_ct" / "image"
@@ -112,3 +113,10 @@ def test_an_open_page_gets_the_new_model_and_keeps_its_mask(seen: dict[str, Any]
 def test_nothing_went_wrong_in_the_page(seen: dict[str, Any]) -> None:
     # 404 is how MONAI Label says that no training is running.
     assert [error for error in seen["errors"] if "/train/?check_if_running" not in error] == []
+
+
+def test_the_page_reads_a_submitted_label_from_the_archive(seen: dict[str, Any]) -> None:
+    found, expected = seen["archived"]["found"], seen["archived"]["expected"]
+    assert found["dimensions"] == list(SHAPE)
+    assert found["names"] == {"1": "liver", "2": "tumour"}
+    assert (found["set"], found["value"]) == (expected["set"], expected["value"])
