@@ -76,19 +76,19 @@ _WORLD = """index => Array.from(
 # Of the one segmentation among the study's series, read by the page itself from the archive.
 _ARCHIVED = """async () => {
     const {displaySetService, segmentationService} = window.services;
+    const {cache, metaData} = window.cornerstone;
     const set = displaySetService.getActiveDisplaySets().find(d => d.Modality === 'SEG');
     await set.load({headers: {}});
-    const id = set.displaySetInstanceUID;
-    const volume = segmentationService.getLabelmapVolume(id);
-    const values = volume.voxelManager.getCompleteScalarDataArray();
-    const places = [], value = [];
-    for (let n = 0; n < values.length; n++) if (values[n]) { places.push(n); value.push(values[n]); }
-    const known = segmentationService.getSegmentations().find(s => (s.id || s.segmentationId) === id);
-    const segments = Object.values((known.config || known).segments).filter(s => s && s.segmentIndex);
-    return {
-        dimensions: Array.from(volume.dimensions), set: places, value,
-        names: Object.fromEntries(segments.map(s => [s.segmentIndex, s.label])),
-    };
+    const found = segmentationService.getSegmentation(set.displaySetInstanceUID);
+    const slices = found.representationData.Labelmap.imageIds.map(id => cache.getImage(id)).map(image => {
+        const values = image.voxelManager.getScalarData();
+        const places = [], value = [];
+        for (let n = 0; n < values.length; n++) if (values[n]) { places.push(n); value.push(values[n]); }
+        const plane = metaData.get('imagePlaneModule', image.referencedImageId);
+        return {position: Array.from(plane.imagePositionPatient), set: places, value};
+    });
+    const segments = Object.values(found.segments).filter(s => s && s.segmentIndex);
+    return {slices, names: Object.fromEntries(segments.map(s => [s.segmentIndex, s.label]))};
 }"""
 
 
@@ -169,7 +169,7 @@ class OhifPage:
         return found
 
     def archived(self) -> dict[str, Any]:
-        """The study's segmentation in the archive, as `mask` describes the page's own."""
+        """The study's segmentation in the archive: values other than 0 by slice, and segments' names."""
         found: dict[str, Any] = self.page.evaluate(_ARCHIVED)
         return found
 

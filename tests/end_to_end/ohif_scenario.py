@@ -179,8 +179,14 @@ def read_archived(page: OhifPage, session: SlicerSession, phantom: Series, folde
     names = [{"name": "liver", "idx": 1}, {"name": "tumour", "idx": 2}]
     session.save_label(phantom.uid, folder / "label.nrrd", names)
     page.open(phantom.study)
-    drawn = label.T.ravel()
-    expected = {"set": np.flatnonzero(drawn).tolist(), "value": drawn[drawn > 0].tolist()}
+    expected = [
+        {
+            "position": [float(x) for x in phantom.world((0, 0, n))],
+            "set": np.flatnonzero(label[:, :, n].T).tolist(),
+            "value": label[:, :, n].T[label[:, :, n].T > 0].tolist(),
+        }
+        for n in range(SHAPE[2])
+    ]
     return {"found": page.archived(), "expected": expected}
 
 
