@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 from numpy.typing import NDArray
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 INTERCEPT = -1000
@@ -76,3 +77,12 @@ class Series:
         for name, value in {**self.tags, **tags}.items():
             setattr(d, name, value)
         d.save_as(path, write_like_original=False)
+
+
+def implicit_without_preamble(path: Path) -> None:
+    """Writes a file anew as old archives do: implicit VR, little-endian, no preamble and no meta header."""
+    read = pydicom.dcmread(path)
+    bare = Dataset()
+    bare.update(read)
+    bare.is_little_endian, bare.is_implicit_VR = True, True
+    pydicom.dcmwrite(path, bare, write_like_original=True)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import EnhancedCTImageStorage, UltrasoundMultiFrameImageStorage
 
-from monailabel_dfqsam.segmentation.reading import ImageError, read_itk
+from monailabel_dfqsam.segmentation.image import ImageError
+from monailabel_dfqsam.segmentation.reading import read_itk
 from tests.dicom_series import Series
 
 SHAPE = (8, 6)  # (I, J)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -12,11 +13,12 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from monai.transforms import LoadImage
-from PIL import Image
+from PIL import Image as Picture
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from monailabel_dfqsam.segmentation import volume as volume_module
+from monailabel_dfqsam.segmentation.image import Image
 from monailabel_dfqsam.segmentation.volume import (
     SOFT_TISSUE,
     ImageError,
@@ -26,6 +28,7 @@ from monailabel_dfqsam.segmentation.volume import (
     slice_rgb,
     write_mask,
 )
+from tests.dicom_series import Series
 
 REALDATA = Path(__file__).parents[2] / "shared" / "realdata"
 SHAPE = (5, 7, 3)
@@ -142,7 +145,7 @@ def test_a_mask_is_compressed_or_not_as_told(tmp_path: Path) -> None:
 
 
 def test_a_mask_of_a_picture_is_as_flat_as_the_picture(tmp_path: Path) -> None:
-    Image.fromarray(values(np.uint8)[:, :, 0]).save(tmp_path / "a.png")
+    Picture.fromarray(values(np.uint8)[:, :, 0]).save(tmp_path / "a.png")
     volume = load_volume(tmp_path / "a.png")
     mask = (volume.array > 100).astype(np.uint8)
     write_mask(mask, volume, tmp_path / "m.nrrd")
@@ -176,7 +179,7 @@ def test_other_masks_are_refused(tmp_path: Path, mask: np.ndarray, name: str) ->
 )
 def test_pictures_are_shown_as_they_are(tmp_path: Path, mode: str, expected: tuple[int, int, int]) -> None:
     colour = {"L": 40, "RGB": (10, 20, 30), "RGBA": (10, 20, 30, 99), "P": 0}[mode]
-    picture = Image.new(mode, (6, 4), 0)
+    picture = Picture.new(mode, (6, 4), 0)
     if mode == "P":
         picture.putpalette([10, 20, 30, 200, 200, 200])
         picture.putpixel((0, 0), 1)
@@ -224,6 +227,32 @@ def test_hounsfield_units_are_known_by_their_values_and_dicom_by_its_tag(tmp_pat
     assert load_volume(write_dicom(tmp_path / "ct")).modality == "CT"
     tagged = load_volume(write_dicom(tmp_path / "mr", "MR"))
     assert (tagged.modality, tagged.window == SOFT_TISSUE) == ("MR", False)
+
+
+@pytest.mark.parametrize(
+    ("dark", "bright", "padded", "is_soft_tissue"),
+    [
+        (1500, 2600, False, False),  # cone beam: without Hounsfield units
+        (1500, 2600, True, False),  # the same with a corner of padding, whose black tells nothing
+        (-990, -700, False, False),  # lung alone
+        (-1000, 40, False, True),
+        (30, 70, False, True),
+    ],
+)
+def test_a_preset_of_ct_is_used_where_it_shows_something(
+    tmp_path: Path, dark: int, bright: int, padded: bool, is_soft_tissue: bool
+) -> None:
+    random = np.random.default_rng(0)
+    array = random.normal(np.where(np.indices((30, 30, 4))[0] < 10, bright, dark), 5)
+    array[25:, 25:] = -1000 if padded else array[25:, 25:]
+    volume = replace(load_volume(write_nifti(tmp_path / "a.nii", array.astype(np.int16))), modality="CT")
+    assert volume.is_shown_by(SOFT_TISSUE) == is_soft_tissue
+    path = tmp_path / "a.dcm"
+    Series().write(path, array[:, :, 0].T.astype(np.int16), 0)
+    read = load_volume(path)
+    assert (read.modality, read.window == SOFT_TISSUE) == ("CT", is_soft_tissue)
+    shown = slice_rgb(read, 0)[..., 0].astype(int)
+    assert shown[:10, :20].mean() - shown[12:22, :20].mean() > 20
 
 
 def test_background_does_not_count_for_the_window(tmp_path: Path) -> None:
@@ -311,13 +340,13 @@ def test_what_cannot_be_read_is_refused_with_a_sentence(
 
 def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
-    original = volume_module.read_itk
+    original = volume_module.read_image
 
-    def counted(path: Path) -> tuple[sitk.Image, str | None]:
+    def counted(path: Path, name: str | None = None) -> Image:
         reads.append(path)
-        return original(path)
+        return original(path, name)
 
-    monkeypatch.setattr(volume_module, "read_itk", counted)
+    monkeypatch.setattr(volume_module, "read_image", counted)
     loader = VolumeLoader(1 << 20)
     path = write_nifti(tmp_path / "a.nii.gz", values())
     assert loader.load(path) is loader.load(str(path))

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from monai.transforms import KeepLargestConnectedComponent
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from monailabel_dfqsam.config import Progress, Sampling, silent
+from monailabel_dfqsam.segmentation.grids import on_grid
 from monailabel_dfqsam.segmentation.volume import Volume, VolumeLoader, slice_rgb
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ LEAST_EPOCH = 64
 """Samples of an epoch, after which the model is judged."""
 VALIDATION = 0.25
 """Share of the images, of each modality, that is kept to judge by."""
-_SAME = 1e-3  # millimetres, by which two grids may differ
 
 
 class NothingToLearn(ValueError):
@@ -73,15 +72,7 @@ class Reader:
             ValueError: when one cannot be read (ImageError), or they do not lie on each other.
         """
         image, label = self._volumes.load(labelled.image), self._volumes.load(labelled.label)
-        if label.array.ndim != 3:
-            raise ValueError("a label map holds one number a voxel")
-        if image.shape == label.shape and np.abs(image.affine - label.affine).max() < _SAME:
-            return image, label.array
-        if len(image.spacing) != 3 or len(label.spacing) != 3:
-            if image.shape == label.shape:
-                return image, label.array  # of a picture, whose place nobody knows
-            raise ValueError(f"the label's size is {label.shape}, the image's {image.shape}")
-        return image, _resampled(label, image)
+        return image, on_grid(label, image)
 
     def read(self, sample: Sample) -> dict[str, NDArray[np.float32]]:
         """`image` [3, H, W] float32 in 0 … 255, W along i as people see it; `mask` [1, H, W] of 0 and 1.
@@ -204,21 +195,3 @@ def _spread(mask: NDArray[np.bool_]) -> list[int]:
     found = np.flatnonzero(np.count_nonzero(mask, axis=(0, 1)) >= LEAST_PIXELS)
     places = np.linspace(0, len(found) - 1, min(SLICES, len(found))).round().astype(int)
     return [int(found[place]) for place in places]
-
-
-def _resampled(label: Volume, image: Volume) -> NDArray[np.generic]:
-    """Labels on the grid of an image, from the nearest voxel; 0 where the label map does not reach."""
-    moved = sitk.Resample(
-        _itk(label), _itk(image), sitk.Transform(), sitk.sitkNearestNeighbor, 0.0, sitk.sitkInt32
-    )
-    labels: NDArray[np.generic] = sitk.GetArrayFromImage(moved).T
-    return labels
-
-
-def _itk(volume: Volume) -> sitk.Image:
-    plain = volume.array if volume.array.ndim == 3 else volume.array[..., 0]
-    image = sitk.GetImageFromArray(np.ascontiguousarray(plain.T))
-    image.SetOrigin(volume.origin)
-    image.SetSpacing(volume.spacing)
-    image.SetDirection(volume.direction)
-    return image

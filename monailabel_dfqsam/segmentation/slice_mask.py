@@ -21,6 +21,7 @@ import tempfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -33,11 +34,17 @@ _RAW_DEFLATE = -15  # the largest window, without a header of zlib's own
 _FAST, _SMALL = 1, 9
 _ALL_ONES = 0xFFFFFFFF
 _CRC_POLYNOMIAL = 0xEDB88320  # of CRC-32, lowest power in the highest bit
+_UINT8 = np.dtype(np.uint8)
 _CRC_ONE, _CRC_BYTE = 1 << 31, 1 << 23  # x⁰ and x⁸ in that order
 
 
 def write_slice_mask(
-    plane: NDArray[np.uint8], k: int, volume: Volume, path: str | Path, compress: bool = True
+    plane: NDArray[np.uint8],
+    k: int,
+    volume: Volume,
+    path: str | Path,
+    compress: bool = True,
+    dtype: np.dtype[Any] = _UINT8,
 ) -> None:
     """Writes what `write_mask` would write for a mask that is zero outside slice k.
 
@@ -46,6 +53,7 @@ def write_slice_mask(
         k: 0 … K − 1.
         path: .nrrd, .nii or .nii.gz.
         compress: for .nrrd; a NIfTI's name says it.
+        dtype: of the voxels in the file.
 
     Raises:
         ValueError: for another shape, type or file name, or a slice that is not there.
@@ -56,11 +64,11 @@ def write_slice_mask(
             f"not {list(plane.shape)} {plane.dtype} on slice {k}"
         )
     path = Path(path)
-    if path.suffix != ".nrrd":
+    if path.suffix != ".nrrd" or dtype != np.uint8:
         # In the file's order, so that the library need not turn it.
         mask = np.zeros(volume.shape, dtype=np.uint8, order="F")
         mask[:, :, k] = plane
-        write_mask(mask, volume, path, compress)
+        write_mask(mask, volume, path, compress, dtype)
         return
     header = _nrrd_header(volume.shape, volume.origin, volume.spacing, volume.direction, compress)
     voxels = np.ascontiguousarray(plane.T).tobytes()

@@ -7,12 +7,11 @@ Directions, positions (LPS) and distances are DICOM's, in millimetres.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
@@ -25,13 +24,17 @@ _JITTER = 0.1
 # The same for directions and, relatively, for pixel sizes: several digits worse than any scanner writes.
 _SAME = 1e-3
 _NOTHING = 1e-6  # millimetres
-# What pydicom raises, and numpy, for values that DICOM does not allow.
-_DAMAGED = (InvalidDicomError, OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError)
-_TAGS = [
+DAMAGED = (
+    InvalidDicomError, OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError,
+    NotImplementedError, struct.error,
+)  # fmt: skip
+"""What pydicom raises, and numpy, for values that DICOM does not allow."""
+TAGS = [
     "NumberOfFrames", "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
     "SliceThickness", "SpacingBetweenSlices", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence", "Modality",
+    "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
+"""What `grid_of` looks at."""
 
 
 class GeometryError(ValueError):
@@ -67,30 +70,28 @@ class Grid:
     direction: tuple[float, ...]
 
 
-def read_grid(files: Sequence[str | Path]) -> tuple[Grid | None, str | None]:
-    """The grid of a series by its headers alone, and DICOM's name of the modality.
+def grid_of(headers: Sequence[Dataset]) -> Grid | None:
+    """The grid of a series.
 
     Args:
-        files: one file of one or several frames, or several of one frame each.
+        headers: of one file of one or several frames, or of several of one frame each.
 
     Returns:
-        None instead of a grid for images without a place in space.
+        None for images without a place in space.
 
     Raises:
-        GeometryError: when there is no such grid, or a header cannot be read.
+        GeometryError: when there is no such grid, or a header holds what DICOM does not allow.
     """
     try:
-        headers = [pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS) for file in files]
         each = [_slices_of(header) for header in headers]
     except GeometryError:
         raise
-    except _DAMAGED:
+    except DAMAGED:
         raise GeometryError("cannot be read: it is damaged, or of a rare kind") from None
-    several = len(files) > 1
+    several = len(headers) > 1
     if several and any(len(slices) > 1 for slices in each):
         raise GeometryError("holds several files of many frames each; one such file is one volume")
-    modality = str(headers[0].get("Modality") or "").strip() or None
-    return regular_grid([s for slices in each for s in slices], sort=several), modality
+    return regular_grid([s for slices in each for s in slices], sort=several)
 
 
 def regular_grid(slices: Sequence[Slice | None], sort: bool) -> Grid | None:

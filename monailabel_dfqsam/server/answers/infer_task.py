@@ -19,6 +19,7 @@ from monailabel_dfqsam.segmentation.refine import fill_holes, largest_component
 from monailabel_dfqsam.segmentation.segmenter import Prompts
 from monailabel_dfqsam.segmentation.volume import VolumeTooLarge
 from monailabel_dfqsam.server.answers.request import (
+    FILE_NAME,
     FILE_ORDER,
     SLICER_ORDER,
     WINDOWS,
@@ -104,7 +105,7 @@ class InteractiveTask(InferTask):  # type: ignore[misc]
         """The image that a request is about, and the model that answers."""
         served = self.workbench.served()
         path = Path(request["image"])
-        volume = self.workbench.volume(path)
+        volume = self.workbench.volume(path, request.get(FILE_NAME))
         return Shown(served, path, volume, read_window(view, volume))
 
 

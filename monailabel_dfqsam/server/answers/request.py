@@ -6,15 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from monailabel_dfqsam.segmentation.volume import Volume, Window, load_volume
+from monailabel_dfqsam.segmentation.grids import covers, on_grid
+from monailabel_dfqsam.segmentation.volume import Volume, Window, load_labels
 from monailabel_dfqsam.server.gate.options import Number, OptionError, Options
 
 MASK = "mask"
 """Entry by which the server passes on where it put an uploaded mask; a client cannot set it."""
+
+MASK_PART = "label"
+"""The part of the form that holds it, by which messages call it."""
+
+FILE_NAME = "file_name"
+"""Entry by which the server tells what a client calls an image it sent along; a client cannot set it."""
 
 STORED = "stored"
 """Entry by which the server tells that the image is one of its datastore; a client cannot set it."""
@@ -32,10 +38,7 @@ WINDOWS: dict[str, Window | None] = {
 }
 """Names that a viewer offers; 'auto' is the image's own window, 'full range' its least to greatest value."""
 
-_PIXEL_TYPES = {
-    "uint8": sitk.sitkUInt8, "int8": sitk.sitkInt8, "uint16": sitk.sitkUInt16, "int16": sitk.sitkInt16,
-    "uint32": sitk.sitkUInt32, "int32": sitk.sitkInt32, "float32": sitk.sitkFloat32,
-}  # fmt: skip
+_PIXEL_TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32")
 
 
 class View(Options):
@@ -63,17 +66,20 @@ class View(Options):
     window_width: Number | None = None
     label: str | None = None
     result_extension: Literal[".nrrd", ".nii.gz", ".nii"] = ".nii.gz"
-    result_dtype: Literal[tuple(_PIXEL_TYPES)] = "uint8"  # type: ignore[valid-type]
+    result_dtype: Literal[_PIXEL_TYPES] = "uint8"  # type: ignore[valid-type]
     result_compress: bool = True
 
     @property
-    def pixel_type(self) -> int:
-        """ITK's number of `result_dtype`."""
-        return int(_PIXEL_TYPES[self.result_dtype])
+    def dtype(self) -> np.dtype[Any]:
+        """numpy's of `result_dtype`."""
+        return np.dtype(self.result_dtype)
 
 
 def read_window(view: View, volume: Volume) -> Window | None:
     """The values to show: a viewer's own, or those of a name.
+
+    A preset is made for Hounsfield units: one that leaves a single colour of the image gives way to the
+    image's own window. A viewer's own is what the person sees, and stays.
 
     Returns:
         None for the image's own window.
@@ -85,27 +91,33 @@ def read_window(view: View, volume: Volume) -> Window | None:
         if view.window_center is None or view.window_width is None:
             raise OptionError("window_center and window_width go together: give both or neither")
         return Window.of_level(view.window_center, view.window_width)
-    if view.window == FULL_RANGE and volume.array.ndim == 3:
-        low, high = float(volume.array.min()), float(volume.array.max())
+    if volume.array.ndim != 3:
+        return None
+    if view.window == FULL_RANGE:
+        low, high = volume.extent
         return Window(low, high if high > low else low + 1)
-    return WINDOWS[view.window]
+    preset = WINDOWS[view.window]
+    return preset if preset and volume.is_shown_by(preset) else None
 
 
 def read_mask(request: Mapping[str, Any], volume: Volume) -> NDArray[np.bool_] | None:
     """An existing mask that came with the request, [I, J, K] bool: what is not 0 in its file.
 
+    It may lie on another grid, as one with reversed axes does: the nearest voxel in space counts.
+
     Raises:
-        ValueError: when it is no image on the volume's grid.
+        ValueError: when it is no image, or does not cover the volume.
     """
     path = request.get(MASK)
     if path is None:
         return None
-    mask = load_volume(path).array
-    if mask.shape != volume.array.shape[:3]:
+    mask = load_labels(path, MASK_PART)
+    if not covers(mask, volume):
         raise ValueError(
-            f"the mask must have the image's {list(volume.shape)} voxels (i, j, k), not {list(mask.shape)}"
+            f"'{MASK_PART}' does not lie on the image: its {list(mask.shape)} voxels (i, j, k) leave part of "
+            f"the image's {list(volume.shape)} uncovered in space"
         )
-    found: NDArray[np.bool_] = mask != 0
+    found: NDArray[np.bool_] = on_grid(mask, volume) != 0
     return found
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 from fastapi import HTTPException
 from numpy.typing import NDArray
 
@@ -72,9 +71,9 @@ class Workbench:
         except (ValueError, OSError) as error:
             raise HTTPException(503, f"no model can be loaded: {error}") from None
 
-    def volume(self, path: Path) -> Volume:
-        """An image, read once as long as it stays in the cache; raises ImageError."""
-        return self._volumes.load(path)
+    def volume(self, path: Path, name: str | None = None) -> Volume:
+        """An image, read once as long as it stays in the cache; raises ImageError, which calls it `name`."""
+        return self._volumes.load(path, name)
 
     def embed(self, shown: Shown, k: int) -> Embedding:
         """The embedding of slice k, cached."""
@@ -135,12 +134,9 @@ def write_answer(mask: NDArray[np.uint8], k: int | None, volume: Volume, view: V
     os.close(handle)
     try:
         if k is None:
-            write_mask(mask, volume, file, view.result_compress)
+            write_mask(mask, volume, file, view.result_compress, view.dtype)
         else:
-            write_slice_mask(mask, k, volume, file, view.result_compress)
-        if view.pixel_type != sitk.sitkUInt8:
-            image = sitk.Cast(sitk.ReadImage(file), view.pixel_type)
-            sitk.WriteImage(image, file, useCompression=view.result_compress)
+            write_slice_mask(mask, k, volume, file, view.result_compress, view.dtype)
     except BaseException:
         os.unlink(file)
         raise

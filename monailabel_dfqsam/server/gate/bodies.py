@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from monailabel_dfqsam.server.gate.guard import Application, Message, Receive, Refusal, Scope, Send, header
 
 MAX_UPLOAD = 4 << 30
-"""Bytes: the largest volume that is read (`reading.MAX_VOXELS`), of 16 bit and not compressed."""
+"""Bytes: the largest volume that is read (`segmentation.image.MAX_VOXELS`), of 16 bit and not compressed."""
 MAX_PROXIED = 256 << 20
 """Bytes on the way to the archive, which are held in memory: several times a large DICOM SEG."""
 MAX_OTHER = 1 << 20

@@ -19,7 +19,7 @@ from monailabel.endpoints import infer as endpoint
 from monailabel.interfaces.utils.app import app_instance
 from starlette.responses import FileResponse
 
-from monailabel_dfqsam.server.answers.request import MASK, STORED
+from monailabel_dfqsam.server.answers.request import FILE_NAME, MASK, MASK_PART, STORED
 from monailabel_dfqsam.server.gate.guard import Refusal, check_name, check_session, check_tag
 from monailabel_dfqsam.server.gate.json_input import read_object
 from monailabel_dfqsam.server.upstream.archive import is_archive
@@ -34,7 +34,7 @@ from monailabel_dfqsam.server.upstream.store import (
 )
 
 # Set by the server about the request, so not by the client within it.
-_RESERVED = frozenset({"image", "model", "session", "description", "file", MASK, STORED})
+_RESERVED = frozenset({"image", "model", "session", "description", "file", FILE_NAME, MASK, STORED})
 
 # Each chunk costs a change of threads; OHIF asks for whole volumes, 26 MB of which were 400 of them.
 _CHUNK = 1 << 20
@@ -62,6 +62,8 @@ def repair_clicks() -> None:
         app_instance().check_model(model)
         _check_params(params)
         _check_source(image, session_id, file)
+        if file and not session_id:
+            params = _with(params, FILE_NAME, file.filename)
         with UploadsRemoved(tasks), not_asking():
             if label:
                 params = _with_mask(params, label, tasks)
@@ -109,12 +111,16 @@ def _segmentation(tasks: BackgroundTasks, model: str, image: str, params: dict[s
 
 def _with_mask(params: str, mask: UploadFile, tasks: BackgroundTasks) -> str:
     """The params with the place of an uploaded mask; upstream would let `label`, a name, replace it."""
-    check_upload(mask, MASK_EXTENSIONS, "label")
+    check_upload(mask, MASK_EXTENSIONS, MASK_PART)
     suffix = next(end for end in MASK_EXTENSIONS if str(mask.filename).lower().endswith(end))
     with tempfile.NamedTemporaryFile(prefix="dfqsam-", suffix=suffix, delete=False) as file:
         tasks.add_task(os.unlink, file.name)
         shutil.copyfileobj(mask.file, file)
-    return json.dumps({**json.loads(params or "{}"), MASK: file.name})
+    return _with(params, MASK, file.name)
+
+
+def _with(params: str, key: str, value: Any) -> str:
+    return json.dumps({**json.loads(params or "{}"), key: value})
 
 
 def _check_params(params: str) -> None:

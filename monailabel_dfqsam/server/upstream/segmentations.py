@@ -25,7 +25,8 @@ from monailabel.datastore.utils.colors import GENERIC_ANATOMY_COLORS
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from monailabel_dfqsam.segmentation.reading import ImageError, read_itk
+from monailabel_dfqsam.segmentation.image import ImageError
+from monailabel_dfqsam.segmentation.reading import read_itk
 from monailabel_dfqsam.segmentation.slices import GeometryError, read_grid
 from monailabel_dfqsam.server.gate.guard import Refusal
 

@@ -230,7 +230,9 @@ def _check_session_files(files: list[UploadFile]) -> None:
 
 def _receive(files: list[UploadFile], folder: Path) -> Path:
     """Where the one file was written, or else the folder of all."""
-    series = folder / "series"
+    # Messages about a series name its folder.
+    first = str(files[0].filename)
+    series = folder / (f"{first} and {len(files) - 1} more" if len(files) > 1 else "series")
     series.mkdir()
     for file in files:
         with (series / str(file.filename)).open("wb") as target:
