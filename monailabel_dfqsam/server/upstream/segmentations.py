@@ -27,7 +27,7 @@ from pydicom.dataset import Dataset
 
 from monailabel_dfqsam.segmentation.image import ImageError
 from monailabel_dfqsam.segmentation.reading import read_itk
-from monailabel_dfqsam.segmentation.slices import GeometryError, read_grid
+from monailabel_dfqsam.segmentation.slices import GeometryError, grid_of
 from monailabel_dfqsam.server.gate.guard import Refusal
 
 if TYPE_CHECKING:
@@ -208,10 +208,9 @@ def _headers(series: Path, distance: float) -> list[Dataset]:
         distance: between slices, millimetres. Without it, some readers take slices to be as far apart as they
             are thick.
     """
-    files = sorted(series.iterdir())
-    grid, _ = read_grid(files)
-    headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
-    if grid is not None and len(files) > 1:
+    headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in sorted(series.iterdir())]
+    grid = grid_of(headers)
+    if grid is not None and len(headers) > 1:
         headers = [headers[n] for n in grid.order]
     for header in headers:
         for name in _HELD:
