@@ -176,20 +176,15 @@ def test_a_port_that_is_taken_prevents_serving() -> None:
             listener.listen()
         except OSError:
             pass  # somebody else's, which serves as well
-        found = next(finding for finding in viewers(None) if finding.name == f"port {PORT}")
+        found = next(finding for finding in viewers() if finding.name == f"port {PORT}")
     assert (found.level, found.text) == (Level.PROBLEM, "taken")
 
 
 def test_a_program_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
-    levels = {
-        studies: {finding.name: finding.level for finding in viewers(studies)}
-        for studies in (None, "https://archive/dicom-web")
-    }
-    assert levels[None]["python"] is Level.PROBLEM
-    assert levels[None]["itkimage2segimage"] is Level.WARNING
-    assert levels["https://archive/dicom-web"]["itkimage2segimage"] is Level.PROBLEM
+    levels = {finding.name: finding.level for finding in viewers()}
+    assert levels["python"] is Level.PROBLEM
 
 
 def test_settings_that_slow_down_or_open(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ NOT_FOR_CLICKS = ("synthesis", "pretraining", "pipeline", "finetuning", "report"
 NOT_FOR_A_START = (
     "monai", "ignite", "mlflow", "torchvision", "pandas", "matplotlib", "skimage", "sklearn", "itk",
     "openvino", "brevitas", "jinja2", "sympy", "triton", "torch._dynamo", "torch.distributed.tensor",
-    "scipy.signal", "scipy.stats", "pydicom.sr",
+    "scipy.signal", "scipy.stats", "pydicom.sr", "highdicom",
 )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def test_the_proxy_passes_the_query_on_and_stays_within(seen: dict[str, Any]) ->
 
 
 def test_what_the_archive_does_not_have_is_said(seen: dict[str, Any]) -> None:
-    assert seen["unknown"][0] == 400
+    assert seen["unknown"][0] == 404
     assert "1.2.3.4" in seen["unknown"][1]
     assert seen["no_uid"][0] == 400
 

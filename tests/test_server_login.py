@@ -255,6 +255,9 @@ ROWS: dict[tuple[str, str], Row] = {
 }
 
 
+PROXIES = ("proxy", "proxy_qido", "proxy_stow", "proxy_wado")
+
+
 @pytest.mark.parametrize(("method", "path"), ROWS)
 def test_each_role_may_do_what_is_its_own(server: Server, method: str, path: str) -> None:
     row = ROWS[method, path]
@@ -266,14 +269,26 @@ def test_each_role_may_do_what_is_its_own(server: Server, method: str, path: str
         assert answer.status_code == expected, (role, answer.text[:300])
 
 
-def test_the_table_has_a_row_for_every_route(tmp_path: Path, realm: HTTPServer) -> None:
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory, realm: HTTPServer) -> list[tuple[str, str, list[str]]]:
     """The routes of an application made as the server makes it, those outside of its description too."""
-    made, log = new_server(tmp_path, volumes=0), tmp_path / "log"
+    folder = tmp_path_factory.mktemp("routes")
+    made, log = new_server(folder, volumes=0), folder / "log"
     line = ["tests.list_routes", str(made.app), made.studies]
     process = forked.start(line, {**os.environ, **environment(realm)}, log)
     process.join()
     assert process.exitcode == 0, log.read_text()[-3000:]
-    routes = {(method, path) for method, path in json.loads(log.read_text().splitlines()[-1])}
+    return [(method, path, on_loop) for method, path, on_loop in json.loads(log.read_text().splitlines()[-1])]
+
+
+def test_no_route_of_monai_label_runs_on_the_event_loop(listed: list[tuple[str, str, list[str]]]) -> None:
+    """But the way to the archive, which reads bodies there and asks in threads of its own."""
+    found = {name for _, _, names in listed for name in names}
+    assert found == {f"monailabel.endpoints.proxy.{name}" for name in PROXIES}
+
+
+def test_the_table_has_a_row_for_every_route(listed: list[tuple[str, str, list[str]]]) -> None:
+    routes = {(method, path) for method, path, _ in listed}
     # Starlette answers HEAD wherever it answers GET, by the same rules.
     routes -= {(method, path) for method, path in routes - ROWS.keys() if method == "HEAD"}
     assert routes == ROWS.keys()

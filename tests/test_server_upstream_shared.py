@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import threading
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -117,3 +118,69 @@ def test_a_series_that_is_here_waits_for_no_other(folder: Path) -> None:
         asking.start()
         asking.join(PATIENCE)
         assert found == [str(folder / "1.2.3.nii.gz")]
+
+
+def test_who_reads_a_record_is_not_disturbed_by_changes(folder: Path) -> None:
+    store = FolderStore(str(folder))
+    record = store._datastore
+    before = record.model_dump()
+    (folder.parent / "d.nii.gz").write_bytes(b"image")
+    for change in (
+        lambda: store.add_image("d", str(folder.parent / "d.nii.gz"), {}),
+        lambda: store.save_label("a", str(folder.parent / "label.nii.gz"), "final", {}),
+        lambda: store.update_image_info("a", {"n": 1}),
+        lambda: store.remove_image("b"),
+    ):
+        change()
+        # A walk through it that had begun would go on.
+        assert record.model_dump() == before
+    assert sorted(store.list_images()) == ["a", "c", "d"]
+    assert store.get_labeled_images() == ["a"]
+
+
+def test_a_change_that_fails_leaves_no_trace(folder: Path) -> None:
+    store = FolderStore(str(folder))
+    before = store.json()
+    with pytest.raises(FileNotFoundError):
+        store.save_label("a", str(folder / "nothing.nii.gz"), "final", {})
+    assert store.json() == before
+
+
+def test_writers_at_once_lose_nothing(folder: Path) -> None:
+    """Images come and go, labels are submitted, all lists are read."""
+    store = FolderStore(str(folder))
+    failed: list[BaseException] = []
+
+    def run(work: Callable[[int], object]) -> None:
+        try:
+            for n in range(CHANGES):
+                work(n)
+        except BaseException as error:
+            failed.append(error)
+
+    new = folder.parent / "new.nii.gz"
+    new.write_bytes(b"image")
+    label = str(folder.parent / "label.nii.gz")
+
+    def come_and_go(n: int) -> None:
+        store.add_image(f"x{n}", str(new), {})
+        store.remove_image(f"x{n}")
+
+    threads = [
+        threading.Thread(target=run, args=(work,))
+        for work in (
+            come_and_go,
+            lambda n: store.add_image(f"y{n}", str(new), {}),
+            lambda n: store.save_label("a", label, f"tag{n}", {"n": n}),
+            lambda n: store.save_label("a", label, "final", {"n": n}),
+            lambda n: (store.status(), store.json(), store.datalist(), store.get_unlabeled_images()),
+        )
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    again = FolderStore(str(folder))
+    assert sorted(again.list_images()) == sorted(["a", "b", "c", *(f"y{n}" for n in range(CHANGES))])
+    assert set(again.get_labels_by_image_id("a")) == {"final", *(f"tag{n}" for n in range(CHANGES))}

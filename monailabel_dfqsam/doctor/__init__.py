@@ -40,7 +40,7 @@ def diagnose(studies: str | None, checkpoint: Path | None) -> Diagnosis:
         checkpoint: full-precision weights; None takes the embedded ones.
     """
     app = default_app_dir()
-    findings = [*packages(), *hardware((app,)), *engines(), *viewers(studies)]
+    findings = [*packages(), *hardware((app,)), *engines(), *viewers()]
     if studies is not None:
         findings.append(archive(studies) if is_archive(studies) else folder(Path(studies)))
     findings += settings(os.environ)

@@ -31,8 +31,8 @@ def is_archive(studies: str | None) -> bool:
     return studies is not None and studies.startswith(("http://", "https://"))
 
 
-def viewers(studies: str | None) -> Iterator[Finding]:
-    """OHIF's pages, the programs that MONAI Label calls by name, and the port."""
+def viewers() -> Iterator[Finding]:
+    """OHIF's pages, the program that MONAI Label calls by name, and the port."""
     spec = find_spec("monailabel")
     page = Path(spec.origin).parent / "endpoints/static/ohif/index.html" if spec and spec.origin else None
     yield Finding.judged(
@@ -45,18 +45,15 @@ def viewers(studies: str | None) -> Iterator[Finding]:
     )
     # As `dfqsam serve` calls them.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    for name, use, otherwise, remedy in (
-        ("python", "trains", Level.PROBLEM, "Put the environment's folder of programs on PATH."),
-        (
-            "itkimage2segimage",
-            "writes DICOM SEG",
-            Level.PROBLEM if is_archive(studies) else Level.WARNING,
-            "Install it: pip install dcmqi. With an archive the server otherwise ends at its start.",
-        ),
-    ):
-        found = shutil.which(name, path=path)
-        text = found or f"not found; it {use}"
-        yield Finding.judged(found is not None, "viewers", name, text, otherwise, remedy)
+    found = shutil.which("python", path=path)
+    yield Finding.judged(
+        found is not None,
+        "viewers",
+        "python",
+        found or "not found; it trains",
+        Level.PROBLEM,
+        "Put the environment's folder of programs on PATH.",
+    )
     yield _port()
 
 

@@ -125,7 +125,7 @@ def command(
     if checkpoint is not None:
         line += ["--conf", "checkpoint", str(checkpoint.resolve())]
     environment = dict(os.environ)
-    # Upstream calls `itkimage2segimage` and `python` by name.
+    # Upstream calls `python` by name.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     environment.setdefault("MONAI_LABEL_TRACKING_ENABLED", "false")
     environment.setdefault(_SERIES_FILTER, "{}")

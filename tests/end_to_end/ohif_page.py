@@ -73,6 +73,24 @@ _MASK = """() => {
 _WORLD = """index => Array.from(
     window.services.segmentationService.getLabelmapVolume('1').imageData.indexToWorld(index))"""
 
+# Of the one segmentation among the study's series, read by the page itself from the archive.
+_ARCHIVED = """async () => {
+    const {displaySetService, segmentationService} = window.services;
+    const {cache, metaData} = window.cornerstone;
+    const set = displaySetService.getActiveDisplaySets().find(d => d.Modality === 'SEG');
+    await set.load({headers: {}});
+    const found = segmentationService.getSegmentation(set.displaySetInstanceUID);
+    const slices = found.representationData.Labelmap.imageIds.map(id => cache.getImage(id)).map(image => {
+        const values = image.voxelManager.getScalarData();
+        const places = [], value = [];
+        for (let n = 0; n < values.length; n++) if (values[n]) { places.push(n); value.push(values[n]); }
+        const plane = metaData.get('imagePlaneModule', image.referencedImageId);
+        return {position: Array.from(plane.imagePositionPatient), set: places, value};
+    });
+    const segments = Object.values(found.segments).filter(s => s && s.segmentIndex);
+    return {slices, names: Object.fromEntries(segments.map(s => [s.segmentIndex, s.label]))};
+}"""
+
 
 class OhifPage:
     """One tab on one study; `requests` and `errors` are what it asked of the server and what went wrong."""
@@ -148,6 +166,11 @@ class OhifPage:
     def mask(self) -> dict[str, Any]:
         """The page's own label map: dimensions (I, J, K), places and values other than 0, segments' names."""
         found: dict[str, Any] = self.page.evaluate(_MASK)
+        return found
+
+    def archived(self) -> dict[str, Any]:
+        """The study's segmentation in the archive: values other than 0 by slice, and segments' names."""
+        found: dict[str, Any] = self.page.evaluate(_ARCHIVED)
         return found
 
     def world(self, index: Sequence[int]) -> list[float]:

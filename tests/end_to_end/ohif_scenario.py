@@ -160,7 +160,34 @@ def play_phantom(
     wait_for_another(session, seen["first"]["serving"]["key"])
     seen["second"] = annotate(page, session, phantom.uid, second, folder)
     page.picture(pictures / "phantom-second.png")
+    seen["archived"] = read_archived(page, session, phantom, folder)
     return seen
+
+
+def read_archived(page: OhifPage, session: SlicerSession, phantom: Series, folder: Path) -> dict[str, Any]:
+    """Both balls submitted as a label, and what the page finds in the archive then."""
+    i, j, k = np.indices(SHAPE)
+    label = np.zeros(SHAPE, np.uint8)
+    for value, (centre, radius) in enumerate(RADII.items(), start=1):
+        distance = np.sqrt((i - centre[0]) ** 2 + (j - centre[1]) ** 2 + (3 * (k - centre[2])) ** 2)
+        label[distance < radius] = value
+    # On the grid that the server itself answers on.
+    grid = sitk.ReadImage(str(folder / "asked.nrrd"))
+    image = sitk.GetImageFromArray(np.ascontiguousarray(label.T))
+    image.CopyInformation(grid)
+    sitk.WriteImage(image, str(folder / "label.nrrd"))
+    names = [{"name": "liver", "idx": 1}, {"name": "tumour", "idx": 2}]
+    session.save_label(phantom.uid, folder / "label.nrrd", names)
+    page.open(phantom.study)
+    expected = [
+        {
+            "position": [float(x) for x in phantom.world((0, 0, n))],
+            "set": np.flatnonzero(label[:, :, n].T).tolist(),
+            "value": label[:, :, n].T[label[:, :, n].T > 0].tolist(),
+        }
+        for n in range(SHAPE[2])
+    ]
+    return {"found": page.archived(), "expected": expected}
 
 
 def play_real(

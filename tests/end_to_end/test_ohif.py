@@ -112,3 +112,15 @@ def test_an_open_page_gets_the_new_model_and_keeps_its_mask(seen: dict[str, Any]
 def test_nothing_went_wrong_in_the_page(seen: dict[str, Any]) -> None:
     # 404 is how MONAI Label says that no training is running.
     assert [error for error in seen["errors"] if "/train/?check_if_running" not in error] == []
+
+
+def test_the_page_reads_a_submitted_label_from_the_archive(seen: dict[str, Any]) -> None:
+    found, expected = seen["archived"]["found"], seen["archived"]["expected"]
+    assert found["names"] == {"1": "liver", "2": "tumour"}
+    assert len(found["slices"]) == len(expected)
+    for one, other in zip(
+        *(sorted(slices, key=lambda s: s["position"][2]) for slices in (found["slices"], expected)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one["position"], other["position"], atol=TINY)
+        assert (one["set"], one["value"]) == (other["set"], other["value"])

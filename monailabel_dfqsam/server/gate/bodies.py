@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from monailabel_dfqsam.server.gate.guard import Application, Message, Receive, Refusal, Scope, Send, header
@@ -47,7 +48,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._limit(scope)
+        limit = await self._limit(scope)
         detail = f"at most {limit >> 20} MB are taken here"
         announced = header(scope, "content-length")
         if announced and int(announced) > limit:
@@ -65,13 +66,14 @@ class BodyLimit:
 
         await self._app(scope, counted, send)
 
-    def _limit(self, scope: Scope) -> int:
+    async def _limit(self, scope: Scope) -> int:
         method, path = scope["method"], scope["path"]
         is_upload = any(method == m and pattern.search(path) for m, pattern in _UPLOADS)
         is_multipart = header(scope, "content-type").lower().startswith("multipart/form-data")
         is_proxied = method == "POST" and _PROXIED.search(path)
         if not (is_upload and is_multipart) and not is_proxied:
             return MAX_OTHER
-        if not self._is_known(header(scope, "authorization")):
+        # It may ask the login service for its key.
+        if not await run_in_threadpool(self._is_known, header(scope, "authorization")):
             raise Refusal(401, "log in before sending files")
         return MAX_PROXIED if is_proxied else self._max_upload

@@ -20,13 +20,13 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.local import ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.datastore import DefaultLabelTag
@@ -50,12 +50,12 @@ from monailabel_dfqsam.server.upstream.record import (
     reconcile,
     with_labels,
 )
+from monailabel_dfqsam.server.upstream.threads import holding
 
 logger = logging.getLogger(__name__)
 
 _SAME_MILLIMETRES = 1e-3
 _POLL_SECONDS = 0.005  # a change takes about as long
-_PATIENCE_SECONDS = 30.0
 # Files often come by the hundred, and the record is written anew for each look at the folder.
 _GATHERING_SECONDS = 0.2
 _COMING_AND_GOING = frozenset({"created", "deleted", "moved"})
@@ -100,7 +100,7 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
                 400,
                 "an image's name must begin with neither a dot nor a tilde, and end as listed images do",
             )
-        with self._hold("change"):
+        with self._alone():
             self._reconcile_datastore()
             with self._changing() as objects:
                 owner = image_id or next((one for one in objects if file_name(one, objects[one]) == name), "")
@@ -139,7 +139,7 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
         """
         source = Path(label_filename)
         ending = split_name(source.name)[1] or source.suffix
-        with self._hold("change"):
+        with self._alone():
             with self._changing() as objects:
                 entry = _known(objects, image_id)
                 target = self._labels(label_tag) / f"{image_id}{ending}"
@@ -213,29 +213,18 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
     def _labels(self, tag: str) -> Path:
         return Path(os.path.abspath(self._datastore.label_path(tag)))
 
-    @contextmanager
-    def _hold(self, what: str) -> Iterator[None]:
-        """The folder's lock of a kind; of each thread its own, and one that holds it may take it again.
+    def lock(self, what: str) -> FileLock:
+        """The folder's lock of a kind; of each thread its own, and one that holds it may take it again."""
+        found: FileLock = self.__dict__.setdefault(f"_dfqsam_{what}", FileLock(f"{self._lock_file}-{what}"))
+        return found
 
-        Raises:
-            Refusal: 503 when others keep it for long.
-        """
-        lock: FileLock = self.__dict__.setdefault(
-            f"_dfqsam_{what}", FileLock(f"{self._lock_file}-{what}", _PATIENCE_SECONDS)
-        )
-        try:
-            lock.acquire(poll_interval=_POLL_SECONDS)
-        except Timeout:
-            raise Refusal(503, "others are at work on this datastore: try again in a while") from None
-        try:
-            yield
-        finally:
-            lock.release()
+    def _alone(self) -> AbstractContextManager[None]:
+        return holding(self.lock("change"), "the record of the images", poll_seconds=_POLL_SECONDS)
 
     @contextmanager
     def _changing(self) -> Iterator[Objects]:
         """The entries to change, as they are on disk; written when the block ends, if it changed any."""
-        with self._hold("change"):
+        with self._alone():
             self._init_from_datastore_file()
             objects = dict(self._datastore.objects)
             yield objects
@@ -245,7 +234,7 @@ class FolderStore(LocalDatastore):  # type: ignore[misc]
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
         """Reads the record if it is another one than was read or written last."""
         path = Path(self._datastore_config_path)
-        with self._hold("change"):
+        with self._alone():
             if not path.exists() or (version := _version(path)) == self._config_ts:
                 return
             try:

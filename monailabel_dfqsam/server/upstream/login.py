@@ -18,6 +18,8 @@ from monailabel.config import RBAC_USER as FOR_USERS
 from monailabel.config import settings as upstream
 from monailabel.endpoints.user import auth
 
+from monailabel_dfqsam.server.upstream.threads import off_loop
+
 # Asymmetric ones alone: the realm's key is public, and must not do as an HMAC secret.
 _TOKEN_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"]
 
@@ -26,12 +28,12 @@ __all__ = ["FOR_ADMINS", "FOR_USERS", "admin", "is_known", "login_failure", "rep
 
 def user() -> list[Any]:
     """The dependencies of a route for whoever is logged in."""
-    return [Depends(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_USER))]
+    return [Depends(off_loop(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_USER)))]
 
 
 def admin() -> list[Any]:
     """The dependencies of a route for administrators."""
-    return [Depends(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_ADMIN))]
+    return [Depends(off_loop(auth.RBAC(upstream.MONAI_LABEL_AUTH_ROLE_ADMIN)))]
 
 
 def repair_tokens() -> None:

@@ -137,7 +137,7 @@ def _save_label(
     is_archive = isinstance(store, DICOMWebDatastore)
     check_upload(label, LABEL_EXTENSIONS if is_archive else MASK_EXTENSIONS, "label")
     info = read_object(params, "params")
-    _check_label_info(info)
+    check_label_info(info)
     name = str(label.filename)
     if is_archive:  # the tool that makes DICOM SEG takes names apart at commas
         name = "label" + next(end for end in LABEL_EXTENSIONS if name.lower().endswith(end))
@@ -180,7 +180,8 @@ def _volume(image: str) -> Volume | None:
         return None
 
 
-def _check_label_info(params: Mapping[str, Any]) -> None:
+def check_label_info(params: Mapping[str, Any]) -> None:
+    """Refuses names of a label's values that are none; raises Refusal 400."""
     entries = params.get("label_info")
     if entries is None:
         return
@@ -209,7 +210,7 @@ def _check_infos() -> None:
 
     @functools.wraps(update_label)
     def checked_label(label: str, tag: str, info: str, user: str | None = None) -> Any:
-        _check_label_info(read_object(info, "info"))
+        check_label_info(read_object(info, "info"))
         return update_label(label, tag, info, user)
 
     datastore_endpoint.update_image_info, datastore_endpoint.update_label_info = checked_image, checked_label
