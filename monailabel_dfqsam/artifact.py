@@ -21,12 +21,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer, pack_int4, unpack_int4
@@ -41,11 +43,85 @@ class ArtifactError(ValueError):
     """An artifact that cannot be used; the message says why and what to do."""
 
 
+class Fidelity(TypedDict):
+    """Mean mask IoU with full precision, 0 … 1, over `n` masks by an engine; NaN where not measured."""
+
+    mean_iou: float
+    n: int
+    engine: str
+
+
+class Sizes(TypedDict):
+    """Bytes of all tensors and of the encoder's, before and after."""
+
+    checkpoint_bytes: int
+    artifact_bytes: int
+    encoder_checkpoint_bytes: int
+    encoder_artifact_bytes: int
+
+
+class LayerEntry(TypedDict):
+    """A quantized layer but for its tensors; `shape` is its weight's, unpacked."""
+
+    weight_bits: int
+    activation_bits: int
+    input_scale: float
+    input_zero_point: int
+    shape: list[int]
+    geometry: NotRequired[dict[str, Any]]
+
+
+class Header(TypedDict):
+    """What a file says of itself, as JSON values; checked where it is read, `_header`.
+
+    Attributes:
+        variant: the model's name in `VARIANTS`, perhaps of a newer version than this one.
+        source_sha256, source_name: the checkpoint's file.
+        config: the `QuantizationConfig`, field by field.
+        key: `identity.artifact_key`, or `finetuned_key`.
+        algorithm: `identity.ALGORITHM` then; versions before 2 did not say it.
+        images_sha256: of the images calibrated on.
+        layers: quantized layers by name.
+        attention_bits: of attention's products, 0 for floats.
+        macs, bops, bops_float: multiplications of one image's embedding, and bit operations.
+        created: ISO 8601 in UTC.
+        seconds: that making it took.
+        finetuning: what it was fine-tuned on, and its scores.
+    """
+
+    format_version: int
+    variant: str
+    source_sha256: str
+    source_name: str
+    config: dict[str, Any]
+    preset: NotRequired[str | None]
+    key: str
+    algorithm: NotRequired[int]
+    seed: int
+    images_sha256: list[str]
+    layers: dict[str, LayerEntry]
+    attention_bits: int
+    sizes: Sizes
+    macs: int
+    bops: int
+    bops_float: int
+    versions: dict[str, str]
+    fidelity: Fidelity
+    created: str
+    seconds: float
+    finetuning: NotRequired[dict[str, Any]]
+    scores: NotRequired[dict[str, Any]]
+    tensors_sha256: NotRequired[str]
+
+
+_HEADER = TypeAdapter(Header)
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """A quantized model: the header as plain JSON values, and tensors by name, as in the file."""
+    """A quantized model: the header, and tensors by name, as in the file."""
 
-    header: dict[str, Any]
+    header: Header
     tensors: dict[str, Tensor]
 
     @property
@@ -55,9 +131,9 @@ class Artifact:
         return f"W{bits}A{bits}"
 
 
-def encode_layer(name: str, layer: QuantizedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def encode_layer(name: str, layer: QuantizedLayer) -> tuple[LayerEntry, dict[str, Tensor]]:
     """Header entry and tensors of one quantized layer of the encoder."""
-    entry: dict[str, Any] = {
+    entry: LayerEntry = {
         "weight_bits": layer.weight_bits,
         "activation_bits": layer.activation_bits,
         "input_scale": layer.input_scale,
@@ -137,7 +213,7 @@ def write_artifact(artifact: Artifact, path: Path) -> None:
         raise OSError(f"the artifact could not be written: {error}") from None
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> Header:
     """The header alone, without reading the tensors.
 
     Raises:
@@ -146,13 +222,20 @@ def read_header(path: Path) -> dict[str, Any]:
     return _read(path, header_only=True).header
 
 
-def read_artifact(path: Path) -> Artifact:
+def read_artifact(path: Path, key: str | None = None) -> Artifact:
     """Reads and checks an artifact.
 
+    Args:
+        key: which artifact it must be; None takes any.
+
     Raises:
-        ArtifactError: when the file is missing, cut short, changed, no artifact, or of a newer format.
+        ArtifactError: when the file is missing, cut short, changed, no artifact, or of a newer format, or
+            when it is another one than `key` says.
     """
-    return _read(path, header_only=False)
+    artifact = _read(path, header_only=False)
+    if key is not None and artifact.header.get("key") != key:
+        raise ArtifactError(f"'{path.name}' holds another model than its name says: quantize again")
+    return artifact
 
 
 def _read(path: Path, header_only: bool) -> Artifact:
@@ -167,12 +250,7 @@ def _read(path: Path, header_only: bool) -> Artifact:
             data = b"" if header_only else path.read_bytes()
         if _METADATA_KEY not in metadata:
             raise ArtifactError(f"'{name}' is a safetensors file, but no artifact of dfqsam quantize")
-        header: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
-        if header.get("format_version", 0) > FORMAT_VERSION:
-            raise ArtifactError(
-                f"'{name}' has format {header['format_version']}, this version reads up to "
-                f"{FORMAT_VERSION}: update monailabel-dfqsam, or quantize again"
-            )
+        header = _header(json.loads(metadata[_METADATA_KEY]), name)
         if header_only:
             return Artifact(header, {})
         tensors = load(data)
@@ -183,6 +261,24 @@ def _read(path: Path, header_only: bool) -> Artifact:
     if tensors_sha256(tensors) != header.get("tensors_sha256"):
         raise ArtifactError(f"'{name}' was changed after it was written (checksum): quantize again")
     return Artifact(header, tensors)
+
+
+def _header(values: dict[str, Any], name: str) -> Header:
+    """The header in a file's metadata; raises ArtifactError where it is another version's."""
+    if values.get("format_version", 0) > FORMAT_VERSION:
+        raise ArtifactError(
+            f"'{name}' has format {values['format_version']}, this version reads up to {FORMAT_VERSION}: "
+            "update monailabel-dfqsam, or quantize again"
+        )
+    try:
+        _HEADER.validate_python(values)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ArtifactError(
+            f"'{name}' was made by another version, or changed: its header's '{where}' is missing or wrong: "
+            "quantize again"
+        ) from None
+    return cast(Header, values)
 
 
 def _metadata(file: BinaryIO) -> dict[str, str]:

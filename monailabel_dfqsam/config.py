@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
-
-CONFIG_SCHEMA = 1
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all); a stage is one word: 'synthesis', 'fidelity' …"""
@@ -161,14 +157,6 @@ class QuantizationConfig:
 
         return next((preset for preset in Preset if way(preset.config) == way(self)), None)
 
-    def canonical(self) -> str:
-        """The configuration as JSON with sorted keys, the same text for the same choices."""
-        return json.dumps({"schema": CONFIG_SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))
-
-    def key(self, source_sha256: str) -> str:
-        """16 hex digits naming the artifact that this configuration makes of a checkpoint."""
-        return hashlib.sha256(f"{source_sha256}\n{self.canonical()}".encode()).hexdigest()[:16]
-
 
 class Sampling(str, Enum):
     """Which samples an epoch of fine-tuning goes through."""
@@ -203,16 +191,6 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         _require(1 <= self.max_epochs <= 1000, "max_epochs must be 1 to 1000", self.max_epochs)
         _require(self.seed >= 0, "seed must not be negative", self.seed)
-
-    def key(self, start: str, labels: Iterable[str]) -> str:
-        """16 hex digits naming the artifact that this makes.
-
-        Args:
-            start: the key of the artifact to begin with.
-            labels: a digest of each label map with its image.
-        """
-        text = json.dumps({"schema": CONFIG_SCHEMA, **asdict(self)}, sort_keys=True)
-        return hashlib.sha256("\n".join([start, text, *sorted(labels)]).encode()).hexdigest()[:16]
 
 
 def _require(condition: bool, message: str, value: Any) -> None:

@@ -7,13 +7,13 @@ alone, out of a folder named by the caller.
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,19 @@ from PIL import Image
 from torch import Tensor
 
 from monailabel_dfqsam import __version__
-from monailabel_dfqsam.artifact import FORMAT_VERSION, Artifact, encode_layer, stored
+from monailabel_dfqsam.artifact import (
+    FORMAT_VERSION,
+    Artifact,
+    Fidelity,
+    Header,
+    LayerEntry,
+    encode_layer,
+    stored,
+)
 from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, SynthesisConfig, silent
 from monailabel_dfqsam.engines import layer_by_layer, load_encoder
 from monailabel_dfqsam.fidelity import mask_agreement
+from monailabel_dfqsam.identity import ALGORITHM, artifact_key, calibration_pictures
 from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
 from monailabel_dfqsam.quantization.cost import encoder_cost
@@ -46,7 +55,6 @@ FIDELITY_SEED_OFFSET = 1_000_000
 PHANTOMS = 8
 # Far from the seeds of the phantoms that the embedded model was trained on.
 PHANTOM_SEED = 1 << 40
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def quantize(
     quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, config.recipe, progress)
     artifact = pack(checkpoint, config, sam, quantized, images)
     unseen = _unseen_images(sam, config, ceiling, device, progress)
-    header = {
+    header: Header = {
         **artifact.header,
         "fidelity": _fidelity(sam, artifact, unseen),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -124,7 +132,7 @@ def fidelity_measure(
     *,
     device: torch.device | None = None,
     progress: Progress = silent,
-) -> Callable[[Artifact], dict[str, Any]]:
+) -> Callable[[Artifact], Fidelity]:
     """What measures the fidelity of artifacts as `quantize` does, for those whose weights have changed since.
 
     Args:
@@ -159,12 +167,7 @@ def folder_images(variant: Variant, folder: Path, count: int) -> Tensor:
     Raises:
         ValueError: when there are fewer pictures than asked for.
     """
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)[:count]
-    if len(paths) < count:
-        raise ValueError(
-            f"the calibration folder holds {len(paths)} pictures ({', '.join(_IMAGE_SUFFIXES)}), "
-            f"but {count} are asked for"
-        )
+    paths = calibration_pictures(folder, count)
     return torch.cat([to_input(variant, np.array(Image.open(path).convert("RGB")))[0] for path in paths])
 
 
@@ -195,7 +198,7 @@ def _unseen_images(
     return _synthesize(sam, synthesis, FIDELITY_IMAGES, seed, ceiling, device, progress, "fidelity").images
 
 
-def _fidelity(sam: Sam, artifact: Artifact, images: Tensor, own_decoder: bool = False) -> dict[str, Any]:
+def _fidelity(sam: Sam, artifact: Artifact, images: Tensor, own_decoder: bool = False) -> Fidelity:
     encoder = load_encoder(artifact)
     decoder = load_segmenter(artifact, encoder.kind) if own_decoder else None
     mean_iou, count = mask_agreement(sam, encoder, images, decoder)
@@ -259,7 +262,7 @@ def pack(
         sam: of the checkpoint.
         images: [N, 3, S, S] float32, those calibrated on; their digests go into the header.
     """
-    layers: dict[str, Any] = {}
+    layers: dict[str, LayerEntry] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in quantized.layers.items():
         layers[name], parts = encode_layer(name, layer)
@@ -275,14 +278,15 @@ def pack(
         quantized.attention_bits,
     )
     encoder_float = {k: v for k, v in checkpoint.state_dict.items() if k.startswith("image_encoder.")}
-    header = {
+    header: Header = {
         "format_version": FORMAT_VERSION,
         "variant": checkpoint.variant.name,
         "source_sha256": checkpoint.sha256,
         "source_name": checkpoint.path.name,
         "config": asdict(config),
         "preset": None if config.preset is None else config.preset.value,
-        "key": config.key(checkpoint.sha256),
+        "key": artifact_key(config, checkpoint.sha256, checkpoint.variant.name),
+        "algorithm": ALGORITHM,
         "seed": config.seed,
         "images_sha256": [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images],
         "layers": layers,
@@ -301,6 +305,9 @@ def pack(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "fidelity": {"mean_iou": math.nan, "n": 0, "engine": ""},
+        "created": "",
+        "seconds": 0.0,
     }
     return Artifact(header, tensors)
 

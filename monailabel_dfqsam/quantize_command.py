@@ -14,11 +14,12 @@ from monailabel_dfqsam.console import JsonFlag, errors, plain_errors, print_rows
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 
 if TYPE_CHECKING:
+    from monailabel_dfqsam.artifact import Header
     from monailabel_dfqsam.sam.checkpoint import Checkpoint
 
 
 def quantize(
-    out: Annotated[Path, typer.Option(help="Folder for <key>.safetensors and report.html.")],
+    out: Annotated[Path, typer.Option(help="Folder for <key>.safetensors and its report, <key>.html.")],
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
@@ -56,10 +57,11 @@ def quantize(
     with plain_errors():
         config = _configuration(bits, policy, calibration, images, iterations, seed, preset)
         from monailabel_dfqsam.artifact import read_header
+        from monailabel_dfqsam.identity import artifact_key
         from monailabel_dfqsam.sam import read_checkpoint
 
         source = read_checkpoint(checkpoint) if checkpoint else read_checkpoint()
-        path = out / f"{config.key(source.sha256)}.safetensors"
+        path = out / f"{artifact_key(config, source.sha256, source.variant.name)}.safetensors"
         made = not _is_whole(path)
         if made:
             _quantize_into(out, path, source, config)
@@ -111,7 +113,7 @@ def _is_whole(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        read_artifact(path)
+        read_artifact(path, path.stem)
     except ArtifactError as error:
         errors.print(f"Making it again: {error}", markup=False)
         return False
@@ -130,14 +132,14 @@ def _quantize_into(out: Path, path: Path, source: Checkpoint, config: Quantizati
     with progress_bars() as progress:
         result = run(source, config, device=device, progress=progress)
     # The report first: where the artifact is, a report was written.
-    write_report(result, source, out / "report.html")
+    write_report(result, source, path.with_suffix(".html"))
     write_artifact(result.artifact, path)
 
 
-def _summary(header: dict[str, Any], path: Path, made: bool) -> dict[str, Any]:
+def _summary(header: Header, path: Path, made: bool) -> dict[str, Any]:
     return {
         "artifact": str(path),
-        "report": str(path.with_name("report.html")),
+        "report": str(report) if (report := path.with_suffix(".html")).is_file() else None,
         "key": header["key"],
         "made": made,
         "model": header["variant"],
@@ -165,6 +167,6 @@ def _print_summary(summary: dict[str, Any]) -> None:
             "bit operations": f"{in_thousands(bops_float)} → {in_thousands(bops)} ({bops_float / bops:.0f}×)",
             "time": in_seconds(summary["seconds"]) + earlier,
             "artifact": summary["artifact"],
-            "report": summary["report"],
+            "report": summary["report"] or "none was kept",
         }
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from monailabel_dfqsam.artifact import Header, Sizes
 from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam.checkpoint import Checkpoint
 
@@ -53,6 +54,18 @@ def seeded_sam(variant: str, **changes: Any) -> Sam:
 def seeded_checkpoint(variant: str) -> Checkpoint:
     """The checkpoint of `seeded_sam`."""
     return Checkpoint(VARIANTS[variant], seeded_sam(variant).state_dict(), "0" * 64, Path(f"{variant}.pth"))
+
+
+def header(**known: Any) -> Header:
+    """An artifact's header with what is `known` of it, and anything valid for the rest."""
+    sizes = dict.fromkeys(Sizes.__annotations__, 1)
+    rest = {
+        "format_version": 1, "variant": "tiny", "source_sha256": "0" * 64, "source_name": "tiny.pth",
+        "config": {"bits": 4}, "key": "0" * 16, "algorithm": 2, "seed": 0, "images_sha256": [], "layers": {},
+        "attention_bits": 0, "sizes": sizes, "macs": 1, "bops": 1, "bops_float": 1, "versions": {},
+        "fidelity": {"mean_iou": 0.9, "n": 1, "engine": "reference"}, "created": "", "seconds": 0.0,
+    }  # fmt: skip
+    return cast(Header, {**rest, **known})
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

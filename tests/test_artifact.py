@@ -18,6 +18,7 @@ from monailabel_dfqsam.artifact import (
     write_artifact,
 )
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer
+from tests.models import header
 
 
 def _layer(bits: int) -> QuantizedLayer:
@@ -34,7 +35,7 @@ def _artifact() -> Artifact:
     for bits in (4, 6, 8):
         layers[f"layer{bits}"], parts = encode_layer(f"layer{bits}", _layer(bits))
         tensors.update(parts)
-    return Artifact({"format_version": 1, "layers": layers, "config": {"bits": 4}, "name": "ä"}, tensors)
+    return Artifact(header(layers=layers, source_name="ä.pth"), tensors)
 
 
 @pytest.fixture
@@ -53,8 +54,26 @@ def test_layers_come_back_as_they_were(path: Path, bits: int) -> None:
 
 
 def test_header_comes_back(path: Path) -> None:
-    assert read_header(path)["name"] == "ä"
+    assert read_header(path)["source_name"] == "ä.pth"
     assert _artifact().label == "W4A4"
+
+
+@pytest.mark.parametrize("name", sorted(_artifact().header.keys() - {"format_version", "algorithm"}))
+@pytest.mark.parametrize("wrong", ["missing", "null"])
+def test_a_header_of_another_version_is_refused_in_a_sentence(path: Path, name: str, wrong: str) -> None:
+    artifact = _artifact()
+    values = {key: value for key, value in artifact.header.items() if key != name}
+    values |= {name: None} if wrong == "null" else {}
+    write_artifact(Artifact(values, artifact.tensors), path)  # type: ignore[arg-type]
+    for read in (read_header, read_artifact):
+        with pytest.raises(ArtifactError, match=f"another version, .*'{name}' is missing or wrong: quantize"):
+            read(path)
+
+
+def test_an_artifact_may_not_lie_under_anothers_name(path: Path) -> None:
+    assert read_artifact(path, "0" * 16).header["key"] == "0" * 16
+    with pytest.raises(ArtifactError, match="holds another model than its name says"):
+        read_artifact(path, "1" * 16)
 
 
 def test_writing_leaves_no_other_file_and_the_same_bytes(path: Path) -> None:

@@ -99,7 +99,9 @@ def test_help_is_quick_and_the_module_runs() -> None:
 
 def test_quantize_writes_an_artifact_and_a_report(quantized: tuple[Path, dict[str, Any]]) -> None:
     out, summary = quantized
-    assert sorted(p.name for p in out.iterdir()) == sorted([f"{summary['key']}.safetensors", "report.html"])
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [f"{summary['key']}.safetensors", f"{summary['key']}.html"]
+    )
     header = read_artifact(Path(summary["artifact"])).header
     assert summary["made"] is True
     assert summary["fidelity"] == header["fidelity"]
@@ -115,6 +117,20 @@ def test_quantizing_again_does_nothing(checkpoint: Path, quantized: tuple[Path, 
     assert result.exit_code == 0
     assert "nothing was to do" in result.stdout
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+def test_every_artifact_has_its_own_report(checkpoint: Path, quantized: tuple[Path, dict[str, Any]]) -> None:
+    """Also in one folder, where the second would once have replaced the first one's."""
+    out, first = quantized
+    result = run("quantize", checkpoint, "--out", out, "--iterations", 3, "--seed", 1, "--json")
+    second = json.loads(result.stdout)
+    assert second["key"] != first["key"]
+    for summary in (first, second):
+        assert summary["key"] in Path(summary["report"]).read_text(encoding="utf-8")
+    Path(second["report"]).unlink()
+    again = run("quantize", checkpoint, "--out", out, "--iterations", 3, "--seed", 1, "--json")
+    assert json.loads(again.stdout)["report"] is None
+    Path(second["artifact"]).unlink()
 
 
 def test_a_damaged_artifact_is_made_again(

@@ -22,6 +22,7 @@ from monailabel_dfqsam.config import EngineKind, Policy
 from monailabel_dfqsam.engines import candidates, onednn, why_not
 from monailabel_dfqsam.engines import openvino as engine_openvino
 from monailabel_dfqsam.engines.onednn import OnednnEncoder
+from monailabel_dfqsam.memory import MemoryShortage
 from monailabel_dfqsam.ops import openvino_library
 from monailabel_dfqsam.ops.saturation import WRONG
 from monailabel_dfqsam.segmentation import engine_race
@@ -239,6 +240,41 @@ def test_a_remembered_winner_that_fails_now_is_raced_again(
     monkeypatch.setattr(engines._ENCODERS[EngineKind.ONEDNN], "__init__", fail)
     assert load_fastest(artifact, record)[1].winner is EngineKind.REFERENCE
     assert "The engine onednn, chosen earlier, fails: could not create a primitive" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        (ImportError("libkernels.so: cannot open shared object file"), True),
+        (OSError(5, "Input/output error"), True),
+        (AttributeError("no such primitive"), True),
+        (MemoryError(), False),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_engine_that_fails_is_out_and_one_that_lacks_memory_may_race_again(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, lasts: bool
+) -> None:
+    record = tmp_path / "a.engines.json"
+
+    def fail(self: OnednnEncoder, artifact: Artifact) -> None:
+        raise error
+
+    monkeypatch.setattr(engines._ENCODERS[EngineKind.ONEDNN], "__init__", fail)
+    assert load_fastest(artifact, record)[1].winner is EngineKind.REFERENCE
+    assert record.exists() == lasts
+
+
+def test_where_no_engine_has_memory_it_is_said_so(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(artifact: Artifact, engine: EngineKind) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(engine_race, "load_segmenter", fail)
+    with pytest.raises(MemoryShortage, match="memory ran out for the engine onednn"):
+        load_fastest(artifact, tmp_path / "a.engines.json")
 
 
 def test_where_one_engine_works_nobody_races(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam import VARIANTS
 from monailabel_dfqsam.sam.preprocess import frame_of
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prompts, full_precision_segmenter
-from tests.models import relative_error, seeded_sam
+from tests.models import header, relative_error, seeded_sam
 
 LAYER_TOLERANCE = 1e-5
 EMBEDDING_TOLERANCE = 1e-2
@@ -43,15 +43,10 @@ def make_artifact(
         tensors.update(parts)
     tensors.update({f"image_encoder.{key}": stored(value) for key, value in quantized.float_tensors.items()})
     tensors.update({f"image_encoder.{key}.ranges": value for key, value in quantized.attention.items()})
-    config = asdict(QuantizationConfig(bits=bits, policy=policy))
-    header = {
-        "format_version": 1,
-        "variant": variant,
-        "layers": layers,
-        "attention_bits": quantized.attention_bits,
-        "config": config,
-    }
-    return Artifact(header, tensors)
+    config, attention_bits = asdict(QuantizationConfig(bits=bits, policy=policy)), quantized.attention_bits
+    return Artifact(
+        header(variant=variant, layers=layers, attention_bits=attention_bits, config=config), tensors
+    )
 
 
 @pytest.fixture(scope="module", params=["tiny", "sam_b_256"])

@@ -19,7 +19,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(group.split())
     for group in (
         "config files machine numbers ops",
-        "memory",
+        "identity memory",
         "console",
         "sam",
         "synthesis",

@@ -22,7 +22,9 @@ class Value:
 
 def test_a_value_is_computed_once_and_counted() -> None:
     cache: BoundedCache[Value] = BoundedCache(100)
-    made = [cache.get_or_compute("a", lambda: Value("a", 40)) for _ in range(3)]
+    found = [cache.get_or_compute("a", lambda: Value("a", 40)) for _ in range(3)]
+    made = [value for value, _ in found]
+    assert [there for _, there in found] == [False, True, True]
     assert made[0] is made[1] is made[2]
     assert cache.stats == CacheStats(hits=2, misses=1, bytes=40)
 
@@ -40,9 +42,9 @@ def test_it_holds_what_a_slow_list_would_hold(requests: list[tuple[int, int]]) -
             computed.append(key)
             return Value(str(key), size)
 
-        value = cache.get_or_compute(key, compute)
+        value, there = cache.get_or_compute(key, compute)
         known = [v for v in model if v.name == str(key)]
-        assert bool(computed) == (not known)
+        assert bool(computed) == (not known) == (not there)
         model = [v for v in model if v.name != str(key)] + [value]
         while sum(v.nbytes for v in model) > limit:
             model.pop(0)
@@ -52,7 +54,7 @@ def test_it_holds_what_a_slow_list_would_hold(requests: list[tuple[int, int]]) -
 def test_a_value_too_large_is_handed_out_and_pushes_nothing_out() -> None:
     cache: BoundedCache[Value] = BoundedCache(10)
     cache.get_or_compute("small", lambda: Value("small", 8))
-    assert cache.get_or_compute("large", lambda: Value("large", 11)).nbytes == 11
+    assert cache.get_or_compute("large", lambda: Value("large", 11))[0].nbytes == 11
     cache.get_or_compute("small", lambda: pytest.fail("was pushed out"))
     assert cache.stats.bytes == 8
 
@@ -69,7 +71,9 @@ def test_threads_that_ask_together_wait_for_one_computation() -> None:
 
     def ask(_: int) -> Value:
         together.wait()
-        return cache.get_or_compute("a", slow)
+        value, there = cache.get_or_compute("a", slow)
+        assert not there  # all of them asked before it was
+        return value
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(ask, range(8)))
@@ -90,9 +94,9 @@ def test_another_key_is_not_held_up() -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(cache.get_or_compute, "a", blocked)
         assert started.wait(10)
-        assert cache.get_or_compute("b", lambda: Value("b", 1)).name == "b"
+        assert cache.get_or_compute("b", lambda: Value("b", 1))[0].name == "b"
         release.set()
-        assert waiting.result(10).name == "a"
+        assert waiting.result(10)[0].name == "a"
 
 
 def test_a_failure_is_not_kept_and_those_who_waited_compute_anew() -> None:
@@ -111,5 +115,5 @@ def test_a_failure_is_not_kept_and_those_who_waited_compute_anew() -> None:
         release.set()
         with pytest.raises(RuntimeError, match="no memory"):
             first.result(10)
-        assert second.result(10).name == "a"
-    assert cache.get_or_compute("a", lambda: pytest.fail("computed again")).name == "a"
+        assert second.result(10)[0].name == "a"
+    assert cache.get_or_compute("a", lambda: pytest.fail("computed again"))[0].name == "a"

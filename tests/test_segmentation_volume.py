@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,9 @@ from PIL import Image as Picture
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from monailabel_dfqsam.segmentation import volume as volume_module
-from monailabel_dfqsam.segmentation.image import Image
 from monailabel_dfqsam.segmentation.volume import (
     SOFT_TISSUE,
     ImageError,
-    VolumeLoader,
     Window,
     load_volume,
     slice_rgb,
@@ -336,27 +332,6 @@ def test_what_cannot_be_read_is_refused_with_a_sentence(
     with pytest.raises(ImageError, match=sentence) as caught:
         load_volume(make(tmp_path / name))
     assert str(tmp_path) not in str(caught.value)
-
-
-def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads: list[Path] = []
-    original = volume_module.read_image
-
-    def counted(path: Path, name: str | None = None) -> Image:
-        reads.append(path)
-        return original(path, name)
-
-    monkeypatch.setattr(volume_module, "read_image", counted)
-    loader = VolumeLoader(1 << 20)
-    path = write_nifti(tmp_path / "a.nii.gz", values())
-    assert loader.load(path) is loader.load(str(path))
-    assert len(reads) == 1
-    write_nifti(path, values() + 1)
-    os.utime(path, ns=(1, 1))
-    assert np.array_equal(loader.load(path).array, values() + 1)
-    assert len(reads) == 2
-    with pytest.raises(ImageError, match="there is no image"):
-        loader.load(tmp_path / "b.nii.gz")
 
 
 @pytest.mark.skipif(not REALDATA.is_dir(), reason="../shared/realdata is absent")

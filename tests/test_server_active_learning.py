@@ -236,6 +236,9 @@ def info(value: object = None, client: str = "", minutes: float = 0) -> dict[str
         ({"a": info(0.1, "me", 1), "b": info(0.5)}, "a"),
         ({"a": info(0.1, "other", 1), "b": info()}, "b"),
         ({"a": info(0.6, "other", 1), "b": info(0.5, "other", 2)}, "b"),
+        # Given out an hour ahead of a clock that was set back since, and a minute.
+        ({"a": info(0.1, "other", -60), "b": info(0.5)}, "a"),
+        ({"a": info(0.1, "other", -1), "b": info(0.5)}, "b"),
         ({"a": info("much"), "b": info(float("nan")), "c": {"confidence": 3, "strategy": [1]}}, "a"),
     ],
 )

@@ -15,14 +15,13 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 from PIL import Image
 
-from monailabel_dfqsam.artifact import read_artifact, read_header
+from monailabel_dfqsam.artifact import Artifact, read_artifact, read_header, write_artifact
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
-from monailabel_dfqsam.sam.checkpoint import file_sha256
 from monailabel_dfqsam.segmentation.segmenter import load_segmenter
 from monailabel_dfqsam.server.gate.options import OptionError
 from monailabel_dfqsam.server.page.overview import Overview
 from monailabel_dfqsam.server.runs.finetuning import NAME, labelled_images
-from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.folder import ModelFolder, default_key
 from monailabel_dfqsam.server.runs.models import Models
 from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.runs.trainers import FinetuneTask
@@ -95,7 +94,7 @@ def test_what_it_makes_is_better_and_served(settings: Settings, finetuned: dict[
     assert finetuned["state"] == "published", finetuned
     folder = ModelFolder(settings.model_dir)
     key = str(finetuned["key"])
-    start = settings.quantization.key(file_sha256(settings.checkpoint))
+    start = default_key(settings)
     assert folder.published() == {"key": key, "default_key": start}
     header = read_header(folder.artifact(key))
     facts = header["finetuning"]
@@ -118,7 +117,7 @@ def test_what_it_makes_is_what_the_label_shows(settings: Settings, finetuned: di
     from monailabel_dfqsam.segmentation.segmenter import Prompts
 
     folder = ModelFolder(settings.model_dir)
-    start = settings.quantization.key(file_sha256(settings.checkpoint))
+    start = default_key(settings)
 
     def overlap(key: str) -> float:
         segmenter = load_segmenter(read_artifact(folder.artifact(key)))
@@ -157,6 +156,25 @@ def test_the_same_labels_are_learned_from_once(
     again = FinetuneTask(settings)({"max_epochs": 3}, store)
     assert (again["state"], again["key"]) == ("published", finetuned["key"])
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_the_same_labels_again_are_compared_with_what_serves_now(
+    settings: Settings, store: LocalDatastore, finetuned: dict[str, object]
+) -> None:
+    """Another model that is as good has been chosen meanwhile: it stays."""
+    folder, key = ModelFolder(settings.model_dir), str(finetuned["key"])
+    artifact, other = read_artifact(folder.artifact(key)), f"{int(key, 16) ^ 1:016x}"
+    write_artifact(Artifact({**artifact.header, "key": other}, artifact.tensors), folder.artifact(other))
+    try:
+        folder.publish(other, default_key(settings))
+        again = FinetuneTask(settings)({"max_epochs": 3}, store)
+        assert (again["state"], again["key"]) == ("rejected", key)
+        assert "served" in again["error"]
+        assert folder.published() == {"key": other, "default_key": default_key(settings)}
+    finally:
+        folder.artifact(other).unlink()
+        folder.publish(key, default_key(settings))
 
 
 @pytest.mark.slow

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.parent import began
 from monailabel_dfqsam.server.runs.queue import STOPPED_BY_REQUEST, BusyError, ElsewhereError, RunQueue
 from monailabel_dfqsam.server.runs.record import Run, RunState
 from monailabel_dfqsam.server.runs.reporter import SERVER_ENDED
@@ -82,6 +86,14 @@ def test_a_run_exists_from_the_moment_it_is_accepted(
     assert "published" in queue.lines(run.id)[-1]
 
 
+def test_after_the_clock_was_set_back_the_last_run_is_the_last(queue: RunQueue, settings: Settings) -> None:
+    before = replace(run_of(**QUICK), state=RunState.PUBLISHED, created="2099-01-01T00:00:00.000000+00:00")
+    folder = ModelFolder(settings.model_dir)
+    folder.write_run(before)
+    runs = [queue.ask(run_of(**LONG, seed=seed), enqueue=True) for seed in (1, 2)]
+    assert [run.id for run in folder.runs()] == [runs[1].id, runs[0].id, before.id]
+
+
 def test_stopping_drops_what_waits_too_and_the_next_one_runs(queue: RunQueue, settings: Settings) -> None:
     running, waiting = queue.ask(run_of(**LONG)), queue.ask(run_of(**LONG, seed=1), enqueue=True)
     wait(lambda: record(settings, running).stage == "synthesis", WORK_SECONDS)
@@ -133,6 +145,38 @@ def test_a_second_server_of_the_folder_touches_nothing_until_the_first_has_gone(
     assert second.stop() == []
     assert record(settings, run).state is RunState.RUNNING
     assert building.is_dir()
+
+
+def test_an_orphan_is_ended_and_another_process_of_its_number_is_not(settings: Settings) -> None:
+    """Even one that has the run's id in its command line, as an editor of its record has."""
+    folder, run = ModelFolder(settings.model_dir), run_of(**LONG)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", run.id])
+    since = began(process.pid)
+    assert since is not None
+    try:
+        for wrong in (since - 3600, None):
+            folder.write_run(replace(run, state=RunState.RUNNING, pid=process.pid, began=wrong))
+            assert queue_of(settings).own()
+            assert record(settings, run).state is RunState.STOPPED
+            assert process.poll() is None
+        folder.write_run(replace(run, state=RunState.RUNNING, pid=process.pid, began=since))
+        assert queue_of(settings).own()
+        assert not process_exists(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    assert began(process.pid) is None
+
+
+def test_a_record_of_an_earlier_version_is_read(settings: Settings) -> None:
+    """It does not say when its process began."""
+    folder, run = ModelFolder(settings.model_dir), replace(run_of(**QUICK), state=RunState.PUBLISHED)
+    folder.write_run(run)
+    path = folder.path / "runs" / f"{run.id}.json"
+    values = json.loads(path.read_text())
+    del values["began"]
+    path.write_text(json.dumps(values))
+    assert record(settings, run) == run
 
 
 def test_what_a_dead_server_left_is_settled_at_the_next_start(settings: Settings) -> None:

@@ -16,9 +16,9 @@ import pytest
 
 from monailabel_dfqsam.artifact import read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
-from monailabel_dfqsam.sam.checkpoint import file_sha256
 from monailabel_dfqsam.server.gate.options import OptionError
-from monailabel_dfqsam.server.runs.folder import HISTORY, ModelFolder
+from monailabel_dfqsam.server.runs import quantizing
+from monailabel_dfqsam.server.runs.folder import HISTORY, ModelFolder, default_key
 from monailabel_dfqsam.server.runs.models import FULL_PRECISION, ChoiceError, Models
 from monailabel_dfqsam.server.runs.options import read_options
 from monailabel_dfqsam.server.runs.record import Run, RunState, run_from_json
@@ -66,7 +66,7 @@ def folder(quantized: Settings, tmp_path: Path) -> Settings:
 
 
 def key_of(settings: Settings) -> str:
-    return settings.quantization.key(file_sha256(settings.checkpoint))
+    return default_key(settings)
 
 
 def test_quantization_needs_no_data(quantized: Settings) -> None:
@@ -113,6 +113,22 @@ def test_the_same_request_quantizes_nothing_twice(folder: Settings) -> None:
     before = path.stat().st_mtime_ns
     assert QuantizeTask(folder)({}, Untouchable())["state"] == "published"
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_replaced_while_it_is_quantized_does_not_fail_the_run(
+    folder: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was made is of the old one, and does not serve a start with the new one."""
+    settings = replace(folder, checkpoint=Path(shutil.copy(folder.checkpoint, tmp_path)))
+    original, own = quantizing.ready, key_of(settings)
+
+    def replaced(*given: object) -> object:
+        settings.checkpoint.write_bytes(b"no weights")
+        return original(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(quantizing, "ready", replaced)
+    assert QuantizeTask(settings)({}, Untouchable())["state"] == "published"
+    assert ModelFolder(settings.model_dir).published() == {"key": own, "default_key": own}
 
 
 def test_low_fidelity_is_not_published(folder: Settings) -> None:

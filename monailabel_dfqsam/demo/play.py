@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monailabel_dfqsam.artifact import read_header
+from monailabel_dfqsam.artifact import Header, read_header
 from monailabel_dfqsam.console import output, print_rows, progress_bars
 from monailabel_dfqsam.demo.comparison import PROMPTS, Answer, Answers, Comparison, Prompt, latencies
 from monailabel_dfqsam.demo.objects import Case, DemoError, find_cases
@@ -145,7 +145,7 @@ class _Play:
             for prompt in PROMPTS
         }
 
-    def _first_quantization(self) -> tuple[float, dict[str, Any]]:
+    def _first_quantization(self) -> tuple[float, Header]:
         """Follows the run that the start asked for until its model answers; its seconds, and that model's
         header.
         """
@@ -221,7 +221,7 @@ class _Play:
         output.print(f"Saved a label '{case.label}' for {case.name}.\n", markup=False)
 
 
-def _sizes_and_fidelity(header: dict[str, Any]) -> dict[str, str]:
+def _sizes_and_fidelity(header: Header) -> dict[str, str]:
     sizes, fidelity = header["sizes"], header["fidelity"]
     before, after = sizes["checkpoint_bytes"], sizes["artifact_bytes"]
     return {

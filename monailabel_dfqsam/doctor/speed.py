@@ -12,16 +12,17 @@ import psutil
 import torch
 
 from monailabel_dfqsam.artifact import ArtifactError, read_artifact
-from monailabel_dfqsam.config import EngineKind, Preset
+from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.doctor.finding import Finding, Level
 from monailabel_dfqsam.memory import MemoryShortage, available
 from monailabel_dfqsam.numbers import in_bytes
 from monailabel_dfqsam.sam import build, read_checkpoint
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED, file_sha256
+from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.segmentation.engine_race import load_fastest
 from monailabel_dfqsam.segmentation.memory import embed_bytes
 from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, full_precision_segmenter
-from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.server.runs.folder import ModelFolder, default_key
+from monailabel_dfqsam.server.settings import Settings
 
 _SIDE = 512
 _REPEATS = 5
@@ -79,10 +80,7 @@ _SMALLER = "End other programs, raise the container's limit, or serve a smaller 
 
 def _load(source: Path, folder: ModelFolder) -> tuple[Segmenter, EngineKind | None]:
     """The model, and the engine of a quantized one."""
-    key = Preset.FAST.config.key(file_sha256(source))
-    published = folder.published() or {}
-    chosen = published["key"] if published.get("default_key") == key else key
-    path = folder.artifact(chosen)
+    path = folder.artifact(folder.chosen(default_key(Settings(folder.path, checkpoint=source))))
     if path.is_file():
         try:
             segmenter, race = load_fastest(read_artifact(path), path.with_suffix(".engines.json"))

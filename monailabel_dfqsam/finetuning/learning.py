@@ -26,7 +26,7 @@ from monai.transforms import Compose, Transform
 from numpy.typing import NDArray
 from torch import nn
 
-from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact, write_artifact
+from monailabel_dfqsam.artifact import Artifact, ArtifactError, Header, read_artifact, write_artifact
 from monailabel_dfqsam.config import FinetuneConfig, Progress, silent
 from monailabel_dfqsam.finetuning.prompted import Ask, Asked, PromptLoss, answer, random_pixels
 from monailabel_dfqsam.finetuning.samples import ModalitySampler, Reader, Sample
@@ -260,7 +260,7 @@ class _Best:
 
     def write(self, folder: Path) -> None:
         assert self.artifact is not None
-        header = {**self.artifact.header, "scores": asdict(self.scores)}
+        header: Header = {**self.artifact.header, "scores": asdict(self.scores)}
         write_artifact(Artifact(header, self.artifact.tensors), folder / _BEST)
 
     @staticmethod
@@ -270,9 +270,7 @@ class _Best:
             artifact = read_artifact(folder / _BEST)
         except ArtifactError:
             return None
-        header = dict(artifact.header)
-        scores = Scores(**header.pop("scores"))
-        return _Best(Artifact(header, artifact.tensors), scores)
+        return _Best(artifact, Scores(**artifact.header.pop("scores")))
 
 
 class _Read(Transform):  # type: ignore[misc]

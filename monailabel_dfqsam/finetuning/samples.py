@@ -19,7 +19,8 @@ from torch.utils.data import Sampler
 
 from monailabel_dfqsam.config import Progress, Sampling, silent
 from monailabel_dfqsam.segmentation.grids import on_grid
-from monailabel_dfqsam.segmentation.volume import Volume, VolumeLoader, slice_rgb
+from monailabel_dfqsam.segmentation.loading import VolumeLoader
+from monailabel_dfqsam.segmentation.volume import Volume, slice_rgb
 
 logger = logging.getLogger(__name__)
 

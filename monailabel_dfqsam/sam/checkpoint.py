@@ -58,6 +58,33 @@ class Checkpoint:
     path: Path
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a checkpoint is, without its weights: the model it is read as, and its file's digest."""
+
+    variant: Variant
+    sha256: str
+
+
+def identify(path: Path, variant: str | None = None) -> Source:
+    """What `read_checkpoint` would read, by the names and shapes in the file.
+
+    Args:
+        path, variant: as for `read_checkpoint`.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`.
+    """
+    _check_kind(path)
+    if path.suffix == ".safetensors":
+        raw = _read_safetensors(path, mapped=True)
+    else:
+        raw = _read_pickle(path, mapped=zipfile.is_zipfile(path))
+    return Source(
+        _variant(adopted(_without_unused(_unwrap(raw, path.name))), path, variant), file_sha256(path)
+    )
+
+
 def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> Checkpoint:
     """Reads a checkpoint of a model of `VARIANTS`; without arguments, the embedded default.
 
@@ -75,20 +102,24 @@ def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> 
     """
     path = Path(path)
     _check_kind(path)
-    if variant is not None and variant not in VARIANTS:
-        raise CheckpointError(f"unknown model '{variant}'; known are: {', '.join(VARIANTS)}")
     try:
         require(path.stat().st_size * _COPIES, f"the checkpoint '{path.name}'")
     except MemoryShortage as error:
         raise CheckpointError(str(error)) from None
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors = adopted(_without_unused(_unwrap(raw, path.name)))
+    return Checkpoint(_variant(tensors, path, variant), tensors, file_sha256(path), path)
+
+
+def _variant(tensors: dict[str, Tensor], path: Path, variant: str | None) -> Variant:
+    """The model named, or the one that names and shapes belong to."""
+    if variant is not None and variant not in VARIANTS:
+        raise CheckpointError(f"unknown model '{variant}'; known are: {', '.join(VARIANTS)}")
     try:
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-        found = VARIANTS[variant] if variant else detect(shapes, hint=path.name)
+        return VARIANTS[variant] if variant else detect(shapes, hint=path.name)
     except ValueError as error:
         raise CheckpointError(f"'{path.name}': {error}") from None
-    return Checkpoint(found, tensors, file_sha256(path), path)
 
 
 def check_checkpoint(path: Path) -> None:
@@ -118,10 +149,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> Any:
+def _read_safetensors(path: Path, mapped: bool = False) -> Any:
+    """The tensors by name; `mapped` leaves them in the file, which may change while a model uses them."""
     try:
-        # Copies: the tensors of `load_file` lie in the file, which may change while a model uses them.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        tensors = load_file(path)
+        return tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"'{path.name}' is not a readable safetensors file: {error}") from None
 

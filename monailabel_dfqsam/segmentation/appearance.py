@@ -21,6 +21,7 @@ _COVERED = (1, 99)
 _UNSEEN = 0.1
 # Pixels: noise of single pixels would fill the histograms' gap.
 _SMOOTHING = 1.0
+_SMOOTHED = 5  # pixels, farther than which smoothing reaches nothing
 # How far around it the surroundings reach, of the root of the object's area; and at least, in pixels.
 _SURROUNDINGS, _MIN_SURROUNDINGS = 0.5, 3
 # No single pixel decides: a grey value that was never seen inside is no proof.
@@ -52,6 +53,7 @@ class Appearance:
         Where the mask has no surroundings, all ratios are 0.
         """
         reach = max(_MIN_SURROUNDINGS, int(_SURROUNDINGS * np.sqrt(mask.sum())))
+        rgb, mask = near(rgb, mask, reach)
         around = (ndimage.distance_transform_edt(~mask) <= reach) & ~mask
         if not around.any():
             return cls(np.zeros(_BINS), 0.0, 255.0)
@@ -92,6 +94,14 @@ def shift(likeness: NDArray[np.float64], mask: Mask) -> tuple[int, int]:
     gain = gain - _MOVING_COSTS * (dx**2 + dy**2) / reach**2
     best = np.unravel_index(int(gain.argmax()), gain.shape)
     return int(dy[best]), int(dx[best])
+
+
+def near(rgb: NDArray[np.uint8], mask: Mask, reach: int = 0) -> tuple[NDArray[np.uint8], Mask]:
+    """A slice and a mask, cut so that looks within `reach` pixels of the mask's box are the whole slice's."""
+    ((rows, columns),) = ndimage.find_objects(mask.astype(np.uint8))
+    margin = reach + _SMOOTHED
+    cut = tuple(slice(max(0, side.start - margin), side.stop + margin) for side in (rows, columns))
+    return rgb[cut], mask[cut]
 
 
 def _grey(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:

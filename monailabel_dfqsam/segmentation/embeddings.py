@@ -49,8 +49,8 @@ class BoundedCache(Generic[V]):
         self._computing: dict[Hashable, threading.Event] = {}
         self._bytes = self._hits = self._misses = 0
 
-    def get_or_compute(self, key: Hashable, compute: Callable[[], V]) -> V:
-        """The value of `key`; `compute()` makes it when it is not here.
+    def get_or_compute(self, key: Hashable, compute: Callable[[], V]) -> tuple[V, bool]:
+        """The value of `key`, and whether it was here when asked for; `compute()` makes it when it is not.
 
         `compute` runs once for all threads that ask meanwhile. What it raises goes to its own caller and is
         not kept: each of the others, in turn, computes anew. It must not ask for the same key itself.
@@ -61,7 +61,7 @@ class BoundedCache(Generic[V]):
                 if key in self._values:
                     self._values.move_to_end(key)
                     self._hits += 1
-                    return self._values[key]
+                    return self._values[key], waited is None
                 waited = self._computing.get(key)
                 if waited is None:
                     self._computing[key] = threading.Event()
@@ -71,7 +71,7 @@ class BoundedCache(Generic[V]):
         try:
             value = compute()
             self._store(key, value)
-            return value
+            return value, False
         finally:
             with self._lock:
                 self._computing.pop(key).set()

@@ -1,16 +1,18 @@
-"""Which engine runs an artifact on this machine: a short race in speed and in masks, remembered beside it.
+"""Chooses the engine that runs an artifact on this machine, by a short race.
 
-Every engine that works here embeds one computed image and answers a few prompts on it. The reference engine
-is the oracle of masks: who draws others is out, however fast. It is timed itself where it may win. Engines
-whose products of integers are wrong on this processor do not start: see `ops.saturation`. OpenVINO takes no
-part in models of 1024 pixels, beside another engine: to make its model takes half a minute at every start.
+    image       every engine embeds the same drawn image and answers the same few prompts on it
+    masks       an engine whose masks are not the reference engine's is out, however fast it is
+    speed       of the others, the one with the shortest median embedding wins
 
-Rounding alone moves the masks of some models, since 4-bit integers pass a difference on or swallow it.
-Where an engine does not agree, the reference engine is held to itself, on an image of which one value differs
-by one.
+An engine whose integer products are wrong on this processor does not start: see `ops.saturation`. OpenVINO
+needs half a minute at every start to prepare a model of 1024 pixels, and runs these only if no other engine
+does.
 
-The record, `{key}.engines.json`, holds the race and the conditions it holds under; under any others (another
-machine, version, library or artifact) it is run again. Where there is one, only the winner is loaded.
+In some models rounding alone moves the masks. The reference engine then shows how much: it runs again on the
+image with one value changed by one, and another engine may differ from it by twice what that changes.
+
+The result is written to `{key}.engines.json`, with the machine, versions and libraries it was measured on.
+While these stay the same, later starts load the winner without a race.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ import torch
 from numpy.typing import NDArray
 
 from monailabel_dfqsam import __version__
-from monailabel_dfqsam.artifact import Artifact, ArtifactError
+from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines import candidates
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.machine import cpu
+from monailabel_dfqsam.memory import MemoryShortage, shortage_told
 from monailabel_dfqsam.ops import compiled, cuda_library
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
 from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, load_segmenter
@@ -45,32 +48,32 @@ from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, load_se
 logger = logging.getLogger(__name__)
 
 LEAST_AGREEMENT = 0.95
-"""Of an engine's masks with the reference engine's, as intersection over union of all together."""
+"""IoU, over all masks together, from which an engine's masks count as the reference engine's."""
 
-# So much more than the reference engine from itself may an engine differ from it.
+# An engine may differ from the reference engine by this many times what one changed pixel value changes.
 _OWN_DIFFERENCES = 2.0
 
 _SIDE = 256
 # (x, y, radius) of bright discs on dark, in pixels: large and small, apart and near the edge.
 _DISCS = ((70, 80, 38), (180, 60, 22), (190, 185, 50), (60, 200, 14))
 _LEAST_RUNS, _MOST_RUNS, _SECONDS = 3, 15, 0.5
-_NO_RIVAL = 3.0  # an engine whose first image takes so many times the best one's median is not timed further
-# Multiplications of an encoder up to which the reference engine answers within a few seconds: 22 G at 256 px.
-# So long, too, takes the one run of a float model that a model of OpenVINO is made by.
+# The reference engine is not timed when its first image takes this many times the fastest median.
+_NO_RIVAL = 3.0
+# Multiplications of an encoder that the reference engine, or OpenVINO's preparation, does in a few seconds;
+# models of 256 pixels have 22 G.
 _QUICK_PRODUCTS = 50_000_000_000
-_FAILURES = (RuntimeError, MemoryError, ArtifactError)
-# By which oneDNN, in torch and in OpenVINO, is kept from instructions that the processor has.
+# Environment variables that forbid oneDNN, in torch and in OpenVINO, some of the processor's instructions.
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """One engine's race.
+    """How one engine did in the race.
 
     Attributes:
         seconds: median of an image's embedding; None when it failed.
         agreement: of its masks with the reference engine's, 0 … 1; None where either failed.
-        problem: why it is out, in a few words.
+        problem: why it cannot win, in a few words; None where it can.
     """
 
     engine: EngineKind
@@ -81,7 +84,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Race:
-    """The engine chosen, and all that took part; nobody raced where there was no choice."""
+    """The engine chosen, and all that took part; `entrants` is empty where only one engine works."""
 
     winner: EngineKind
     entrants: tuple[Entrant, ...] = ()
@@ -92,7 +95,7 @@ class Race:
         return next((e.seconds for e in self.entrants if e.engine is self.winner), None)
 
     def sentence(self) -> str:
-        """For the log: who won, by how much, and who is out."""
+        """For the log: the winner, every engine's milliseconds, and why an engine cannot win."""
         if not self.entrants:
             return f"{self.winner.value}: the only engine that works here for this model"
         texts = []
@@ -111,14 +114,15 @@ class _Run(NamedTuple):
 
 
 def load_fastest(artifact: Artifact, record: Path) -> tuple[Segmenter, Race]:
-    """An artifact on the engine that wins here, and the race, which is run only if `record` has none.
+    """Loads an artifact on the fastest right engine, and says how the race went.
 
     Args:
-        record: file for the race's result; a folder that cannot be written to does no harm.
+        record: file of the race's result, read if it is there and holds here, else written if it can be.
 
     Raises:
-        ValueError: as `load_segmenter`, for an artifact that no engine runs.
-        RuntimeError: when the GPU kernels are there but broken.
+        ValueError: for an artifact that no engine runs.
+        MemoryShortage: when engines failed for want of memory, and none other runs it.
+        Exception: whatever the only engine raises that could run it.
     """
     kinds = candidates(artifact)
     if len(kinds) == 1:
@@ -128,18 +132,21 @@ def load_fastest(artifact: Artifact, record: Path) -> tuple[Segmenter, Race]:
     if race is not None:
         try:
             return load_segmenter(artifact, race.winner), race
-        except _FAILURES as error:
+        except Exception as error:  # engines are libraries: any of them may raise anything
             logger.warning("The engine %s, chosen earlier, fails: %s", race.winner.value, error)
-    segmenter, race = _race(artifact, kinds)
+    segmenter, race, is_lasting = _race(artifact, kinds)
     logger.info("Engine chosen for %s: %s", artifact.label, race.sentence())
-    _remember(record, conditions, race)
+    if is_lasting:
+        _remember(record, conditions, race)
     return segmenter, race
 
 
-def _race(artifact: Artifact, kinds: Sequence[EngineKind]) -> tuple[Segmenter, Race]:
+def _race(artifact: Artifact, kinds: Sequence[EngineKind]) -> tuple[Segmenter, Race, bool]:
+    """The winner, the race, and whether it would end the same way tomorrow: no engine lacked memory."""
     image = _image()
     runs: dict[EngineKind, _Run] = {}
     entrants: list[Entrant] = []
+    shortage: MemoryShortage | None = None
     quick = _products(VARIANTS[artifact.header["variant"]]) <= _QUICK_PRODUCTS
     for kind in kinds:
         if kind is EngineKind.OPENVINO and runs and not quick:
@@ -147,8 +154,10 @@ def _race(artifact: Artifact, kinds: Sequence[EngineKind]) -> tuple[Segmenter, R
         if kind is EngineKind.REFERENCE and runs and not quick:
             logger.info("The reference engine draws the masks to compare with: a minute or so, this once")
         try:
-            runs[kind] = _run(load_segmenter(artifact, kind), image)
-        except _FAILURES as error:  # of a kernel that does not run on this device, say
+            with shortage_told(f"the engine {kind.value}"):
+                runs[kind] = _run(load_segmenter(artifact, kind), image)
+        except Exception as error:  # engines are libraries: any of them may raise anything
+            shortage = shortage or (error if isinstance(error, MemoryShortage) else None)
             entrants.append(Entrant(kind, None, problem=f"it failed: {str(error)[:200]}"))
     oracle = runs.get(EngineKind.REFERENCE)
     best = np.inf
@@ -163,16 +172,18 @@ def _race(artifact: Artifact, kinds: Sequence[EngineKind]) -> tuple[Segmenter, R
             best = min(best, seconds)
         entrants.append(Entrant(kind, seconds, agreement, problem))
     if not runs:
+        if shortage is not None:
+            raise shortage
         raise ValueError("; ".join(f"{e.engine.value}: {e.problem}" for e in entrants))
     for entrant in entrants:
         if entrant.problem:
             logger.warning("The engine %s is not used: %s", entrant.engine.value, entrant.problem)
     winner = min((e for e in entrants if not e.problem), key=lambda e: e.seconds or np.inf).engine
-    return runs[winner].segmenter, Race(winner, tuple(entrants))
+    return runs[winner].segmenter, Race(winner, tuple(entrants)), shortage is None
 
 
 def _agrees(agreement: float, oracle: _Run, image: NDArray[np.uint8]) -> bool:
-    """Whether masks differ by no more than rounding explains in this model."""
+    """Whether an engine's masks differ from the oracle's by no more than rounding does in this model."""
     if agreement >= LEAST_AGREEMENT:
         return True
     nearly = image.copy()
@@ -196,7 +207,7 @@ def _run(segmenter: Segmenter, image: NDArray[np.uint8]) -> _Run:
 
 
 def _median(segmenter: Segmenter, image: NDArray[np.uint8]) -> float:
-    """Of a few embeddings, more where they are short."""
+    """Median seconds of 3 to 15 embeddings, as many as fit into half a second."""
     laps: list[float] = []
     while len(laps) < _LEAST_RUNS or (sum(laps) < _SECONDS and len(laps) < _MOST_RUNS):
         begin = time.perf_counter()
@@ -217,7 +228,7 @@ def _image() -> NDArray[np.uint8]:
 
 
 def _agreement(masks: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
-    """Intersection over union of all masks together: a mask of a few pixels alone decides nothing."""
+    """IoU over the pixels of all masks together, so that no mask of a few pixels decides."""
     union = int((masks | expected).sum())
     return int((masks & expected).sum()) / union if union else 1.0
 
@@ -228,7 +239,7 @@ def _products(variant: Variant) -> int:
 
 
 def _conditions(artifact: Artifact, kinds: Sequence[EngineKind]) -> dict[str, Any]:
-    """All that may change who wins."""
+    """Everything on which the race's result depends, as JSON values."""
     libraries = (compiled.library_path(), cuda_library.LIBRARY)
     return {
         "artifact": artifact.header.get("tensors_sha256"),

@@ -1,7 +1,9 @@
-"""One step from slice to slice: from an object's mask on one to its mask on the next, or the reason to stop.
+"""Follows an object from its mask on one slice to its mask on the next, or says why it ends there.
 
-The last mask is moved to where the object looks to have gone, and its box, a smaller and a larger one prompt
-the model; of the answers the one counts that the model's own estimate and the object's looks speak for.
+move     the last mask is shifted to where the next slice looks most like the object
+prompt   the model answers the shifted mask's box, a larger box and a smaller one
+choose   the answer wins that scores best by the model's own estimate and by how the object looks
+object   the winner is refused if it changed too much from the last mask
 """
 
 from __future__ import annotations
@@ -14,21 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from monailabel_dfqsam.segmentation.appearance import Appearance, shift
+from monailabel_dfqsam.segmentation.appearance import Appearance, near, shift
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prediction, Prompts
 
 Mask = NDArray[np.bool_]
 Predict = Callable[[Embedding, Prompts], Prediction]
 """`Segmenter.predict` of the model that made the embedding."""
 
-# All of these were decided on the phantoms of docs/accuracy/volumes_phantoms.py.
-# Of the box's sides, but at least a pixel: a model follows its box, so it has to be offered others.
+# These numbers were chosen on the phantoms of docs/accuracy/volumes_phantoms.py.
+# How much wider or narrower the other boxes are on each side, of the box's own side; at least one pixel.
 _LARGER = 0.05
-# What the model's own estimate of IoU counts beside the mean log ratio of the looks.
+# The weight of the model's own IoU estimate; the weight of the mean log ratio of the looks is 1.
 _SCORE_COUNTS = 3.0
-# Factors between neighbouring slices; and pixels that a small mask may gain or lose beyond them.
+# The largest and smallest factor between areas of neighbouring slices, and the pixels allowed beyond them.
 _GROWS, _SHRINKS, _SLACK = 2.0, 0.35, 12
-# Of the source's own figure.
+# The least score and likeness on a slice, as fractions of the source slice's.
 _LEAST_SCORE, _LEAST_LIKENESS = 0.6, 0.4
 
 
@@ -43,16 +45,15 @@ class Stop(str, Enum):
     SCORE = "the model is unsure"
     APPEARANCE = "it looks different"
     BACKGROUND = "a background point stayed inside"
-    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What was found on a prompted slice, which the slices that follow are compared with.
+    """How the object is on its prompted slice; the slices that follow are compared with it.
 
     Attributes:
-        looks: the object's appearance there.
-        likeness: the mean of it within the mask.
+        looks: the object's appearance.
+        likeness: the mean log ratio of `looks` within the mask.
         score: the model's estimate of the mask's IoU.
     """
 
@@ -62,8 +63,9 @@ class Source:
 
     @classmethod
     def of(cls, rgb: NDArray[np.uint8], mask: Mask, score: float) -> Source:
-        """From the slice [H, W, 3] and its mask [H, W], which is not empty."""
+        """From the slice [H, W, 3] and the object's mask [H, W] on it, which is not empty."""
         looks = Appearance.of(rgb, mask)
+        rgb, mask = near(rgb, mask)
         return cls(looks, float(looks.of_slice(rgb)[mask].mean()), score)
 
 
@@ -105,6 +107,7 @@ def follow(
 def _objection(
     mask: Mask, score: float, likeness: float, last: Mask, source: Source, background: NDArray[np.float64]
 ) -> Stop | None:
+    """Why a mask is not the object that `last` shows on the slice before; None where it may be."""
     area, before = int(mask.sum()), int(last.sum())
     if not _SHRINKS * before - _SLACK <= area <= _GROWS * before + _SLACK:
         return Stop.AREA
@@ -124,7 +127,7 @@ def _moved(mask: Mask, rows: int, columns: int) -> Mask:
 
 
 def _boxes(mask: Mask) -> Iterator[NDArray[np.float64]]:
-    """[4] float (x0, y0, x1, y1) each, inside the image: the tight box, a smaller and a larger one."""
+    """The mask's box, a larger one and, where there is room, a smaller one: [4] float (x0, y0, x1, y1)."""
     ((rows, columns),) = ndimage.find_objects(mask.astype(np.uint8))
     tight = np.array([columns.start, rows.start, columns.stop, rows.stop], dtype=np.float64)
     width, height = tight[2:] - tight[:2]
@@ -137,7 +140,7 @@ def _boxes(mask: Mask) -> Iterator[NDArray[np.float64]]:
 
 
 def _parts_touching(mask: Mask, expected: Mask) -> Mask:
-    """Those connected parts of a mask that overlap the expected one: others are other objects."""
+    """The connected parts of a mask that overlap the expected mask; other parts are other objects."""
     parts, _ = ndimage.label(mask)
     kept = np.unique(parts[mask & expected])
     touching: Mask = np.isin(parts, kept) & mask

@@ -48,20 +48,12 @@ class Propagation:
     Attributes:
         mask: [I, J, K] bool.
         scores: [K] float, the model's estimate of the IoU of the mask there, NaN where nothing was kept.
-        sources: [K] int, the prompted slice that a slice's mask comes from, its own number where it was
-            prompted, −1 where nothing was kept.
         fronts: two for each prompted slice, by source, downwards first.
     """
 
     mask: Mask
     scores: NDArray[np.float64]
-    sources: NDArray[np.int64]
     fronts: tuple[Front, ...]
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it was stopped before its time."""
-        return any(front.stop is Stop.CANCELLED for front in self.fronts)
 
 
 def propagate(
@@ -73,7 +65,6 @@ def propagate(
     window: Window | None = None,
     roi: tuple[int, int] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    cancelled: Callable[[], bool] = lambda: False,
 ) -> Propagation:
     """Segments one object through a volume.
 
@@ -89,7 +80,6 @@ def propagate(
         window: the values to show; None takes the volume's own.
         roi: (first, last) slice to go to.
         progress: called with the slices that are settled and all that may be reached.
-        cancelled: asked before each slice; once True, what is there so far is returned.
 
     Raises:
         ValueError: without a foreground point or a box, for a slice that is not there or outside the ROI, and
@@ -111,7 +101,7 @@ def propagate(
             if low <= k <= high
         ]
         beyond = Stop.MET if len(here) == 2 else Stop.END if (before < 0 or after == depth) else Stop.ROI
-        for part in _advance(run, here, beyond, cancelled):
+        for part in _advance(run, here, beyond):
             progress(settled + part, total)
         fronts += here
         settled += after - before - 1
@@ -155,6 +145,7 @@ class _Run:
     ) -> None:
         self.predict, self.rgb, self.prompts = predict, rgb, prompts
         self.answers: dict[int, _Answer] = {}
+        self._looks: dict[int, Source] = {}
         self._embed = embed
         self._ready: dict[int, Embedding] = {}
 
@@ -165,6 +156,12 @@ class _Run:
             for k, embedding in zip(ks, self._embed(ks), strict=True):
                 found = self.predict(embedding, self.prompts[k])
                 self.answers[k] = _Answer(k, found.mask, found.score)
+
+    def looks(self, k: int) -> Source:
+        """How the object looks on slice k, a source; found when it is followed, since that takes long."""
+        if k not in self._looks:
+            self._looks[k] = Source.of(self.rgb(k), self.answers[k].mask, self.answers[k].score)
+        return self._looks[k]
 
     def embedding(self, k: int, wanted: Iterator[int]) -> Embedding:
         """That of slice k; made together with those that are `wanted` next, k among them."""
@@ -185,11 +182,7 @@ class _Front:
         self._run, self.source, self.step, self._low, self._high = run, source, step, low, high
         answer = run.answers[source]
         self.last, self._mask = source, answer.mask
-        self.stop: Stop | None = None
-        if answer.mask.any():
-            self._looks = Source.of(run.rgb(source), answer.mask, answer.score)
-        else:
-            self.stop = Stop.EMPTY
+        self.stop: Stop | None = None if answer.mask.any() else Stop.EMPTY
 
     def slice(self, distance: int) -> int | None:
         """The slice at a distance, unless it is beyond the segment or taken by a nearer source."""
@@ -201,7 +194,8 @@ class _Front:
     def advance(self, k: int, embedding: Embedding) -> None:
         """Answers slice k, or stops."""
         run = self._run
-        found = follow(run.predict, embedding, run.rgb(k), self._mask, self._looks, run.background(k))
+        looks, background = run.looks(self.source), run.background(k)
+        found = follow(run.predict, embedding, run.rgb(k), self._mask, looks, background)
         if isinstance(found, Stop):
             self.stop = found
             return
@@ -212,9 +206,7 @@ class _Front:
             run.answers[k] = _Answer(self.source, self._mask, score)
 
 
-def _advance(
-    run: _Run, fronts: Sequence[_Front], beyond: Stop, cancelled: Callable[[], bool]
-) -> Iterator[int]:
+def _advance(run: _Run, fronts: Sequence[_Front], beyond: Stop) -> Iterator[int]:
     """Takes the fronts of one segment through it, in step; yields how many slices are settled, now and then.
 
     Args:
@@ -229,8 +221,6 @@ def _advance(
             k = front.slice(distance)
             if k is None:
                 front.stop = beyond
-            elif cancelled():
-                front.stop = Stop.CANCELLED
             else:
                 front.advance(k, run.embedding(k, _wanted(alive, distance)))
         yield len(run.answers) - before
@@ -248,8 +238,9 @@ def _wanted(alive: Sequence[_Front], distance: int) -> Iterator[int]:
 
 
 def _result(run: _Run, shape: tuple[int, int, int], fronts: Sequence[_Front]) -> Propagation:
-    mask, scores, sources = np.zeros(shape, dtype=bool), np.full(shape[2], np.nan), np.full(shape[2], -1)
+    # As in files, so that a slice's voxels lie together.
+    mask, scores = np.zeros(shape, dtype=bool, order="F"), np.full(shape[2], np.nan)
     for k, answer in run.answers.items():
-        mask[:, :, k], scores[k], sources[k] = answer.mask, answer.score, answer.source
+        mask[:, :, k], scores[k] = answer.mask, answer.score
     ways = [Front(f.source, f.step, f.last, f.stop) for f in fronts if f.stop is not None]
-    return Propagation(mask, scores, sources, tuple(sorted(ways, key=lambda way: (way.source, way.step))))
+    return Propagation(mask, scores, tuple(sorted(ways, key=lambda way: (way.source, way.step))))

@@ -105,7 +105,8 @@ def _nrrd_header(
 
 def _gzip(voxels: bytes, k: int, slices: int) -> tuple[bytes, ...]:
     """The parts of a gzip member of `slices` equally long slices, zero but for slice k."""
-    empty, after = _deflated_zeros(len(voxels)), slices - 1 - k
+    empty = _deflated_zeros(len(voxels)) if slices > 1 else b""
+    after = slices - 1 - k
     crc = zlib.crc32(voxels, _crc_after_zeros(0, len(voxels) * k))
     crc = _crc_after_zeros(crc, len(voxels) * after)
     length = len(voxels) * slices & _ALL_ONES

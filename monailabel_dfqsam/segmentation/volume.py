@@ -6,6 +6,7 @@ file. A 2-D image has K = 1; colour adds a last axis of 3. A slice for the model
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +18,13 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from monailabel_dfqsam.memory import MemoryShortage, shortage_told
-from monailabel_dfqsam.segmentation.embeddings import BoundedCache
 from monailabel_dfqsam.segmentation.image import Image, ImageError, Modality
 from monailabel_dfqsam.segmentation.nifti import nifti_on
 from monailabel_dfqsam.segmentation.reading import read_image
 
 __all__ = [
-    "ImageError", "Volume", "VolumeLoader", "VolumeTooLarge", "Window", "load_labels", "load_volume",
-    "slice_rgb", "write_mask",
+    "ImageError", "Volume", "VolumeTooLarge", "Window", "load_labels", "load_volume", "slice_rgb",
+    "write_mask",
 ]  # fmt: skip
 
 # Hounsfield units: below every tissue but lung and fat, so that only CT has such values.
@@ -82,6 +82,7 @@ class Volume:
         window: what `slice_rgb` shows unless told otherwise; None for images shown as they are.
         inverted: whether low values are shown white (DICOM's MONOCHROME1).
         nifti: the header of a NIfTI. nibabel and ITK differ about the place of some: see `nifti`.
+        key: tells its content from any other's; None where `VolumeLoader` did not read it.
     """
 
     array: NDArray[np.generic]
@@ -92,6 +93,7 @@ class Volume:
     window: Window | None
     inverted: bool = False
     nifti: nibabel.Nifti1Header | None = None
+    key: Hashable = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -190,35 +192,6 @@ def load_labels(path: str | Path, name: str | None = None) -> Volume:
     if array.ndim != 3:
         raise ImageError(f"'{name}' must hold one number a voxel, not colour")
     return Volume(array, image.origin, image.spacing, image.direction, None, None, nifti=image.nifti)
-
-
-class VolumeLoader:
-    """`load_volume` with the last volumes kept, at most `max_bytes` of them; safe to share between threads.
-
-    A file that changed (size or time of change) is read anew.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._cache: BoundedCache[Volume] = BoundedCache(max_bytes)
-
-    def load(self, path: str | Path, name: str | None = None) -> Volume:
-        """As `load_volume`."""
-        path = Path(path)
-        return self._cache.get_or_compute(file_key(path), lambda: load_volume(path, name))
-
-
-def file_key(path: Path) -> tuple[object, ...]:
-    """Equal for a file or a folder's files that did not change: paths, times of change and sizes.
-
-    Raises:
-        ImageError: when there is no such file.
-    """
-    try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        stats = [(file.name, file.stat()) for file in files]
-    except OSError:
-        raise ImageError(f"there is no image '{path.name}'") from None
-    return (path.resolve(), *((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats))
 
 
 def slice_rgb(volume: Volume, k: int, window: Window | None = None) -> NDArray[np.uint8]:

@@ -141,7 +141,7 @@ def _taken(info: Mapping[str, Any], client: object, now: float) -> bool:
         when = record.get("ts") if isinstance(record, Mapping) else None
         if (
             isinstance(when, int | float)
-            and now - when < _TAKEN_SECONDS
+            and abs(now - when) < _TAKEN_SECONDS  # the clock may have been set back since
             and record.get("client_id") != client
         ):
             return True

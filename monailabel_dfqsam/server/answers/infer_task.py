@@ -104,9 +104,8 @@ class InteractiveTask(InferTask):  # type: ignore[misc]
     def shown(self, request: Mapping[str, Any], view: View) -> Shown:
         """The image that a request is about, and the model that answers."""
         served = self.workbench.served()
-        path = Path(request["image"])
-        volume = self.workbench.volume(path, request.get(FILE_NAME))
-        return Shown(served, path, volume, read_window(view, volume))
+        volume = self.workbench.volume(Path(request["image"]), request.get(FILE_NAME))
+        return Shown(served, volume, read_window(view, volume))
 
 
 class SegmentTask(InteractiveTask):
@@ -124,9 +123,7 @@ class SegmentTask(InteractiveTask):
         mask = read_mask(request, shown.volume)
         k, prompts = _prompts(request, shown.volume.shape, mask)
         clock.lap("load")
-        hits = self.workbench.cache_stats.hits
-        embedding = self.workbench.embed(shown, k)
-        cached = self.workbench.cache_stats.hits > hits
+        embedding, cached = self.workbench.embed(shown, k)
         clock.lap("embed")
         if mask is not None and mask[:, :, k].any():
             prompts = replace(prompts, mask_logits=to_low_res(mask[:, :, k], embedding.frame))

@@ -81,7 +81,7 @@ class ProposeTask(InteractiveTask):
         shown = self.shown(request, view)
         k = _slice(request.get("slice"), shown.volume.shape[2])
         clock.lap("load")
-        embedding = self.workbench.embed(shown, k)
+        embedding, _ = self.workbench.embed(shown, k)
         clock.lap("embed")
         rgb = slice_rgb(shown.volume, k, shown.window)
         proposals = propose(shown.served.segmenter, embedding, rgb)

@@ -49,7 +49,7 @@ class VolumeTask(InteractiveTask):
         run.clock.lap("load")
         found = run.propagate(prompts)
         mask = run.refined(found, prompts)
-        return run.reply(mask.astype(np.uint8), {view.label or self.settings.labels[0]: 1}, [found])
+        return run.reply(mask.view(np.uint8), {view.label or self.settings.labels[0]: 1}, [found])
 
 
 class LabelsTask(InteractiveTask):
@@ -98,7 +98,7 @@ def merge(
     Returns:
         [I, J, K] uint8.
     """
-    merged = np.zeros(next(iter(masks.values())).shape, dtype=np.uint8)
+    merged = np.zeros(next(iter(masks.values())).shape, dtype=np.uint8, order="F")
     for k in range(merged.shape[2]):
         here = [value for value in masks if masks[value][:, :, k].any()]
         for value in sorted(here, key=lambda value: (scores[value][k], -value)):
@@ -150,10 +150,13 @@ class _Run:
         self, mask: NDArray[np.uint8], names: Mapping[str, int], found: Sequence[Propagation]
     ) -> tuple[str, dict[str, Any]]:
         """The mask's file and what is told beside it."""
-        file = write_answer(mask, None, self.shown.volume, self._view)
+        held = [int(k) for k in np.flatnonzero(mask.any(axis=(0, 1)))]
+        # One slice alone is written faster, and is large where it is all there is.
+        part, k = (mask[:, :, held[0]], held[0]) if len(held) == 1 else (mask, None)
+        file = write_answer(part, k, self.shown.volume, self._view)
         self.clock.lap("write")
         served = self.shown.served
-        slices = sorted(self._viewers_number(int(k)) for k in np.flatnonzero(mask.any(axis=(0, 1))))
+        slices = sorted(map(self._viewers_number, held))
         scores = np.concatenate([one.scores[~np.isnan(one.scores)] for one in found])
         return file, {
             "label_names": dict(names),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,13 @@ from fastapi import HTTPException
 from numpy.typing import NDArray
 
 from monailabel_dfqsam.segmentation.embeddings import BoundedCache, CacheStats
+from monailabel_dfqsam.segmentation.loading import VolumeLoader
 from monailabel_dfqsam.segmentation.segmenter import Embedding
 from monailabel_dfqsam.segmentation.slice_mask import write_slice_mask
-from monailabel_dfqsam.segmentation.volume import (
-    Volume,
-    VolumeLoader,
-    Window,
-    file_key,
-    write_mask,
-)
+from monailabel_dfqsam.segmentation.volume import Volume, Window, write_mask
 from monailabel_dfqsam.server.answers.neighbours import Neighbours
 from monailabel_dfqsam.server.answers.request import View
-from monailabel_dfqsam.server.runs.models import Models, Served
+from monailabel_dfqsam.server.runs.models import Models, NoModelError, Served
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +36,6 @@ class Shown:
     """One image as a viewer shows it, with the model that answers about it."""
 
     served: Served
-    path: Path
     volume: Volume
     window: Window | None
 
@@ -68,16 +63,15 @@ class Workbench:
         """The model that answers now; raises HTTPException 503 when there is none."""
         try:
             return self.models.current()
-        except (ValueError, OSError) as error:
+        except NoModelError as error:
             raise HTTPException(503, f"no model can be loaded: {error}") from None
 
     def volume(self, path: Path, name: str | None = None) -> Volume:
         """An image, read once as long as it stays in the cache; raises ImageError, which calls it `name`."""
         return self._volumes.load(path, name)
 
-    def embed(self, shown: Shown, k: int) -> Embedding:
-        """The embedding of slice k, cached."""
-
+    def embed(self, shown: Shown, k: int) -> tuple[Embedding, bool]:
+        """The embedding of slice k, and whether it was there when asked for."""
         return self._embeddings.get_or_compute(_key(shown, k), lambda: self._compute(shown, [k])[0])
 
     def embed_slices(self, shown: Shown, slices: Sequence[int]) -> list[Embedding]:
@@ -89,12 +83,12 @@ class Workbench:
             # What was cached a moment ago may have been pushed out since.
             return made[k] if k in made else self._compute(shown, [k])[0]
 
-        return [self._embeddings.get_or_compute(_key(shown, k), lambda k=k: one(k)) for k in slices]  # type: ignore[misc]
+        return [self._embeddings.get_or_compute(_key(shown, k), partial(one, k))[0] for k in slices]
 
     def prepare(self, shown: Shown, slices: Sequence[int]) -> None:
         """Embeds slices when nothing else is to be done, first things first; numbers outside are left out."""
         near = [k for k in slices if 0 <= k < shown.volume.shape[2]]
-        self._neighbours.next([lambda k=k: self.embed(shown, k) for k in near])  # type: ignore[misc]
+        self._neighbours.next([partial(self.embed, shown, k) for k in near])
 
     def _compute(self, shown: Shown, slices: Sequence[int]) -> list[Embedding]:
         with self._one_embedding:
@@ -102,7 +96,8 @@ class Workbench:
 
 
 def _key(shown: Shown, k: int) -> Hashable:
-    return file_key(shown.path), k, shown.window, shown.served.identity
+    """Of the pixels that are shown, whatever has become of their file since."""
+    return shown.volume.key, k, shown.window, shown.served.identity
 
 
 class Clock:

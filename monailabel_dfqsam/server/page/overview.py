@@ -1,22 +1,21 @@
-"""What the quantization page shows, as JSON values: the model, the models kept, the history, work going on.
+"""What the quantization page shows, as JSON values.
 
-Read from the folder of models and from the queue of runs; the datastore is not asked for anything.
-An artifact's header is read once and again when its file has changed, so that asking every second is cheap.
+It is read from the model folder and the queue of runs; the datastore is not asked. An artifact's header is
+read again only when its file has changed, so that the page may ask every second.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from monailabel_dfqsam.artifact import read_header
+from monailabel_dfqsam.artifact import Header, read_header
 from monailabel_dfqsam.server.runs import finetuning, quantizing
 from monailabel_dfqsam.server.runs.folder import is_key
-from monailabel_dfqsam.server.runs.models import FULL_PRECISION, Models, Speed
+from monailabel_dfqsam.server.runs.models import Models, Speed
 from monailabel_dfqsam.server.runs.options import defaults
 from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.runs.reporter import PRINTED
@@ -41,12 +40,12 @@ class Overview:
         """Everything but the pictures.
 
         Returns:
-            `model`, which answers; `changing`, whether another one may soon, as the server starts or loads
-            what was published; `checkpoint`, its name and bytes; `threshold`, the least fidelity to be
-            served; `own_key`, of the artifact that the server's own settings make; `artifacts`, the newest
-            first; `runs`, the newest first, and `running`, the one going on or the next to, or None: each as
-            `Run` describes it; `lines`, which that one printed last; `options` of another one, as the trainer
-            offers them.
+            `model`, which answers, and as `problem` why a better one does not; `changing`, whether another
+            one may soon, as the server starts or loads what was published; `checkpoint`, its name and bytes;
+            `threshold`, the least fidelity to be served; `own_key`, of the artifact that the server's own
+            settings make; `artifacts`, the newest first; `runs`, the newest first, and `running`, the one
+            going on or the next to, or None: each as `Run` describes it; `lines`, which that one printed
+            last; `options` of another one, as the trainer offers them.
         """
         # Asked before the model, which is the last one then where nothing changes.
         changing = self._models.is_changing()
@@ -85,17 +84,10 @@ class Overview:
         return {"images": parser.images, "evolution": [steps for steps in parser.evolution if steps]}
 
     def _model(self) -> dict[str, Any]:
-        served = self._models.served()
-        if served is None:
-            speed = Speed().summary()
-            return {"name": "loading", "engine": "", "key": None, "fidelity": None, "speed": speed}
-        return {
-            "name": served.segmenter.name,
-            "engine": served.engine,
-            "key": None if served.identity == FULL_PRECISION else served.identity,
-            "fidelity": served.fidelity,
-            "speed": served.speed.summary(),
-        }
+        served, told = self._models.served(), self._models.describe()
+        speed = Speed() if served is None else served.speed
+        kept = {name: told[name] for name in ("engine", "key", "fidelity", "problem")}
+        return {"name": told["model"], **kept, "speed": speed.summary()}
 
     def _kept(self) -> list[dict[str, Any]]:
         folder, found = self._models.folder, {}
@@ -115,12 +107,12 @@ class Overview:
     def _artifact(self, key: str) -> dict[str, Any]:
         try:
             return _summary(key, read_header(self._models.folder.artifact(key)), self._settings.min_fidelity)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             nothing = dict.fromkeys(("options", "learned", "fidelity", "bytes", "checkpoint_bytes", "made"))
             return {"key": key, "name": key, **nothing, "refusal": str(error)}
 
     def _checkpoints(self) -> dict[str, list[str]]:
-        """A choice of checkpoints, where there is any beside the server's own."""
+        """The checkpoints that may be quantized, the server's own first; nothing where there is no other."""
         own, folder = self._settings.checkpoint.name, self._settings.model_dir
         others = sorted(
             path.name
@@ -138,7 +130,7 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _summary(key: str, header: Mapping[str, Any], least: float) -> dict[str, Any]:
+def _summary(key: str, header: Header, least: float) -> dict[str, Any]:
     config, fidelity = header["config"], float(header["fidelity"]["mean_iou"])
     options = {name: config[name] for name in ("bits", "policy", "calibration", "images", "seed")}
     learned = header.get("finetuning")

@@ -137,6 +137,7 @@ function render(status) {
 }
 
 function showModel({ model, artifact, checkpoint, threshold }) {
+  say("problem", model.problem && `Not served: ${model.problem}.`, true);
   at("model").textContent = model.name === "loading" ? "Loading…" : model.key ? model.name : "Full precision";
   at("model-words").textContent = artifact ? described(artifact, checkpoint.name) :
     model.name === "loading" ? "The server reads its first model." : `${checkpoint.name}, not quantized, by ${model.engine}`;

@@ -7,7 +7,6 @@ only if it is better than both the artifact it began with and the one served, on
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
-from monailabel_dfqsam.artifact import Artifact, read_artifact, write_artifact
+from monailabel_dfqsam.artifact import Artifact, Fidelity, Header, read_artifact, write_artifact
 from monailabel_dfqsam.config import FinetuneConfig, QuantizationConfig
+from monailabel_dfqsam.identity import artifact_key, content_sha256, finetuned_key
 from monailabel_dfqsam.sam import read_checkpoint
 from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.server.runs.options import read_finetuning
@@ -66,17 +66,17 @@ def work(
     reader = Reader()
     samples, refused = find_samples(labelled, reader, report)
     checkpoint = read_checkpoint(settings.checkpoint, settings.variant)
-    key = config.key(base.key(checkpoint.sha256), [digest(one) for one in labelled])
+    start = artifact_key(base, checkpoint.sha256, checkpoint.variant.name)
+    key = finetuned_key(config, start, [digest(one) for one in labelled])
     report.name(key)
-    own_key = settings.quantization.key(checkpoint.sha256)
-    # The same labels and choices: it was made before, and was better then.
-    header = ready(folder.artifact(key))
-    if header is not None:
-        return publish(key, header, own_key, settings, folder)
     counts = {"labels": len(labelled) - refused, "left_out": refused}
-    making = _Making(base, config, checkpoint, key, settings.min_fidelity, folder, report)
-    made = making.better(samples, reader, counts)
-    return made if isinstance(made, Outcome) else publish(key, made, own_key, settings, folder)
+    own = artifact_key(settings.quantization, checkpoint.sha256, checkpoint.variant.name)
+    serving = folder.chosen(own)
+    making = _Making(
+        base, config, checkpoint, start, key, serving, settings.min_fidelity, folder, report, reader, counts
+    )
+    made = making.again(samples) or making.better(samples)
+    return made if isinstance(made, Outcome) else publish(made, own, settings, folder)
 
 
 @dataclass(frozen=True)
@@ -85,51 +85,64 @@ class _Making:
 
     Attributes:
         base: the configuration of the artifact to start from.
-        key: of the artifact to be made.
+        start, key, serving: of that artifact, of the one to be made, and of the one that answers now.
         least: fidelity that it needs.
+        counts: of label maps, for its header.
     """
 
     base: QuantizationConfig
     config: FinetuneConfig
     checkpoint: Checkpoint
+    start: str
     key: str
+    serving: str
     least: float
     folder: ModelFolder
     report: Reporter
+    reader: Reader
+    counts: Mapping[str, int]
 
-    def better(
-        self, samples: Sequence[Sample], reader: Reader, counts: Mapping[str, int]
-    ) -> dict[str, Any] | Outcome:
+    def again(self, samples: Sequence[Sample]) -> Header | Outcome | None:
+        """The header of the artifact made of the same labels and choices before; None without one.
+
+        An Outcome says that what serves now is better.
+        """
+        from monailabel_dfqsam.finetuning.learning import Judge
+        from monailabel_dfqsam.finetuning.samples import split
+
+        header = ready(self.folder, self.key)
+        if header is None or self.serving in (self.start, self.key):
+            return header  # it was better than the start when it was made
+        judge = Judge(split(samples)[1], self.reader)
+        after, rivals = self._scores(judge, self.key), self._served(judge)
+        if after is None:
+            return None
+        return header if _surpasses(after, rivals) else self._rejected(after, rivals)
+
+    def better(self, samples: Sequence[Sample]) -> Header | Outcome:
         """The header of the artifact, in place under its key; or why there is none that is better."""
         from monailabel_dfqsam.finetuning.learning import Judge, finetune
         from monailabel_dfqsam.finetuning.samples import split
         from monailabel_dfqsam.pipeline import fidelity_measure
 
         learned, judged = split(samples)
-        start_key = self.base.key(self.checkpoint.sha256)
         quantized(self.checkpoint, self.base, self.folder, self.report)
+        self.report.name(self.key)
         begun = time.monotonic()
-        judge, checkpoints = Judge(judged, reader), self._checkpoints()
+        judge, checkpoints = Judge(judged, self.reader), self._checkpoints()
         measure = fidelity_measure(self.checkpoint, self.base, device=device(), progress=self.report)
         result = finetune(
-            read_artifact(self.folder.artifact(start_key)), learned, judge, self.config, checkpoints,
+            read_artifact(self.folder.artifact(self.start)), learned, judge, self.config, checkpoints,
             accept=lambda artifact: bool(measure(artifact)["mean_iou"] >= self.least),
-            reader=reader, device=device(), progress=self.report,
+            reader=self.reader, device=device(), progress=self.report,
         )  # fmt: skip
-        rivals = {"before": result.before, **_served_scores(self.folder, judge, start_key)}
+        rivals = {"before": result.before, **self._served(judge)}
         artifact = result.artifact
-        if artifact is None or not result.after.mean > max(scores.mean for scores in rivals.values()):
+        if artifact is None or not _surpasses(result.after, rivals):
             shutil.rmtree(checkpoints, ignore_errors=True)
-            told = ", ".join(
-                f"{name} {scores.mean:.3f}" for name, scores in (*rivals.items(), ("after", result.after))
-            )
-            reason = (
-                f"nothing of fidelity {self.least:.3f} was better on images it did not learn from ({told}): "
-                "the served model stays"
-            )
-            return Outcome(RunState.REJECTED, error=reason)
+            return self._rejected(result.after, rivals)
         facts = {
-            **counts,
+            **self.counts,
             "learned": _counted(learned),
             "judged": _counted(judged),
             "epochs": result.epochs,
@@ -137,20 +150,20 @@ class _Making:
             "after": result.after.as_json(),
             **{name: scores.as_json() for name, scores in rivals.items()},
         }
-        changes = {"finetuning": facts, "fidelity": measure(artifact), "seconds": time.monotonic() - begun}
-        header = self._write(artifact, changes)
+        header = self._write(artifact, facts, measure(artifact), time.monotonic() - begun)
         shutil.rmtree(checkpoints, ignore_errors=True)
         return header
 
-    def _write(self, artifact: Artifact, changes: Mapping[str, Any]) -> dict[str, Any]:
-        header = {
+    def _write(self, artifact: Artifact, facts: dict[str, Any], fidelity: Fidelity, seconds: float) -> Header:
+        header: Header = {
             **artifact.header,
-            **changes,
+            "finetuning": facts,
+            "fidelity": fidelity,
             "key": self.key,
             "preset": None,
             "seed": self.config.seed,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(changes["seconds"], 2),
+            "seconds": round(seconds, 2),
         }
         self.report("writing", 0, 1)
         building = self.folder.building
@@ -158,6 +171,30 @@ class _Making:
         write_artifact(Artifact(header, artifact.tensors), building / "artifact")
         os.replace(building / "artifact", self.folder.artifact(self.key))
         return header
+
+    def _served(self, judge: Judge) -> dict[str, Scores]:
+        """Those of the artifact that answers now, by 'served'; none where it is the start or this one."""
+        scores = None if self.serving in (self.start, self.key) else self._scores(judge, self.serving)
+        return {} if scores is None else {"served": scores}
+
+    def _scores(self, judge: Judge, key: str) -> Scores | None:
+        """Those of an artifact that is there; None where it cannot be read."""
+        from monailabel_dfqsam.segmentation.segmenter import load_segmenter
+
+        try:
+            return judge.scores(load_segmenter(read_artifact(self.folder.artifact(key), key)))
+        except ValueError as error:
+            logger.warning("A model cannot be compared with: %s", error)
+            return None
+
+    def _rejected(self, after: Scores, rivals: Mapping[str, Scores]) -> Outcome:
+        scores = {**rivals, "after": after}
+        told = ", ".join(f"{name} {one.mean:.3f}" for name, one in scores.items())
+        reason = (
+            f"nothing of fidelity {self.least:.3f} was better on images it did not learn from ({told}): "
+            "the served model stays"
+        )
+        return Outcome(RunState.REJECTED, error=reason)
 
     def _checkpoints(self) -> Path:
         """Where checkpoints go; those of fine-tunings on other labels or with other options are given up."""
@@ -168,20 +205,8 @@ class _Making:
         return own
 
 
-def _served_scores(folder: ModelFolder, judge: Judge, start_key: str) -> dict[str, Scores]:
-    """Those of the artifact served now, by 'served'; none where it is the one to start from, or there is
-    none that can be read.
-    """
-    from monailabel_dfqsam.segmentation.segmenter import load_segmenter
-
-    published = folder.published()
-    if published is None or published["key"] == start_key:
-        return {}
-    try:
-        return {"served": judge.scores(load_segmenter(read_artifact(folder.artifact(published["key"]))))}
-    except ValueError as error:
-        logger.warning("The served model cannot be compared with: %s", error)
-        return {}
+def _surpasses(after: Scores, rivals: Mapping[str, Scores]) -> bool:
+    return all(after.mean > scores.mean for scores in rivals.values())
 
 
 def labelled_images(datastore: Datastore) -> list[Labelled]:
@@ -207,9 +232,8 @@ def labelled_images(datastore: Datastore) -> list[Labelled]:
 
 
 def digest(one: Labelled) -> str:
-    """Tells a label map with its image and modality from others; changes with the label."""
-    content = hashlib.sha256(one.label.read_bytes()).hexdigest()
-    return f"{one.image.name} {one.modality} {content}"
+    """Tells a label map with its image and modality from others, by name and content."""
+    return f"{one.image.name} {one.modality} {content_sha256(one.image)} {content_sha256(one.label)}"
 
 
 def _counted(samples: Sequence[Sample]) -> dict[str, int]:

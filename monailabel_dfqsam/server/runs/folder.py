@@ -24,7 +24,10 @@ import psutil
 from filelock import FileLock, Timeout
 
 from monailabel_dfqsam.files import replacing
+from monailabel_dfqsam.identity import artifact_key
+from monailabel_dfqsam.sam.checkpoint import identify
 from monailabel_dfqsam.server.runs.record import Run, is_run_id, run_from_json
+from monailabel_dfqsam.server.settings import Settings
 
 HISTORY = 50
 
@@ -87,7 +90,7 @@ class ModelFolder:
                 if writer is None or not psutil.pid_exists(int(writer[1])):
                     partial.unlink(missing_ok=True)
 
-    def publish(self, key: str, default_key: str) -> tuple[int, int]:
+    def publish(self, key: str, default_key: str) -> tuple[int, ...]:
         """Names the artifact to serve.
 
         Args:
@@ -107,11 +110,21 @@ class ModelFolder:
         found = _read(self.path / "current.json")
         return found if isinstance(found, dict) and is_key(found.get("key")) else None
 
-    def stamp(self) -> tuple[int, int] | None:
-        """Changes whenever something is published: (mtime in ns, bytes) of current.json."""
+    def chosen(self, default_key: str) -> str:
+        """The artifact that a server serves whose own configuration makes `default_key`.
+
+        A choice made under another configuration, checkpoint included, does not outlive it.
+        """
+        published = self.published()
+        if published is None or published.get("default_key") != default_key:
+            return default_key
+        return published["key"] if self.artifact(published["key"]).is_file() else default_key
+
+    def stamp(self) -> tuple[int, ...] | None:
+        """Changes whenever something is published; None where nothing is, or cannot be looked at."""
         try:
             return _stamp(self.path / "current.json")
-        except FileNotFoundError:
+        except OSError:
             return None
 
     def write_run(self, run: Run) -> None:
@@ -143,9 +156,20 @@ class ModelFolder:
         return self.path / "runs" / f"{identity}.json"
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def default_key(settings: Settings) -> str:
+    """The key of the artifact that a server's own configuration makes.
+
+    Raises:
+        ValueError: when the checkpoint cannot be read.
+    """
+    source = identify(settings.checkpoint, settings.variant)
+    return artifact_key(settings.quantization, source.sha256, source.variant.name)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What renaming a file leaves as it is, and no other file has."""
     status = path.stat()
-    return status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _read(path: Path) -> Any:

@@ -1,14 +1,19 @@
 """Which model answers: full precision until an artifact is published, then the artifact, swapped atomically.
 
-`Models` belongs to the server. One lock guards which model is served, another lets one change of it happen
-at a time; a request takes the model once and finishes on it, whatever is published or chosen meanwhile.
+`Models` belongs to the server. One lock guards which model answers, another lets one change of it happen at a
+time. A request takes the model once and finishes on it.
+
+The model that is wanted may fail to load, for want of memory say. Then the model that answered goes on, or
+full precision at the start, and the next request after `RETRY_SECONDS` tries again.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,27 +21,34 @@ from typing import Any
 
 import torch
 
-from monailabel_dfqsam.artifact import ArtifactError, read_artifact, read_header
+from monailabel_dfqsam.artifact import ArtifactError, read_artifact
+from monailabel_dfqsam.memory import MemoryShortage, shortage_told
 from monailabel_dfqsam.sam import build, read_checkpoint
-from monailabel_dfqsam.sam.checkpoint import file_sha256
 from monailabel_dfqsam.segmentation.engine_race import load_fastest
 from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter
-from monailabel_dfqsam.server.runs.folder import ModelFolder, is_key
+from monailabel_dfqsam.server.runs.folder import ModelFolder, default_key, is_key
 from monailabel_dfqsam.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 FULL_PRECISION = "full precision"
 
-_ANSWERS = 200  # of which speed is the median: as many as one works through, so that old load is forgotten
+RETRY_SECONDS = 30.0
+
+# Speed is the median of so many answers, so that it forgets what else the machine did earlier.
+_ANSWERS = 200
 
 
 class ChoiceError(ValueError):
     """An artifact that cannot be served; the message says why."""
 
 
+class NoModelError(Exception):
+    """No model can answer now; the message says why."""
+
+
 class Speed:
-    """How long one model took for its last answers; safe between threads."""
+    """Seconds that one model's last answers took; any thread may call it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -71,10 +83,10 @@ class Served:
 
     Attributes:
         segmenter: the model.
-        identity: tells its embeddings from another's: the artifact's key, or `FULL_PRECISION`.
+        identity: the artifact's key, or `FULL_PRECISION`; embeddings are kept by it.
         engine: what runs its image encoder.
         fidelity: mean mask IoU with full precision, None for full precision itself.
-        preset: by which it was quantized, None for any other way.
+        preset: the preset by which it was quantized; None where it was no preset's.
         speed: of its answers since the server began.
     """
 
@@ -84,6 +96,11 @@ class Served:
     fidelity: float | None = None
     preset: str | None = None
     speed: Speed = field(default_factory=Speed)
+
+    @property
+    def key(self) -> str | None:
+        """The artifact's, None for full precision."""
+        return None if self.identity == FULL_PRECISION else self.identity
 
 
 class Models:
@@ -97,7 +114,10 @@ class Models:
         self._served: Served | None = None
         self._own_key: str | None = None
         self._speeds: dict[str, Speed] = {}  # by key, so that a model chosen back goes on with its own
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None
+        self._wanted: str | None = None  # the artifact that should answer; None while there is none
+        self._retry_at = -math.inf  # on the monotonic clock; no load is tried before
+        self._problem = ""
         self._loading = False
         self._is_started = False
 
@@ -113,8 +133,10 @@ class Models:
                 self.current()
                 if self._settings.quantize and not self._ready():
                     quantize()
-            except Exception as error:
-                logger.error("No model can be served: %s", error)
+            except NoModelError:
+                pass  # said already
+            except Exception:
+                logger.exception("No model is made at the start")
             self._is_started = True
 
         threading.Thread(target=work, name="dfqsam-models", daemon=True).start()
@@ -123,16 +145,18 @@ class Models:
         """The model to answer with; the first call loads it, later ones notice what was published.
 
         Raises:
-            ValueError: when neither an artifact nor the checkpoint can be read.
+            NoModelError: when neither an artifact nor the checkpoint can be loaded.
         """
         with self._lock:
-            stamp = self.folder.stamp()
             if self._served is None:
-                self._stamp = stamp
-                self._served = self._load_first()
-            elif stamp != self._stamp and not self._loading:
-                self._stamp, self._loading = stamp, True
-                threading.Thread(target=self._swap, name="dfqsam-swap", daemon=True).start()
+                self._served = self._first()
+            elif not self._loading and self._is_due(self._served):
+                self._loading = True
+                try:
+                    threading.Thread(target=self._swap, name="dfqsam-swap", daemon=True).start()
+                except RuntimeError as error:  # the system has no thread left
+                    self._loading = False
+                    self._failed(error)
             return self._served
 
     def choose(self, key: str) -> Served:
@@ -145,18 +169,23 @@ class Models:
             The model, checked and loaded, which answers from now on.
 
         Raises:
-            ChoiceError: when it is not there, damaged, or of too low a fidelity; then nothing changes.
+            ChoiceError: when it is not there, damaged, of too low a fidelity or cannot be loaded, or when the
+                choice cannot be written down; then nothing changes.
         """
         if not is_key(key):
             raise ChoiceError("a model is named by its key, 16 hexadecimal digits")
         with self._changing:
             try:
                 served = self._load(key)
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                raise ChoiceError(f"the model cannot be served: {error}") from None
-            stamp = self.folder.publish(key, self.default_key())
+            except Exception as error:  # engines are libraries: any of them may raise anything
+                logger.info("The model chosen was not loaded", exc_info=True)
+                raise ChoiceError(f"the model cannot be served: {_sentence(error)}") from None
+            try:
+                stamp = self.folder.publish(key, self._own_key or default_key(self._settings))
+            except (ValueError, OSError) as error:
+                raise ChoiceError(f"the choice cannot be kept: {_sentence(error)}") from None
             with self._lock:
-                self._served, self._stamp = served, stamp
+                self._served, self._stamp, self._wanted, self._problem = served, stamp, key, ""
         logger.info("Serving %s by choice", served.segmenter.name)
         return served
 
@@ -165,56 +194,73 @@ class Models:
         return None if self._served is None else self.current()
 
     def is_changing(self) -> bool:
-        """Whether another model may answer soon without anybody asking for more: the first one loads, or a
-        published one; a start that quantizes has asked for it when this becomes false.
+        """Whether another model may answer soon: one is being loaded, or the start is not over.
+
+        A start that quantizes has begun the run before this becomes false.
         """
         self.served()  # notices what was published
         return self._loading or not self._is_started
 
+    @property
+    def problem(self) -> str:
+        """Why the model that is wanted does not answer, a sentence; "" where it does."""
+        return self._problem
+
     def describe(self) -> dict[str, Any]:
         """What `/info/` says about the model served; it does not wait for the first one to load."""
         served = self.served()
+        told: dict[str, Any] = {"problem": self.problem}
         if served is None:
-            return {"model": "loading", "engine": "", "fidelity": None, "preset": None, "key": None}
+            return {**told, "model": "loading", "engine": "", "fidelity": None, "preset": None, "key": None}
         return {
+            **told,
             "model": served.segmenter.name,
             "engine": served.engine,
             "fidelity": served.fidelity,
             "preset": served.preset,
-            "key": None if served.identity == FULL_PRECISION else served.identity,
+            "key": served.key,
         }
 
     @property
     def own_key(self) -> str | None:
-        """`default_key` as it was when the first model was loaded; None until then."""
+        """The `default_key` when the first model was loaded; None until then."""
         return self._own_key
 
-    def default_key(self) -> str:
-        """The key of the artifact that this server's own configuration makes."""
-        return self._settings.quantization.key(file_sha256(self._settings.checkpoint))
+    def _first(self) -> Served:
+        """The first model: an artifact, or else full precision; raises NoModelError."""
+        if time.monotonic() < self._retry_at:
+            raise NoModelError(self._problem)
+        try:
+            self._stamp = self.folder.stamp()
+            own = self._own_key = default_key(self._settings)
+            keys = dict.fromkeys((self.folder.chosen(own), own))
+            present = [key for key in keys if self.folder.artifact(key).is_file()]
+            self._wanted = next(iter(present), None)
+            published = self.folder.published()
+            if published is not None and published.get("default_key") != own:
+                logger.info("The model served earlier was chosen under other settings, or by another version")
+            found = (self._load_or_say(key) for key in present)
+            return next((served for served in found if served), None) or self._full_precision()
+        except Exception as error:  # of a checkpoint, of torch, of a GPU's driver
+            self._failed(error)
+            raise NoModelError(self._problem) from None
 
-    def _load_first(self) -> Served:
-        default_key = self._own_key = self.default_key()
-        published = self.folder.published() or {}
-        # A choice made under another configuration, checkpoint included, does not outlive it.
-        chosen = published.get("key") if published.get("default_key") == default_key else None
-        for key in dict.fromkeys((chosen, default_key)):
-            if key is not None and self.folder.artifact(key).is_file():
-                served = self._try_artifact(key)
-                if served is not None:
-                    return served
-        checkpoint = read_checkpoint(self._settings.checkpoint, self._settings.variant)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    def _full_precision(self) -> Served:
+        with shortage_told("the model in full precision"):
+            checkpoint = read_checkpoint(self._settings.checkpoint, self._settings.variant)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            segmenter = full_precision_segmenter(build(checkpoint).to(device))
         logger.info("Serving %s in full precision", checkpoint.variant.name)
-        return Served(full_precision_segmenter(build(checkpoint).to(device)), FULL_PRECISION, "torch")
+        return Served(segmenter, FULL_PRECISION, "torch")
 
     def _ready(self) -> bool:
         """Whether there is nothing to quantize at the start."""
-        if self._served is not None and self._served.identity != FULL_PRECISION:
+        if self._served is not None and self._served.key:
             return True  # the own configuration's, or one chosen instead of it
         try:
-            # Of too low a fidelity perhaps, but it would come out the same.
-            read_artifact(self.folder.artifact(self.default_key()))
+            # Of too low a fidelity perhaps, but it would come out the same; or it is loaded later.
+            own = default_key(self._settings)
+            read_artifact(self.folder.artifact(own), own)
         except ArtifactError:
             return False
         return True
@@ -224,38 +270,63 @@ class Models:
 
         Raises:
             _FidelityError: when its fidelity is below the server's threshold.
-            ValueError, KeyError, TypeError: when it cannot be read or run.
+            ArtifactError: when it is damaged, or another one under this name.
+            Exception: whatever an engine raises that cannot be loaded.
         """
         path = self.folder.artifact(key)
-        header = read_header(path)
-        fidelity = float(header["fidelity"]["mean_iou"])
-        least = self._settings.min_fidelity
-        if not fidelity >= least:
-            raise _FidelityError(f"the fidelity of {path.name}, {fidelity:.3f}, is below {least:.3f}")
-        segmenter, race = load_fastest(read_artifact(path), path.with_suffix(".engines.json"))
+        with shortage_told("the quantized model"):
+            artifact = read_artifact(path, key)
+            fidelity, least = float(artifact.header["fidelity"]["mean_iou"]), self._settings.min_fidelity
+            if not fidelity >= least:
+                raise _FidelityError(f"the fidelity of {path.name}, {fidelity:.3f}, is below {least:.3f}")
+            segmenter, race = load_fastest(artifact, path.with_suffix(".engines.json"))
         speed = self._speeds.setdefault(key, Speed())
-        return Served(segmenter, key, race.winner.value, fidelity, header.get("preset"), speed)
+        return Served(segmenter, key, race.winner.value, fidelity, artifact.header.get("preset"), speed)
 
-    def _try_artifact(self, key: str) -> Served | None:
-        """The artifact's model; None, with one line in the log, when it cannot or must not be served."""
+    def _load_or_say(self, key: str) -> Served | None:
+        """The artifact's model; None, with a line in the log, when it cannot or must not be served."""
         try:
             served = self._load(key)
-        except _FidelityError as error:
-            logger.warning("Not served: %s", error)
+        except Exception as error:  # engines are libraries: any of them may raise anything
+            self._failed(error)
             return None
-        except (ValueError, KeyError, TypeError) as error:  # ArtifactError is a ValueError
-            logger.error("Refused the quantized model: %s", error)
-            return None
+        if key == self._wanted:
+            self._problem = ""
         logger.info("Serving %s, fidelity %.3f", served.segmenter.name, served.fidelity)
         return served
+
+    def _failed(self, error: Exception) -> None:
+        """Keeps why a model was not loaded, and when to try again; the log says it once."""
+        sentence, known = _sentence(error), self._problem
+        is_final = isinstance(error, _FidelityError)
+        self._problem, self._retry_at = sentence, math.inf if is_final else time.monotonic() + RETRY_SECONDS
+        if sentence == known:
+            return
+        if is_final:
+            logger.warning("Not served: %s", sentence)
+        elif isinstance(error, ArtifactError):
+            logger.error("Refused the quantized model: %s", sentence)
+        else:
+            logger.error("A model cannot be loaded: %s", sentence, exc_info=not isinstance(error, ValueError))
+
+    def _is_due(self, served: Served) -> bool:
+        """Whether the artifact wanted is to be loaded now: published since, or some time after it failed."""
+        stamp = self.folder.stamp()
+        if stamp != self._stamp:
+            published = self.folder.published()
+            self._stamp = stamp
+            if published is not None:
+                self._wanted, self._retry_at = published["key"], -math.inf
+        wanted = self._wanted is not None and self._wanted != served.identity
+        return wanted and time.monotonic() >= self._retry_at
 
     def _swap(self) -> None:
         try:
             with self._changing:
-                published = self.folder.published()
-                if published is None or (self._served and self._served.identity == published["key"]):
+                key = self._wanted
+                if key is None or (self._served and self._served.identity == key):
                     return
-                served = self._try_artifact(published["key"])
+                served = self._load_or_say(key)
                 if served is not None:
                     self._served = served
         finally:
@@ -265,3 +336,14 @@ class Models:
 
 class _FidelityError(ValueError):
     """An artifact that agrees too little with full precision."""
+
+
+def _sentence(error: Exception) -> str:
+    """An error for a person; a library's own words, which may name folders, go to the log alone."""
+    if isinstance(error, ValueError | MemoryShortage):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "memory ran out"
+    if isinstance(error, OSError) and error.strerror:
+        return f"a file cannot be read or written: {error.strerror}"
+    return f"its engine does not start ({type(error).__name__}); the server's log says why"

@@ -9,16 +9,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from monailabel_dfqsam.artifact import ArtifactError, read_artifact, write_artifact
+from monailabel_dfqsam.artifact import ArtifactError, Header, read_artifact, write_artifact
 from monailabel_dfqsam.config import QuantizationConfig
+from monailabel_dfqsam.identity import artifact_key
 from monailabel_dfqsam.sam import read_checkpoint
-from monailabel_dfqsam.sam.checkpoint import Checkpoint, file_sha256
-from monailabel_dfqsam.server.runs.folder import ModelFolder
+from monailabel_dfqsam.sam.checkpoint import Checkpoint
+from monailabel_dfqsam.server.runs.folder import ModelFolder, default_key
 from monailabel_dfqsam.server.runs.options import read_options
 from monailabel_dfqsam.server.runs.record import RunState
 from monailabel_dfqsam.server.runs.reporter import Outcome, Reporter
@@ -38,23 +38,22 @@ def work(options: Mapping[str, Any], settings: Settings, folder: ModelFolder, re
     """
     config, path = read_options(options, settings, NAME)
     variant = settings.variant if path == settings.checkpoint else None
-    checkpoint = read_checkpoint(path, variant)
-    report.name(config.key(checkpoint.sha256))
-    header = quantized(checkpoint, config, folder, report)
-    own = checkpoint.sha256 if path == settings.checkpoint else file_sha256(settings.checkpoint)
-    return publish(config.key(checkpoint.sha256), header, settings.quantization.key(own), settings, folder)
+    own = default_key(settings)  # first, since the server's checkpoint may be replaced meanwhile
+    header = quantized(read_checkpoint(path, variant), config, folder, report)
+    return publish(header, own, settings, folder)
 
 
 def quantized(
     checkpoint: Checkpoint, config: QuantizationConfig, folder: ModelFolder, report: Reporter
-) -> dict[str, Any]:
+) -> Header:
     """The header of the artifact that a configuration makes of a checkpoint; made if it is not there."""
     # The server, which knows this trainer's name and options, answers clicks without these.
     from monailabel_dfqsam.pipeline import quantize
     from monailabel_dfqsam.report import write_report
 
-    key = config.key(checkpoint.sha256)
-    header = ready(folder.artifact(key))
+    key = artifact_key(config, checkpoint.sha256, checkpoint.variant.name)
+    report.name(key)
+    header = ready(folder, key)
     if header is None:
         result = quantize(checkpoint, config, device=device(), progress=report)
         report("writing", 0, 1)
@@ -67,15 +66,17 @@ def quantized(
     return header
 
 
-def publish(
-    key: str, header: Mapping[str, Any], default_key: str, settings: Settings, folder: ModelFolder
-) -> Outcome:
-    """Names an artifact the one to serve, unless its fidelity is too low."""
+def publish(header: Header, own: str, settings: Settings, folder: ModelFolder) -> Outcome:
+    """Names an artifact in place the one to serve, unless its fidelity is too low.
+
+    Args:
+        own: `default_key` when the run began.
+    """
     fidelity, least = float(header["fidelity"]["mean_iou"]), settings.min_fidelity
     if not fidelity >= least:
         reason = f"fidelity {fidelity:.3f} is below {least:.3f}: the served model stays"
         return Outcome(RunState.REJECTED, fidelity, reason)
-    folder.publish(key, default_key)
+    folder.publish(header["key"], own)
     return Outcome(RunState.PUBLISHED, fidelity)
 
 
@@ -84,12 +85,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def ready(path: Path) -> dict[str, Any] | None:
+def ready(folder: ModelFolder, key: str) -> Header | None:
     """The header of an artifact that is already there and whole."""
+    path = folder.artifact(key)
     if not path.is_file():
         return None
     try:
-        return read_artifact(path).header
+        return read_artifact(path, key).header
     except ArtifactError as error:
         logger.warning("Making an artifact again: %s", error)
         return None

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from monailabel_dfqsam.server.runs.folder import HISTORY, ModelFolder
+from monailabel_dfqsam.server.runs.parent import is_running
 from monailabel_dfqsam.server.runs.record import Run, RunState
 from monailabel_dfqsam.server.runs.reporter import SERVER_ENDED
 
@@ -101,6 +102,7 @@ class RunQueue:
                 raise ElsewhereError
             if self.active() and not enqueue:
                 raise BusyError
+            run = run.after(next(iter(self._folder.runs()), None))
             self._folder.write_run(run)
             job = _Job(run, gpus)
             self._known.append(job)
@@ -113,20 +115,19 @@ class RunQueue:
         """What is queued or running, in order, as its record says."""
         with self._lock:
             jobs = list(self._jobs)
-        runs = [self._folder.run(job.run.id) or job.run for job in jobs]
-        return [run for run in runs if not run.state.ended]
+        return [run for run in map(self._record, jobs) if not run.state.ended]
 
     def stop(self) -> list[Run]:
         """Stops what runs and drops what is queued; answers these, in order, as they ended."""
         with self._lock:
-            jobs = [job for job in self._jobs if not (self._folder.run(job.run.id) or job.run).state.ended]
+            jobs = [job for job in self._jobs if not self._record(job).state.ended]
             for job in jobs:
                 job.is_stopped = True
-                if job.process is not None:
+                if job.process is not None and job.process.poll() is None:
                     _kill_tree(job.process.pid)
         for job in jobs:
             job.ended.wait(_KILL_SECONDS)
-        return [self._folder.run(job.run.id) or job.run for job in jobs]
+        return [self._record(job) for job in jobs]
 
     def lines(self, identity: str) -> list[str]:
         """The last lines that a run printed; none of one before this server's start."""
@@ -154,7 +155,7 @@ class RunQueue:
                 error = self._launch(job)
         if job.process is not None:
             error = _followed(job.process, job.lines)
-        run = self._folder.run(job.run.id) or job.run
+        run = self._record(job)
         with self._lock:
             self._folder.sweep()
             if run.state.ended:
@@ -184,6 +185,10 @@ class RunQueue:
         with contextlib.suppress(BrokenPipeError), job.process.stdin as told:
             told.write(json.dumps(self._server))
         return ""
+
+    def _record(self, job: _Job) -> Run:
+        """A run as its process last wrote it."""
+        return self._folder.run(job.run.id) or job.run
 
     def _write(self, run: Run) -> None:
         try:
@@ -221,12 +226,10 @@ def _kill_tree(pid: int) -> None:
 
 def _kill_orphan(run: Run) -> None:
     """Ends a run's process whose server has gone, should it still be there."""
-    if run.pid is None:
+    if run.pid is None or not is_running(run.pid, run.began):
         return
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.TimeoutExpired):
         process = psutil.Process(run.pid)
         if run.id in process.cmdline():
             _kill_tree(run.pid)
             process.wait(_KILL_SECONDS)
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.TimeoutExpired):
-        return

@@ -8,11 +8,12 @@ result, `error` says why. `stopped`: somebody stopped it, or its server ended.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import Any
 
@@ -60,6 +61,7 @@ class Run:
         fidelity: mean mask IoU with full precision, 0 … 1, where it was measured.
         error: why it was not published, a sentence, or "".
         pid: of its process, None before there is one.
+        began: when that process began, seconds after the machine's start; None as long as `pid` is.
     """
 
     trainer: str
@@ -76,6 +78,16 @@ class Run:
     fidelity: float | None = None
     error: str = ""
     pid: int | None = None
+    began: float | None = None
+
+    def after(self, last: Run | None) -> Run:
+        """This run, created later than another one even if the clock has been set back since."""
+        if last is None or last.created < self.created:
+            return self
+        with contextlib.suppress(ValueError):  # of a record that somebody wrote by hand
+            moment = datetime.fromisoformat(last.created) + timedelta(microseconds=1)
+            return replace(self, created=moment.isoformat(timespec="microseconds"))
+        return self
 
     def end(self, state: RunState, error: str = "", fidelity: float | None = None) -> Run:
         """The record of this run ended now."""
@@ -88,7 +100,7 @@ class Run:
     def told(self) -> dict[str, Any]:
         """As plain JSON values for clients, whom its process does not concern."""
         values = self.as_json()
-        del values["pid"]
+        del values["pid"], values["began"]
         return values
 
 
@@ -99,7 +111,9 @@ def run_from_json(values: Any) -> Run:
         ValueError: for anything else.
     """
     names = {one.name for one in fields(Run)}
-    if not isinstance(values, dict) or set(values) != names or not is_run_id(values["id"]):
+    # Records of earlier versions do not say when their process began.
+    whole = isinstance(values, dict) and set(values) | {"began"} == names
+    if not whole or not is_run_id(values["id"]):
         raise ValueError("this is not the record of a run")
     return Run(**{**values, "state": RunState(values["state"])})
 

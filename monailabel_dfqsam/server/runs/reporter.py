@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from monailabel_dfqsam.server.runs.folder import ModelFolder
-from monailabel_dfqsam.server.runs.parent import exit_with_parent
+from monailabel_dfqsam.server.runs.parent import began, exit_with_parent
 from monailabel_dfqsam.server.runs.record import Run, RunState
 
 PRINTED = re.compile(r"[a-z]+ (\d+/\d+, \d+ s|after [\d.]+ s, .*)|This training reads .*")
@@ -49,7 +49,7 @@ class Reporter:
         self._last = (-_REPORT_SECONDS, "")
         self._lock = threading.Lock()
         self.run = run
-        self._update(state=RunState.RUNNING, stage="starting", pid=os.getpid())
+        self._update(state=RunState.RUNNING, stage="starting", pid=os.getpid(), began=began(os.getpid()))
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
