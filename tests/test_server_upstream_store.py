@@ -140,8 +140,6 @@ def test_each_image_has_the_id_that_an_annotator_expects(server: Server) -> None
 
 def test_each_image_is_answered(server: Server) -> None:
     for name, image in NAMED.items():
-        if name == "CAPITALS.NII.GZ":
-            continue  # listed here; `test_segmentation_reading` reads it
         is_picture = name.lower().endswith((".png", ".jpg", ".jpeg"))
         point = [10, 10, 0] if is_picture else list(OBJECT)
         assert server.session.infer(image, [point]).image, name
