@@ -179,7 +179,7 @@ class TestSamples:
         one = Labelled(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", "mr")
         (sample,), _ = find_samples([one], Reader())
         assert (sample.k, sample.modality) == (3, "MR")
-        np.testing.assert_array_equal(Reader().read(sample)["mask"][0], labels[:, :, 3])
+        np.testing.assert_array_equal(Reader().read(sample)["mask"][0], labels[:, :, 3].T)
 
     def test_what_does_not_fit_is_left_out_and_counted(
         self, tmp_path: Path, pictures: list[Labelled]
