@@ -210,3 +210,18 @@ def test_content_counts_and_not_the_name(tmp_path: Path, kind: str, name: str) -
         sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(values().T)), str(folder / kind))
     (folder / kind).rename(tmp_path / name)
     np.testing.assert_array_equal(load_volume(tmp_path / name).array, expected)
+
+
+def test_a_voxel_that_was_flipped_within_a_packed_file_is_noticed(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a.nii", values()).read_bytes()
+    packed = bytearray(gzip.compress(plain, compresslevel=0))
+    packed[packed.index(plain[352:]) + 20] ^= 4
+    (tmp_path / "a.nii.gz").write_bytes(packed)
+    with pytest.raises(ImageError, match=r"'a\.nii\.gz' cannot be read: it is damaged"):
+        load_volume(tmp_path / "a.nii.gz")
+
+
+def test_what_follows_the_voxels_is_left_alone(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a.nii", values()).read_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(plain + b"more" * 9))
+    assert np.array_equal(load_volume(tmp_path / "a.nii.gz").array, values())

@@ -93,7 +93,7 @@ def test_the_mask_lies_on_the_images_grid(running: Running, tmp_path: Path) -> N
 
 
 def test_only_the_clicked_slice_is_set_and_no_axis_is_turned(running: Running, tmp_path: Path) -> None:
-    """The mask is the one that the model gives for the slice as nibabel reads it."""
+    """The mask is the one that the model gives for the slice as people see it: nibabel's, i to the right."""
     server = running.server
     reply = server.session.infer("phantom0", [OBJECT], [[2, 50, OBJECT[2]]], window="full range")
     mask = voxels(image_of(reply, tmp_path))
@@ -101,9 +101,9 @@ def test_only_the_clicked_slice_is_set_and_no_axis_is_turned(running: Running, t
     values = np.asanyarray(nibabel.load(Path(server.studies) / "phantom0.nii.gz").dataobj).astype(float)
     grey = np.rint((values[:, :, OBJECT[2]] - values.min()) / (values.max() - values.min()) * 255)
     segmenter = load_segmenter(read_artifact(next((server.app / "model").glob("*.safetensors"))))
-    xy = np.array([[OBJECT[1] + 0.5, OBJECT[0] + 0.5], [50.5, 2.5]])
-    embedding = segmenter.embed(np.repeat(grey[:, :, None], 3, axis=2).astype(np.uint8))
-    expected = segmenter.predict(embedding, Prompts(xy, np.array([1, 0]))).mask
+    xy = np.array([[OBJECT[0] + 0.5, OBJECT[1] + 0.5], [2.5, 50.5]])
+    embedding = segmenter.embed(np.repeat(grey.T[:, :, None], 3, axis=2).astype(np.uint8))
+    expected = segmenter.predict(embedding, Prompts(xy, np.array([1, 0]))).mask.T
     assert expected.any()
     assert not expected.all()
     found = mask[:, :, OBJECT[2]] > 0

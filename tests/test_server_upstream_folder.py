@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 from monailabel_dfqsam.files import is_image_name, split_name
-from monailabel_dfqsam.server.gate.guard import Refusal
 from monailabel_dfqsam.server.serve import ServeError
-from monailabel_dfqsam.server.upstream import folder as folder_module
 from monailabel_dfqsam.server.upstream.folder import FolderStore, open_studies
 from monailabel_dfqsam.server.upstream.record import name_images
 from tests.fresh import printed
@@ -198,18 +195,6 @@ def test_a_removed_image_takes_its_labels_along_and_no_others(studies: Path) -> 
         "a.png.nii.gz", "ab.nii.gz",
     ]  # fmt: skip
     assert images(store) == {"a.png": "a.png", "ab": "ab.nii.gz"}
-
-
-def test_a_folder_that_others_keep_is_not_waited_for_without_end(
-    studies: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(folder_module, "_PATIENCE_SECONDS", 0.1)
-    put(studies, "a.nii.gz")
-    store = FolderStore(str(studies))
-    with FileLock(f"{store._lock_file}-change"), pytest.raises(Refusal) as refused:
-        store.update_image_info("a", {"x": 1})
-    assert refused.value.status == 503
-    assert "try again" in refused.value.detail
 
 
 def test_a_folder_that_can_be_no_datastore_is_said_in_a_sentence(studies: Path) -> None:

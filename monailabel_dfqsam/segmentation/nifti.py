@@ -36,6 +36,7 @@ _SCANNER = 1  # the code of coordinates of the scanner
 _MILLIMETRES = {"meter": 1e3, "micron": 1e-3}
 _RIGHT_ANGLE = 2e-4  # cosine between two axes up to which ITK takes them as orthogonal
 _FLAT = 1e-9  # volume of the box of three unit axes, which 0 would be of three in one plane
+_PART, _REST = 1 << 20, 16  # bytes, and how many times as many may follow the voxels
 _SCALED_BYTES = 4  # of a value after slope and intercept
 
 # It writes to the error stream about headers that it mends.
@@ -60,7 +61,13 @@ def read_nifti(path: Path, name: str) -> Image:
         with _unpacked(path) as file:
             source = _open(file, name)
             array = _values(source)
-    except (OSError, EOFError, zlib.error):
+            # At its end a packed file says what its bytes add up to.
+            for _ in range(_REST):
+                if not file.read(_PART):
+                    break
+    except (zlib.error, gzip.BadGzipFile):
+        raise damaged(name) from None
+    except (OSError, EOFError):
         raise ImageError(f"'{name}' is incomplete: its header announces more voxels than it holds") from None
     except (HeaderDataError, ImageDataError, ValueError, OverflowError) as error:
         raise error if isinstance(error, ImageError) else damaged(name) from None

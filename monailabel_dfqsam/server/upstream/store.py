@@ -138,10 +138,7 @@ def _save_label(
     check_upload(label, LABEL_EXTENSIONS if is_archive else MASK_EXTENSIONS, "label")
     info = read_object(params, "params")
     check_label_info(info)
-    name = str(label.filename)
-    if is_archive:  # the tool that makes DICOM SEG takes names apart at commas
-        name = "label" + next(end for end in LABEL_EXTENSIONS if name.lower().endswith(end))
-    with _received(label, name) as path:
+    with _received(label, str(label.filename)) as path:
         if not is_archive:
             _fit_label(path, store.get_image_uri(image), info)
         identity = store.save_label(image, str(path), tag or DefaultLabelTag.FINAL.value, _by(user, info))
