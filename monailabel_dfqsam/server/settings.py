@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from monailabel_dfqsam.config import Preset, QuantizationConfig
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.server.answers.request import WINDOWS
-from monailabel_dfqsam.server.gate.options import OptionError, Options, Whole, read
+from monailabel_dfqsam.server.gate.options import OptionError, Options, Whole, between, read
 
 DEFAULT_LABELS = ("organ", "lesion", "vessel", "bone", "other")
 MAX_ITERATIONS = 100_000
@@ -21,7 +21,7 @@ MAX_ITERATIONS = 100_000
 # Set by MONAI Label itself, not by a person.
 _UPSTREAM_KEYS = frozenset({"server_mode"})
 
-_MEBIBYTES = Field(ge=1, le=1 << 20)
+_MEBIBYTES = between(1, 1 << 20)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class QuantizingOptions(Options):
     preset: Preset | None = None
     bits: Whole | None = None
     images: Whole | None = None
-    iterations: Annotated[Whole, Field(ge=1, le=MAX_ITERATIONS)] | None = None
+    iterations: Annotated[Whole, between(1, MAX_ITERATIONS)] | None = None
 
     def changed(self, base: QuantizationConfig) -> QuantizationConfig:
         """`base` with what these say.
@@ -96,7 +96,7 @@ class _Conf(QuantizingOptions):
     variant: Literal[tuple(VARIANTS)] | None = None  # type: ignore[valid-type]
     labels: _Names = None
     quantize: bool | None = None
-    min_fidelity: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_fidelity: Annotated[float, between(0, 1)] | None = None
     cache_mb: Annotated[Whole, _MEBIBYTES] | None = None
     window: Literal[tuple(WINDOWS)] | None = None  # type: ignore[valid-type]
     model_dir: Path | None = None

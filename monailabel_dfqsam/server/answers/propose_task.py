@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask, run_infer_task
 from monailabel.interfaces.tasks.infer_v2 import InferType
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from monailabel_dfqsam.segmentation.proposals import Proposals, propose
 from monailabel_dfqsam.segmentation.volume import slice_rgb
@@ -18,7 +18,7 @@ from monailabel_dfqsam.server.answers.infer_task import InteractiveTask
 from monailabel_dfqsam.server.answers.request import WINDOWS, View
 from monailabel_dfqsam.server.answers.workbench import Clock, Shown, Workbench, write_answer
 from monailabel_dfqsam.server.gate.guard import Refusal, check_tag
-from monailabel_dfqsam.server.gate.options import OptionError, Options, Whole, read
+from monailabel_dfqsam.server.gate.options import OptionError, Options, Whole, between, read
 from monailabel_dfqsam.server.runs.parent import exit_with_parent
 from monailabel_dfqsam.server.settings import Settings
 
@@ -176,9 +176,9 @@ class _Batch(Options):
     label_tag: Annotated[str, AfterValidator(_tag)] = "original"
     save_label: Literal[True] = True
     # One embedding is computed at a time: more workers would only wait for each other.
-    max_workers: Annotated[Whole, Field(ge=0, le=1)] = 0
-    max_batch_size: Annotated[Whole, Field(ge=0)] = 0
-    slice: Annotated[Whole, Field(ge=0)] | None = None
+    max_workers: Annotated[Whole, between(0, 1)] = 0
+    max_batch_size: Annotated[Whole, between(0, 1_000_000)] = 0
+    slice: Annotated[Whole, between(0, 1_000_000)] | None = None
     window: Literal[tuple(WINDOWS)] | None = None  # type: ignore[valid-type]
 
 

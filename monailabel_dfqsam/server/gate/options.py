@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -22,8 +30,6 @@ _EXPECTED = {
     "bool_parsing": "true or false",
     "string_type": "text",
     "string_too_long": "a text of at most {max_length} letters",
-    "greater_than_equal": "at least {ge}",
-    "less_than_equal": "at most {le}",
     "enum": "{expected}",
     "literal_error": "{expected}",
 }
@@ -50,6 +56,17 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 """A whole number, which may be text; neither true nor 4.0."""
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_truth)]
 """A finite number, which may be text."""
+
+
+def between(low: float, high: float) -> AfterValidator:
+    """Bounds of a number, both included."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"{low} to {high} is expected")
+        return value
+
+    return AfterValidator(check)
 
 
 class Options(BaseModel):

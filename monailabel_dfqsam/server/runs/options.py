@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from monailabel_dfqsam.config import (
     Calibration,
@@ -17,7 +17,7 @@ from monailabel_dfqsam.config import (
     Sampling,
 )
 from monailabel_dfqsam.sam.checkpoint import CheckpointError, check_checkpoint
-from monailabel_dfqsam.server.gate.options import OptionError, Options, Read, Whole, read
+from monailabel_dfqsam.server.gate.options import OptionError, Options, Read, Whole, between, read
 from monailabel_dfqsam.server.settings import QuantizingOptions, Settings
 
 # What MONAI Label, Slicer and OHIF add to every request; none of it concerns a trainer.
@@ -35,8 +35,8 @@ class _Quantize(QuantizingOptions):
 class _Finetune(Options):
     bits: Whole | None = None
     sampling: Sampling = Sampling.BALANCED
-    max_epochs: Annotated[Whole, Field(ge=1, le=1000)] = FinetuneConfig.max_epochs
-    seed: Annotated[Whole, Field(ge=0)] = FinetuneConfig.seed
+    max_epochs: Annotated[Whole, between(1, 1000)] = FinetuneConfig.max_epochs
+    seed: Annotated[Whole, between(0, 2**63 - 1)] = FinetuneConfig.seed
 
 
 def defaults(settings: Settings) -> dict[str, Any]:
