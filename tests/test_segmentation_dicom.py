@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset
@@ -16,6 +17,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixel_data_handlers.util import convert_color_space
 from pydicom.uid import ExplicitVRBigEndian, RLELossless
 
+from monailabel_dfqsam.segmentation.reading import read_image
 from monailabel_dfqsam.segmentation.volume import ImageError, Window, load_volume, slice_rgb
 from tests.dicom_series import Series, implicit_without_preamble
 from tests.test_segmentation_reading import write_frames
@@ -266,3 +268,16 @@ def test_what_holds_no_pixels_that_can_be_read_is_refused(
     with pytest.raises(ImageError, match=sentence) as caught:
         load_volume(path)
     assert str(caught.value).startswith("'9.dcm' ")
+
+
+def test_a_copy_in_nifti_says_what_dicom_said(tmp_path: Path) -> None:
+    """As the server keeps an archive's series: a viewer's window then means the same values."""
+    series = Series(tags={"PhotometricInterpretation": "MONOCHROME1", "Modality": "DX"})
+    (tmp_path / "series").mkdir()
+    for k in range(3):
+        series.write(tmp_path / "series" / f"{k}.dcm", np.arange(42).reshape(7, 6) + k, k)
+    sitk.WriteImage(read_image(tmp_path / "series").to_itk(), str(tmp_path / "copy.nii.gz"))
+    direct, copied = load_volume(tmp_path / "series"), load_volume(tmp_path / "copy.nii.gz")
+    assert np.array_equal(copied.array, direct.array)
+    assert (copied.modality, copied.inverted) == (direct.modality, direct.inverted) == ("DX", True)
+    assert np.array_equal(slice_rgb(copied, 1, Window(0, 50)), slice_rgb(direct, 1, Window(0, 50)))

@@ -18,6 +18,7 @@ Modality = str | None
 
 MAX_VOXELS = 1 << 31
 """1024×1024×2048, more than any scanner in hospitals makes."""
+_DICOM, _WHITE = "DICOM", "MONOCHROME1"
 # The file's own, and one while values are converted.
 _COPIES = 2
 
@@ -52,16 +53,19 @@ class Image:
     nifti: nibabel.Nifti1Header | None = None
 
     def to_itk(self) -> sitk.Image:
-        """A copy as ITK's image, of 2 dimensions for a flat picture; `inverted` becomes mirrored values."""
+        """A copy as ITK's image, of 2 dimensions for a flat picture.
+
+        What DICOM says and a NIfTI has no field for becomes its description, 'DICOM CR MONOCHROME1'.
+        """
         array: NDArray[Any] = self.array[:, :, 0] if len(self.spacing) == 2 else self.array
-        if self.inverted:
-            array = (float(array.min()) + float(array.max()) - array).astype(array.dtype)
         spatial = len(self.spacing)
         turned = array.transpose(*range(spatial - 1, -1, -1), *range(spatial, array.ndim))
         image = sitk.GetImageFromArray(np.ascontiguousarray(turned), isVector=array.ndim > spatial)
         image.SetOrigin(self.origin)
         image.SetSpacing(self.spacing)
         image.SetDirection(self.direction)
+        if told := [*filter(None, (self.modality, _WHITE if self.inverted else None))]:
+            image.SetMetaData("ITK_FileNotes", " ".join([_DICOM, *told]))
         return image
 
 
@@ -82,3 +86,11 @@ def check_size(shape: Sequence[int], value_bytes: int, name: str) -> None:
     if min(shape) <= 0:
         raise ImageError(f"'{name}' is empty: its size is {'×'.join(map(str, shape))}")
     require(voxels * value_bytes * _COPIES, f"reading '{name}'")
+
+
+def was_told(description: str) -> tuple[Modality, bool]:
+    """Modality and `inverted` by the description that `Image.to_itk` writes; of any other, nothing."""
+    first, *words = description.split() or [""]
+    if first != _DICOM:
+        return None, False
+    return next((word for word in words if word != _WHITE), None), _WHITE in words

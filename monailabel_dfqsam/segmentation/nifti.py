@@ -22,7 +22,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError, ImageDataError
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.segmentation.image import Image, ImageError, check_size, damaged
+from monailabel_dfqsam.segmentation.image import Image, ImageError, check_size, damaged, was_told
 
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540
@@ -77,13 +77,9 @@ def read_nifti(path: Path, name: str) -> Image:
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     direction = (lps[:3, :3] / spacing).ravel()
-    return Image(
-        array,
-        tuple(lps[:3, 3].tolist()),
-        tuple(spacing.tolist()),
-        tuple(direction.tolist()),
-        nifti=source.header,
-    )
+    origin, spacing, direction = (tuple(one.tolist()) for one in (lps[:3, 3], spacing, direction))
+    modality, inverted = was_told(bytes(source.header["descrip"].item()).decode("latin-1"))
+    return Image(array, origin, spacing, direction, modality, inverted, source.header)
 
 
 def nifti_on(mask: NDArray[np.generic], header: nibabel.Nifti1Header) -> nibabel.Nifti1Image:
