@@ -17,9 +17,7 @@ MIB = 1 << 20
 @pytest.mark.slow
 def test_annotators_at_once_get_what_each_would_get_alone(tmp_path: Path) -> None:
     path = tmp_path / "load.json"
-    done = CliRunner().invoke(
-        app, ["benchmark", "load", "--clients", "4", "--seconds", "15", "--json", str(path)]
-    )
+    done = CliRunner().invoke(app, ["load", "--clients", "4", "--seconds", "15", "--json", str(path)])
     assert done.exit_code == 0, done.output
     found = json.loads(path.read_text())
     assert (found["errors"], found["wrong"]) == ([], 0)

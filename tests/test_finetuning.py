@@ -313,6 +313,7 @@ def short_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monailabel_dfqsam.finetuning.samples.LEAST_EPOCH", 8)
 
 
+@pytest.mark.slow
 class TestLearning:
     @pytest.fixture(scope="class")
     @classmethod
