@@ -22,14 +22,12 @@ from pydantic import (
 _EXPECTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
     "float_type": "a number",
     "float_parsing": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "text",
-    "string_too_long": "a text of at most {max_length} letters",
     "enum": "{expected}",
     "literal_error": "{expected}",
 }

@@ -65,8 +65,7 @@ def read_options(
     Raises:
         OptionError: for unknown options and for values that do not fit.
     """
-    given = _read(_Quantize, request, own_name)
-    return given.changed(settings.quantization), _checkpoint(given.checkpoint, settings)
+    return _chosen(_read(_Quantize, request, own_name), settings)
 
 
 def quantization_options(request: Mapping[str, Any], settings: Settings, own_name: str) -> dict[str, Any]:
@@ -78,8 +77,8 @@ def quantization_options(request: Mapping[str, Any], settings: Settings, own_nam
     Raises:
         OptionError: as `read_options`.
     """
-    config, checkpoint = read_options(request, settings, own_name)
-    preset = _read(_Quantize, request, own_name).preset
+    given = _read(_Quantize, request, own_name)
+    config, checkpoint = _chosen(given, settings)
     return {
         "bits": config.bits,
         "policy": config.policy.value,
@@ -89,7 +88,7 @@ def quantization_options(request: Mapping[str, Any], settings: Settings, own_nam
         "seed": config.seed,
         "checkpoint": checkpoint.name,
         # More than iterations and images hang on it.
-        **({"preset": preset.value} if preset else {}),
+        **({"preset": given.preset.value} if given.preset else {}),
     }
 
 
@@ -131,6 +130,10 @@ def read_finetuning(
         raise OptionError(f"bits must be 4 or 8, not {bits}")
     start = replace(settings.quantization, bits=bits)
     return start, FinetuneConfig(sampling=given.sampling, max_epochs=given.max_epochs, seed=given.seed)
+
+
+def _chosen(given: _Quantize, settings: Settings) -> tuple[QuantizationConfig, Path]:
+    return given.changed(settings.quantization), _checkpoint(given.checkpoint, settings)
 
 
 def _checkpoint(name: str | None, settings: Settings) -> Path:

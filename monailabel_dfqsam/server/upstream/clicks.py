@@ -19,6 +19,7 @@ from monailabel.endpoints import infer as endpoint
 from monailabel.interfaces.utils.app import app_instance
 from starlette.responses import FileResponse
 
+from monailabel_dfqsam.files import IMAGE_ENDINGS
 from monailabel_dfqsam.server.answers.request import FILE_NAME, MASK, MASK_PART, STORED
 from monailabel_dfqsam.server.gate.guard import Refusal, check_name, check_session, check_tag
 from monailabel_dfqsam.server.gate.json_input import read_object
@@ -26,7 +27,6 @@ from monailabel_dfqsam.server.upstream.archive import is_archive
 from monailabel_dfqsam.server.upstream.dicom import not_asking
 from monailabel_dfqsam.server.upstream.segmentations import write_segmentation
 from monailabel_dfqsam.server.upstream.store import (
-    IMAGE_EXTENSIONS,
     MASK_EXTENSIONS,
     UploadsRemoved,
     check_label_info,
@@ -85,7 +85,7 @@ def _check_source(image: str, session_id: str, file: UploadFile | None) -> None:
         if sessions is None or sessions.get_session(session_id) is None:
             raise Refusal(404, "there is no such session; it may have expired: PUT /session/ starts one")
     elif file:
-        check_upload(file, IMAGE_EXTENSIONS, "file")
+        check_upload(file, IMAGE_ENDINGS, "file")
     elif not image:
         raise Refusal(400, "there is no image: name one with image, or a session with session_id")
     else:

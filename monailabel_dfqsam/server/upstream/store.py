@@ -43,7 +43,6 @@ from monailabel_dfqsam.server.gate.json_input import read_object
 from monailabel_dfqsam.server.upstream.dicom import archived_label, repair_dicom
 from monailabel_dfqsam.server.upstream.folder import FolderStore
 
-IMAGE_EXTENSIONS = IMAGE_ENDINGS
 MASK_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 LABEL_EXTENSIONS = (*MASK_EXTENSIONS, ".bin")
 
@@ -117,7 +116,7 @@ def _received(upload: UploadFile, name: str) -> Iterator[Path]:
 def _add_image(
     tasks: BackgroundTasks, image: str | None, params: str, file: UploadFile, user: str | None = None
 ) -> Any:
-    check_upload(file, IMAGE_EXTENSIONS, "file")
+    check_upload(file, IMAGE_ENDINGS, "file")
     info = read_object(params, "params")
     _check_image_info(info)
     with _received(file, str(file.filename)) as path:
@@ -274,7 +273,7 @@ def _replace_sessions() -> None:
 
 def _check_session_files(files: list[UploadFile]) -> None:
     if len(files) == 1:
-        check_upload(files[0], IMAGE_EXTENSIONS, "files")
+        check_upload(files[0], IMAGE_ENDINGS, "files")
         return
     names = [file.filename or "" for file in files]
     for name in names:
