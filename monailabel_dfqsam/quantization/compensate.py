@@ -1,7 +1,7 @@
-"""Blocks of Linears quantized one after another, each made to undo what was lost before it.
+"""Layers quantized one after another, each made to undo what was lost before it.
 
 The calibration images run through the encoder twice, in full precision and through what is already quantized.
-Of each Linear, in the order of their running:
+Of each Linear and 1×1 convolution, in the order of their running:
 
 1. the weight is moved so that on the inputs as quantization left them its outputs come as near as they can to
    those of full precision, by ridge regression towards the weight itself;
@@ -14,104 +14,131 @@ All of it is linear algebra: no gradient, and nothing that runs later changes bu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monailabel_dfqsam.config import Progress
-from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.ops import Geometry, QuantizedLayer, StaticRange
+from monailabel_dfqsam.ops.integer import row_rounded
 from monailabel_dfqsam.quantization.modules import read_by, run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, weight_scale
-from monailabel_dfqsam.quantization.rounding import round_compensating
-from monailabel_dfqsam.sam.encoder import ImageEncoder, TransformerBlock
+from monailabel_dfqsam.quantization.rounding import round_compensating, round_in_groups
+from monailabel_dfqsam.sam.encoder import ImageEncoder
 
-RIDGE = 0.3  # of the mean square of the inputs: how much the weight is held to what it was
+RIDGE = 0.05  # of the mean square of the inputs: how much the weight is held to what it was
 MAX_ROWS = 1024  # of a layer's inputs kept from each image
 
 
-class _Simulated(nn.Module):
-    """A quantized Linear in floating point: what an engine's integers give, but for rounding of floats."""
+@dataclass(frozen=True)
+class RunTime:
+    """Ranges of activations found at run time, for each token.
+
+    Attributes:
+        bits: 4, in groups along the channels, or 8.
+    """
+
+    bits: int
+
+    def fake(self, x: Tensor) -> Tensor:
+        """x [..., K] after a round trip through the integers."""
+        return row_rounded(x, self.bits)
+
+
+class Wish(NamedTuple):
+    """How a layer is to be quantized.
+
+    Attributes:
+        weight_bits: 4 or 8 with ranges at run time, where 4 go in groups; 2 … 8 with a static range.
+        inputs: the range of what it reads.
+    """
+
+    weight_bits: int
+    inputs: Affine | RunTime
+
+
+class Simulated(nn.Module):
+    """A quantized Linear or 1×1 convolution in floating point: what an engine gives, but for rounding."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.inputs = Affine(
-            torch.tensor([layer.input_scale]),
-            torch.tensor([float(layer.input_zero_point)]),
-            layer.activation_bits,
-        )
+        self.inputs = _inputs_of(layer)
+        self.image = layer.geometry is not None
         self.weight, self.bias = layer.weight * layer.weight_scale[:, None], layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.inputs.fake(x), self.weight, self.bias)
+        """[..., K] to [..., N], or [B, K, H, W] to [B, N, H, W], float32."""
+        x = x.permute(0, 2, 3, 1) if self.image else x
+        y = F.linear(self.inputs.fake(x), self.weight, self.bias)
+        return y.permute(0, 3, 1, 2) if self.image else y
+
+
+def _inputs_of(layer: QuantizedLayer) -> Affine | RunTime:
+    if layer.input_range is None:
+        return RunTime(layer.activation_bits)
+    scale, zero_point = layer.input_range
+    return Affine(torch.tensor([scale]), torch.tensor([float(zero_point)]), layer.activation_bits)
 
 
 def compensate(
-    encoder: ImageEncoder, ranges: Mapping[str, Affine], images: Tensor, bits: int, progress: Progress
+    encoder: ImageEncoder, wishes: Mapping[str, Wish], images: Tensor, progress: Progress
 ) -> dict[str, QuantizedLayer]:
-    """Quantizes the four Linears of every transformer block; what else there is runs in full precision.
+    """Quantizes some of an encoder's Linears and 1×1 convolutions; what else there is runs in full precision.
 
     Args:
-        encoder: in full precision, reparameterized if it is to be; left as it is.
-        ranges: of the inputs of these Linears, by name, one range a tensor.
+        encoder: in full precision, batch norms folded, reparameterized if it is to be; left as it is.
+        wishes: by the layers' names, 'blocks.0.attn.qkv' …
         images: [N, 3, S, S] float32, normalised.
-        bits: of weights.
 
     Returns:
-        the layers by name, 'blocks.0.attn.qkv' …
+        the layers by name.
     """
     layers: dict[str, QuantizedLayer] = {}
     with torch.inference_mode():
         expected, actual = list(images.split(1)), list(images.split(1))
-        *steps, _ = encoder.steps()
+        steps = encoder.steps()
         for done, (name, step) in enumerate(steps):
-            if isinstance(step, TransformerBlock):
-                block, found = _quantized(step, name, ranges, expected, actual, bits)
-                layers |= found
-                _move_on(encoder, name, block, actual)
-            else:
-                _move_on(encoder, name, step, expected)
-                if layers:
-                    _move_on(encoder, name, step, actual)
-                else:  # nothing is quantized so far
-                    actual = list(expected)
+            own = {n: wishes[f"{name}.{n}"] for n, _ in step.named_modules() if f"{name}.{n}" in wishes}
+            quantized, found = _quantized(step, own, expected, actual)
+            layers |= {f"{name}.{part}": layer for part, layer in found.items()}
+            if done + 1 < len(steps):
+                expected = [encoder.after(name, x) for x in expected]
+                actual = [encoder.after(name, quantized(x)) for x in actual] if layers else list(expected)
             progress("compensation", done + 1, len(steps))
     return layers
 
 
 def _quantized(
-    exact: TransformerBlock,
-    place: str,
-    ranges: Mapping[str, Affine],
-    expected: list[Tensor],
-    actual: list[Tensor],
-    bits: int,
-) -> tuple[TransformerBlock, dict[str, QuantizedLayer]]:
-    """A block as quantized, and its layers by name; the tokens in full precision move on past it."""
-    layers = {}
-    block = shared_copy(exact)
-    wanted = _outputs(exact, expected)
-    for part in exact.linears:
-        name = f"{place}.{part}"
-        linear = exact.get_submodule(part)
-        assert isinstance(linear, nn.Linear)
-        seen = _inputs(block, part, ranges[name], actual)
-        layers[name] = compensated(linear.weight, ranges[name], wanted.pop(part), seen, bits)
-        parent, _, child = part.rpartition(".")
-        setattr(block.get_submodule(parent), child, _Simulated(layers[name]))
-    return block, layers
+    exact: nn.Module, wishes: Mapping[str, Wish], expected: list[Tensor], actual: list[Tensor]
+) -> tuple[nn.Module, dict[str, QuantizedLayer]]:
+    """A step as quantized, and its layers by name; what is expected moves on past the step, in place."""
+    layers: dict[str, QuantizedLayer] = {}
+    step = shared_copy(exact)
+    wanted = _outputs(exact, wishes, expected)
+    for part, wish in wishes.items():
+        module = exact.get_submodule(part)
+        assert isinstance(module, (nn.Linear, nn.Conv2d))
+        geometry = Geometry(1, 1, 0) if isinstance(module, nn.Conv2d) else None
+        seen = _inputs(step, part, wish.inputs, geometry is not None, actual)
+        layers[part] = compensated(module.weight.flatten(1), wish, wanted.pop(part), seen, geometry)
+        put_module(step, part, Simulated(layers[part]))
+    return step, layers
 
 
-def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, seen: Tensor, bits: int) -> QuantizedLayer:
-    """One Linear whose quantized form comes near to what it gives in full precision.
+def compensated(
+    weight: Tensor, wish: Wish, wanted: Tensor, seen: Tensor, geometry: Geometry | None = None
+) -> QuantizedLayer:
+    """One layer whose quantized form comes near to what it gives in full precision.
 
     Args:
         weight: [N, K] float32.
-        inputs: the range that quantizes what it reads.
         wanted: [T, N] float32, its outputs in full precision, bias added; overwritten.
         seen: [T, K] float32, its inputs as the layers before give them once they are quantized, after a round
             trip through the integers; overwritten.
-        bits: of the weight.
+        geometry: of a convolution.
     """
     centre, mean = seen.mean(0), wanted.mean(0)
     seen -= centre
@@ -121,18 +148,15 @@ def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, seen: Tensor, bi
     held = gram.clone()
     held.diagonal().add_(RIDGE * gram.diagonal().mean())
     moved = weight + torch.linalg.solve(held, seen.T @ wanted).T
-    scale = weight_scale(moved, bits)
-    integers = round_compensating(moved, gram, scale, bits)
+    bits, inputs, groups = wish.weight_bits, wish.inputs, None
+    if isinstance(inputs, RunTime) and bits == 4:
+        integers, scale, groups = round_in_groups(moved, gram)
+    else:
+        scale = weight_scale(moved, bits)
+        integers = round_compensating(moved, gram, scale, bits)
     left = mean - (integers * scale[:, None]) @ centre
-    return QuantizedLayer(
-        integers, scale, left, float(inputs.scale), int(inputs.zero_point), bits, inputs.bits, None
-    )
-
-
-def _move_on(encoder: ImageEncoder, name: str, step: nn.Module, flow: list[Tensor]) -> None:
-    """Runs all images' tokens through a step, one image at a time."""
-    for index, x in enumerate(flow):
-        flow[index] = encoder.after(name, step(x))
+    static = None if isinstance(inputs, RunTime) else StaticRange(float(inputs.scale), int(inputs.zero_point))
+    return QuantizedLayer(integers, scale, left, static, bits, inputs.bits, geometry, groups)
 
 
 class _Rows:
@@ -141,9 +165,9 @@ class _Rows:
     def __init__(self, images: int) -> None:
         self._images, self._blocks = images, torch.empty(0)
 
-    def put(self, index: int, x: Tensor) -> None:
-        """Evenly spaced ones of an image's rows [1, H, W, C]."""
-        rows = x.flatten(0, -2)
+    def put(self, index: int, x: Tensor, image: bool) -> None:
+        """Evenly spaced ones of rows [1, H, W, C], or of an image's pixels [1, C, H, W]."""
+        rows = (x.permute(0, 2, 3, 1) if image else x).flatten(0, -2)
         rows = rows[:: -(-len(rows) // MAX_ROWS)]
         if index == 0:
             self._blocks = rows.new_empty(self._images, *rows.shape)
@@ -153,19 +177,22 @@ class _Rows:
         return self._blocks.flatten(0, 1)
 
 
-def _outputs(block: TransformerBlock, flow: list[Tensor]) -> dict[str, Tensor]:
-    """What a block's Linears put out, [T, N] each; the images' tokens in `flow` move on past the block."""
-    rows = {part: _Rows(len(flow)) for part in block.linears}
+def _outputs(step: nn.Module, parts: Mapping[str, Wish], flow: list[Tensor]) -> dict[str, Tensor]:
+    """What some of a step's layers put out, [T, N] each; the images in `flow` move on past the step."""
+    rows = {part: _Rows(len(flow)) for part in parts}
     for index, x in enumerate(flow):
-        flow[index], calls = run(block, block.linears, x)
-        for part in block.linears:
-            rows[part].put(index, calls[part].output)
-    return {part: rows[part].joined() for part in block.linears}
+        flow[index], calls = run(step, parts, x)
+        for part in parts:
+            image = isinstance(step.get_submodule(part), nn.Conv2d)
+            rows[part].put(index, calls[part].output, image)
+    return {part: rows[part].joined() for part in parts}
 
 
-def _inputs(block: TransformerBlock, part: str, inputs: Affine, flow: list[Tensor]) -> Tensor:
-    """What one Linear of a block reads, [T, K], of the same rows, after a round trip through the integers."""
+def _inputs(
+    step: nn.Module, part: str, inputs: Affine | RunTime, image: bool, flow: list[Tensor]
+) -> Tensor:
+    """What one layer of a step reads, [T, K], of the same rows, after a round trip through the integers."""
     rows = _Rows(len(flow))
     for index, x in enumerate(flow):
-        rows.put(index, inputs.fake(read_by(block, part, x)))
-    return rows.joined()
+        rows.put(index, read_by(step, part, x), image)
+    return inputs.fake(rows.joined())

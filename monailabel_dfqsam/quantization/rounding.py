@@ -7,13 +7,20 @@ calibration inputs changes least.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from monailabel_dfqsam.quantization.quantizer import round_weight
+from monailabel_dfqsam.ops import GROUP, Groups
+from monailabel_dfqsam.quantization.quantizer import MIN_SCALE, round_weight
 
 DAMPING = 0.01  # of the mean of the Gram matrix' diagonal, added to it
-_COLUMNS = 128  # between two corrections of all columns to the right
+_COLUMNS = 128  # between two corrections of all columns to the right; whole groups
+# A channel's scale times this is its largest weight: below 127, so that what columns make up for has room.
+_LARGEST = 119
+_LARGEST_MULTIPLIER = 16
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's range, of which the best is taken
 
 
 def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -30,39 +37,111 @@ def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -
     Returns:
         [N, K] int8 within −2^(bits−1) … 2^(bits−1) − 1.
     """
-    order, spread = _spread(gram, weight.dtype)
-    left = weight[:, order].clone()
-    rounded = torch.empty_like(left)
-    for first in range(0, len(gram), _COLUMNS):
-        last = min(first + _COLUMNS, len(gram))
+    order = torch.argsort(gram.diagonal().double() + _damping(gram), descending=True)
+    rounded = torch.empty_like(weight)
+
+    def nearest(column: int, left: Tensor) -> Tensor:
+        rounded[:, order[column]] = round_weight(left[:, column, None], scale, bits)[:, 0]
+        return rounded[:, order[column]] * scale
+
+    _compensate(weight[:, order], _spread(gram, order, weight.dtype), nearest)
+    simple = round_weight(weight, scale, bits)
+    better = _error(weight, rounded, scale, gram) < _error(weight, simple, scale, gram)
+    return torch.where(better[:, None], rounded, simple).to(torch.int8)
+
+
+def round_in_groups(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Groups]:
+    """The same at 4 bit, each group of `GROUP` inputs with a multiplier and a zero-point of its own.
+
+    A group's are found when its turn comes, by what its weights are then, for the inputs it reads.
+
+    Args:
+        weight: [N, K] float.
+        gram: [K, K] float, XᵀX of the layer's inputs X [T, K].
+
+    Returns:
+        the integers [N, K] int8 that engines multiply, their scale [N] float32, and the groups.
+    """
+    outputs, inputs = weight.shape
+    scale = (weight.abs().amax(1) / _LARGEST).clamp_min(MIN_SCALE)
+    q = torch.empty(outputs, inputs, dtype=torch.uint8)
+    multiplier, zero_point = (
+        torch.empty(outputs, -(-inputs // GROUP), dtype=torch.uint8) for _ in range(2)
+    )
+    importance = gram.diagonal() + _damping(gram)
+
+    def nearest(column: int, left: Tensor) -> Tensor:
+        group, first = column // GROUP, column % GROUP == 0
+        if first:
+            members = slice(column, column + GROUP)
+            found = _group(left[:, members] / scale[:, None], importance[members])
+            multiplier[:, group], zero_point[:, group] = found
+        own = Groups(multiplier[:, group, None], zero_point[:, group, None])
+        levels = _levels(left[:, column, None] / scale[:, None], own)
+        q[:, column] = levels[:, 0]
+        return own.weight(levels)[:, 0] * scale
+
+    _compensate(weight, _spread(gram, torch.arange(inputs), weight.dtype), nearest)
+    groups = Groups(multiplier, zero_point)
+    return groups.weight(q), scale, groups
+
+
+def _group(weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """The multiplier and the zero-point [N] of one group of weights [N, GROUP], in units of their scale."""
+    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    best: tuple[Tensor, Tensor] | None = None
+    least = torch.full_like(low, torch.inf)
+    for shrink in _SHRINK:
+        multiplier = ((high - low) * (shrink / 15)).round().clamp(1, _LARGEST_MULTIPLIER)
+        zero_point = (-low * shrink / multiplier).round().clamp(0, 15)
+        found = (multiplier.to(torch.uint8), zero_point.to(torch.uint8))
+        own = Groups(found[0][:, None], found[1][:, None])
+        error = ((own.weight(_levels(weight, own)) - weight).square() * importance).sum(1)
+        better = error < least
+        best = found if best is None else tuple(torch.where(better, *pair) for pair in zip(found, best))
+        least = torch.where(better, error, least)
+    assert best is not None
+    return best
+
+
+def _levels(weight: Tensor, group: Groups) -> Tensor:
+    """The levels of one group, uint8, nearest to weights [N, k] in units of their scale."""
+    q = (weight / group.multiplier).round() + group.zero_point
+    low, high = group.bounds
+    return torch.minimum(torch.maximum(q, low.to(q.dtype)), high.to(q.dtype)).to(torch.uint8)
+
+
+def _compensate(weight: Tensor, spread: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> None:
+    """Rounds column after column; what each is off, later ones make up for.
+
+    Args:
+        weight: [N, K] float.
+        spread: U [K, K], as `_spread` gives it.
+        nearest: from a column's number, and all columns as they are by then, to the column rounded.
+    """
+    left = weight.clone()
+    for first in range(0, weight.shape[1], _COLUMNS):
+        last = min(first + _COLUMNS, weight.shape[1])
         errors = torch.empty_like(left[:, first:last])
         for column in range(first, last):
-            own = left[:, column]
-            rounded[:, column] = round_weight(own[:, None], scale, bits)[:, 0]
-            error = (own - rounded[:, column] * scale) / spread[column, column]
+            error = (left[:, column] - nearest(column, left)) / spread[column, column]
             left[:, column + 1 : last] -= error[:, None] * spread[column, column + 1 : last]
             errors[:, column - first] = error
         left[:, last:] -= errors @ spread[first:last, last:]
-    compensated, nearest = torch.empty_like(rounded), round_weight(weight, scale, bits)
-    compensated[:, order] = rounded
-    better = _error(weight, compensated, scale, gram) < _error(weight, nearest, scale, gram)
-    return torch.where(better[:, None], compensated, nearest).to(torch.int8)
 
 
-def _spread(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The order of columns, and U [K, K], upper triangular, with UᵀU the inverse of the matrix so ordered.
+def _spread(gram: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """U [K, K], upper triangular, with UᵀU the inverse of the matrix so ordered.
 
     With LLᵀ the matrix in the opposite order, L⁻¹ turned around is U: one factor where the definition takes
     an inverse and two, and few matrices at once, each of which takes much memory in float64.
     """
-    damping = _damping(gram)
-    order = torch.argsort(gram.diagonal().double() + damping, descending=True)
     opposite = order.flip(0)
     matrix = gram[opposite][:, opposite].double()
-    matrix.diagonal().add_(damping)
+    matrix.diagonal().add_(_damping(gram))
     matrix = torch.linalg.cholesky(matrix)
     unit = torch.eye(len(gram), dtype=torch.float64)
-    return order, torch.linalg.solve_triangular(matrix, unit, upper=False).to(dtype).flip(0, 1)
+    return torch.linalg.solve_triangular(matrix, unit, upper=False).to(dtype).flip(0, 1)
 
 
 def _error(weight: Tensor, integers: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
