@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monailabel_dfqsam.config import Progress
-from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.ops import QuantizedLayer, StaticRange
 from monailabel_dfqsam.quantization.modules import read_by, run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, weight_scale
 from monailabel_dfqsam.quantization.rounding import round_compensating
@@ -35,11 +35,9 @@ class _Simulated(nn.Module):
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.inputs = Affine(
-            torch.tensor([layer.input_scale]),
-            torch.tensor([float(layer.input_zero_point)]),
-            layer.activation_bits,
-        )
+        assert layer.input_range is not None
+        scale, zero_point = layer.input_range
+        self.inputs = Affine(torch.tensor([scale]), torch.tensor([float(zero_point)]), layer.activation_bits)
         self.weight, self.bias = layer.weight * layer.weight_scale[:, None], layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +123,7 @@ def compensated(weight: Tensor, inputs: Affine, wanted: Tensor, seen: Tensor, bi
     integers = round_compensating(moved, gram, scale, bits)
     left = mean - (integers * scale[:, None]) @ centre
     return QuantizedLayer(
-        integers, scale, left, float(inputs.scale), int(inputs.zero_point), bits, inputs.bits, None
+        integers, scale, left, StaticRange(float(inputs.scale), int(inputs.zero_point)), bits, inputs.bits
     )
 
 
