@@ -3,6 +3,8 @@
 Layout, tensor names under `image_encoder.` as in the checkpoint:
 
     {layer}.weight            4 bit: [N, ceil(K/2)] uint8, low nibble first; 6 and 8 bit: [N, K] int8
+    {layer}.weight_groups     [N, ceil(K/32)] uint8, where 4-bit weights have groups of 32 along K: low nibble
+                              zero-point, high nibble multiplier − 1; their nibbles above are q − 8
     {layer}.weight_scale      [N] float32
     {layer}.bias              [N] float32
     {core}.ranges             [7] float32, policy `paper` alone
@@ -10,7 +12,8 @@ Layout, tensor names under `image_encoder.` as in the checkpoint:
     prompt_encoder.*, mask_decoder.*   float16
 
 The metadata is one entry, `dfqsam`: a JSON header. Each quantized layer's entry there gives its bits, input
-scale and zero-point, and a convolution's geometry. `tensors_sha256` covers names, types, shapes and bytes.
+scale and zero-point where these are fixed, and a convolution's geometry; layers without an entry are floats.
+`tensors_sha256` covers names, types, shapes and bytes. Format 1 has no groups, and fixes all input ranges.
 """
 
 from __future__ import annotations
@@ -21,21 +24,33 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, Literal, cast
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from monailabel_dfqsam.files import replacing
-from monailabel_dfqsam.ops import Geometry, QuantizedLayer, pack_int4, unpack_int4
+from monailabel_dfqsam.ops import (
+    Form,
+    Geometry,
+    Groups,
+    QuantizedLayer,
+    StaticRange,
+    pack_int4,
+    unpack_int4,
+)
+from monailabel_dfqsam.quantization.cost import KEPT, linears
+from monailabel_dfqsam.sam.variants import VARIANTS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _METADATA_KEY = "dfqsam"
 _ENCODER = "image_encoder."
+_PARTS = ("weight", "weight_groups", "weight_scale", "bias")  # of a quantized layer's tensors
+_MIDDLE = 8  # of the 16 levels of 4-bit weights in groups, which are packed as signed ones
 _MAX_HEADER = 100_000_000  # bytes, by the format's definition
 
 
@@ -60,15 +75,44 @@ class Sizes(TypedDict):
     encoder_artifact_bytes: int
 
 
-class LayerEntry(TypedDict):
-    """A quantized layer but for its tensors; `shape` is its weight's, unpacked."""
+_Bits = Annotated[int, Field(ge=2, le=8)]
+_Size = Annotated[int, Field(ge=1)]
 
-    weight_bits: int
-    activation_bits: int
-    input_scale: float
-    input_zero_point: int
-    shape: list[int]
-    geometry: NotRequired[dict[str, Any]]
+
+class GeometryEntry(TypedDict):
+    """A `Geometry`."""
+
+    kernel: _Size
+    stride: _Size
+    padding: Annotated[int, Field(ge=0)]
+    transposed: NotRequired[bool]
+
+
+class LayerEntry(TypedDict):
+    """A quantized layer but for its tensors.
+
+    Attributes:
+        input_scale, input_zero_point: both, or neither where ranges are found at run time.
+        shape: its weight's, unpacked.
+        group_size: of 4-bit weights in groups.
+    """
+
+    weight_bits: _Bits
+    activation_bits: _Bits
+    input_scale: NotRequired[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    input_zero_point: NotRequired[Annotated[int, Field(ge=0, le=255)]]
+    shape: Annotated[list[_Size], Field(min_length=2, max_length=2)]
+    group_size: NotRequired[Literal[32]]
+    geometry: NotRequired[GeometryEntry]
+
+
+def _possible(entry: LayerEntry) -> LayerEntry:
+    """The entry, if a layer can be so; raises ValueError."""
+    if ("input_scale" in entry) != ("input_zero_point" in entry):
+        raise ValueError("an input has both scale and zero-point, or neither")
+    nothing = torch.empty(0)
+    QuantizedLayer(nothing, nothing, nothing, **_kind(entry), groups=_no_groups(entry))
+    return entry
 
 
 class Header(TypedDict):
@@ -99,7 +143,7 @@ class Header(TypedDict):
     algorithm: NotRequired[int]
     seed: int
     images_sha256: list[str]
-    layers: dict[str, LayerEntry]
+    layers: dict[str, Annotated[LayerEntry, AfterValidator(_possible)]]
     attention_bits: int
     sizes: Sizes
     macs: int
@@ -126,9 +170,24 @@ class Artifact:
 
     @property
     def label(self) -> str:
-        """What this is in a few letters, like 'W4A4'."""
-        bits = self.header["config"]["bits"]
-        return f"W{bits}A{bits}"
+        """What this is in a few letters: what all Linears of the encoder are, like 'W4A4', or 'mixed'."""
+        forms = layer_forms(self.header)
+        variant = VARIANTS.get(self.header["variant"])
+        names = (
+            linears(variant)
+            if variant is not None
+            else {name for name, entry in self.header["layers"].items() if "geometry" not in entry}
+        )
+        found = {str(forms.get(name, KEPT)) for name in names}
+        return found.pop() if len(found) == 1 else "mixed"
+
+
+def layer_forms(header: Header) -> dict[str, Form]:
+    """The form of each quantized layer by name, in words 'W4A8'; layers that are missing are floats."""
+    return {
+        name: Form(entry["weight_bits"], entry["activation_bits"], "group_size" in entry)
+        for name, entry in header["layers"].items()
+    }
 
 
 def encode_layer(name: str, layer: QuantizedLayer) -> tuple[LayerEntry, dict[str, Tensor]]:
@@ -136,15 +195,19 @@ def encode_layer(name: str, layer: QuantizedLayer) -> tuple[LayerEntry, dict[str
     entry: LayerEntry = {
         "weight_bits": layer.weight_bits,
         "activation_bits": layer.activation_bits,
-        "input_scale": layer.input_scale,
-        "input_zero_point": layer.input_zero_point,
         "shape": list(layer.weight.shape),
     }
+    if layer.input_range is not None:
+        entry["input_scale"], entry["input_zero_point"] = layer.input_range
     if layer.geometry is not None:
-        entry["geometry"] = asdict(layer.geometry)
-    weight = pack_int4(layer.weight) if layer.weight_bits == 4 else layer.weight.contiguous()
-    tensors = {
-        f"{_ENCODER}{name}.weight": weight,
+        entry["geometry"] = cast(GeometryEntry, asdict(layer.geometry))
+    weight, groups = layer.weight.contiguous(), layer.groups
+    if groups is not None:
+        entry["group_size"] = 32
+        weight = (groups.levels(weight).to(torch.int16) - _MIDDLE).to(torch.int8)
+    tensors = {} if groups is None else {f"{_ENCODER}{name}.weight_groups": _packed_groups(groups)}
+    tensors |= {
+        f"{_ENCODER}{name}.weight": pack_int4(weight) if layer.weight_bits == 4 else weight,
         f"{_ENCODER}{name}.weight_scale": layer.weight_scale.float(),
         f"{_ENCODER}{name}.bias": layer.bias.float(),
     }
@@ -157,16 +220,42 @@ def decode_layer(artifact: Artifact, name: str) -> QuantizedLayer:
     weight = artifact.tensors[f"{_ENCODER}{name}.weight"]
     if entry["weight_bits"] == 4:
         weight = unpack_int4(weight, entry["shape"][1])
+    groups = None
+    if "group_size" in entry:
+        groups = _unpacked_groups(artifact.tensors[f"{_ENCODER}{name}.weight_groups"])
+        weight = groups.weight((weight + _MIDDLE).to(torch.uint8))
     return QuantizedLayer(
         weight=weight,
         weight_scale=artifact.tensors[f"{_ENCODER}{name}.weight_scale"],
         bias=artifact.tensors[f"{_ENCODER}{name}.bias"],
-        input_scale=entry["input_scale"],
-        input_zero_point=entry["input_zero_point"],
-        weight_bits=entry["weight_bits"],
-        activation_bits=entry["activation_bits"],
-        geometry=Geometry(**entry["geometry"]) if "geometry" in entry else None,
+        **_kind(entry),
+        groups=groups,
     )
+
+
+def _kind(entry: LayerEntry) -> dict[str, Any]:
+    """What of a `QuantizedLayer` is no tensor."""
+    static = "input_scale" in entry
+    return {
+        "input_range": StaticRange(entry["input_scale"], entry["input_zero_point"]) if static else None,
+        "weight_bits": entry["weight_bits"],
+        "activation_bits": entry["activation_bits"],
+        "geometry": Geometry(**entry["geometry"]) if "geometry" in entry else None,
+    }
+
+
+def _no_groups(entry: LayerEntry) -> Groups | None:
+    """Groups without numbers where a layer has groups."""
+    return Groups(torch.empty(0), torch.empty(0)) if "group_size" in entry else None
+
+
+def _packed_groups(groups: Groups) -> Tensor:
+    """[N, G] uint8: multiplier − 1 in the high nibble, the zero-point in the low one."""
+    return (groups.multiplier - 1) << 4 | groups.zero_point
+
+
+def _unpacked_groups(packed: Tensor) -> Groups:
+    return Groups((packed >> 4) + 1, packed & 15)
 
 
 def stored(tensor: Tensor) -> Tensor:
@@ -176,9 +265,7 @@ def stored(tensor: Tensor) -> Tensor:
 
 def float_tensors(artifact: Artifact, prefix: str) -> dict[str, Tensor]:
     """The floating tensors under a prefix as float32, the prefix taken off, quantized layers left out."""
-    taken = {
-        f"{_ENCODER}{n}.{p}" for n in artifact.header["layers"] for p in ("weight", "weight_scale", "bias")
-    }
+    taken = {f"{_ENCODER}{n}.{p}" for n in artifact.header["layers"] for p in _PARTS}
     return {
         key.removeprefix(prefix): value.float()
         for key, value in artifact.tensors.items()

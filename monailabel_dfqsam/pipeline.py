@@ -274,7 +274,7 @@ def pack(
         tensors.update({f"{prefix}.{key}": stored(value) for key, value in module.state_dict().items()})
     cost = encoder_cost(
         checkpoint.variant,
-        {name: layer.weight_bits for name, layer in quantized.layers.items()},
+        {name: layer.form for name, layer in quantized.layers.items()},
         quantized.attention_bits,
     )
     encoder_float = {k: v for k, v in checkpoint.state_dict.items() if k.startswith("image_encoder.")}

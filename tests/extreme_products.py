@@ -16,7 +16,7 @@ from torch import Tensor
 from monailabel_dfqsam.engines import onednn, openvino
 from monailabel_dfqsam.engines.onednn import onednn_kernel
 from monailabel_dfqsam.engines.reference import reference_kernel
-from monailabel_dfqsam.ops import Geometry, QuantizedLayer, openvino_library
+from monailabel_dfqsam.ops import Geometry, QuantizedLayer, Rows, StaticRange, openvino_library
 
 # One row and many, and sizes that fill no vector, with which oneDNN takes other kernels.
 ROWS = (1, 2, 7, 31, 64, 257)
@@ -49,7 +49,7 @@ def layer_of(outputs: int, columns: int, geometry: Geometry | None) -> Quantized
     bias = torch.arange(outputs) * 1.0
     if geometry is not None and geometry.transposed:
         bias = bias * 0
-    return QuantizedLayer(weight, torch.ones(outputs), bias, 1.0, ZERO_POINT, 8, 8, geometry)
+    return QuantizedLayer(weight, torch.ones(outputs), bias, StaticRange(1.0, ZERO_POINT), 8, 8, geometry)
 
 
 def differing_onednn() -> list[str]:
@@ -58,8 +58,9 @@ def differing_onednn() -> list[str]:
     for rows, columns, outputs in itertools.product(ROWS, COLUMNS, OUTPUTS):
         g = torch.Generator().manual_seed(rows)
         scales, bias = torch.rand(outputs, generator=g), torch.randn(outputs, generator=g)
-        layer = replace(layer_of(outputs, columns, None), weight_scale=scales, bias=bias, input_scale=SCALE)
-        q = extremes(rows, columns, 0, 255).to(torch.uint8)
+        fixed = StaticRange(SCALE, ZERO_POINT)
+        layer = replace(layer_of(outputs, columns, None), weight_scale=scales, bias=bias, input_range=fixed)
+        q = Rows(extremes(rows, columns, 0, 255).to(torch.uint8))
         residual = torch.randn(rows, outputs, generator=g)
         fast, slow = onednn_kernel(layer), reference_kernel(layer)
         same = torch.equal(fast(q), slow(q))

@@ -22,7 +22,7 @@ from monailabel_dfqsam.config import (
 from monailabel_dfqsam.engines import cutlass, load_encoder
 from monailabel_dfqsam.engines.cutlass import CutlassEncoder, GraphlessForward
 from monailabel_dfqsam.engines.cutlass_layers import Layer, window_tables
-from monailabel_dfqsam.ops import cuda_library, multiplied
+from monailabel_dfqsam.ops import Rows, cuda_library, multiplied
 from monailabel_dfqsam.pipeline import gaussian_images, quantize
 from monailabel_dfqsam.sam import VARIANTS, Sam, build, read_checkpoint
 from monailabel_dfqsam.sam.encoder import window_partition
@@ -99,12 +99,9 @@ def layer_errors(artifact: Artifact, device: torch.device, dtype: torch.dtype, n
         layer = Layer(stored, device, native)
         n, k = stored.weight.shape
         integers = torch.randint(0, 2**stored.activation_bits, (5, k), dtype=torch.uint8)
-        scaled = (integers.float() - stored.input_zero_point) * stored.input_scale
+        scaled = (integers.float() - stored.input_range.zero_point) * stored.input_range.scale
         weight = stored.weight if stored.geometry is None else stored.geometry.arrange(stored.weight)
-        expected = multiplied(
-            integers, weight, stored.input_scale, stored.input_zero_point, stored.weight_scale,
-            stored.bias,
-        )  # fmt: skip
+        expected = multiplied(Rows(integers), replace(stored, weight=weight))
         actual = layer.product(layer.quantize(scaled.to(device)), dtype).cpu()
         assert actual.shape == (5, n)
         errors.append(relative_error(actual, expected))

@@ -18,7 +18,7 @@ from monailabel_dfqsam.engines import candidates, load_encoder, select, why_not
 from monailabel_dfqsam.engines.openvino import encoder_model, in_halves, multiplied
 from monailabel_dfqsam.engines.reference import reference_kernel
 from monailabel_dfqsam.fidelity import mask_agreement
-from monailabel_dfqsam.ops import Geometry, QuantizedLayer, openvino_library, plain
+from monailabel_dfqsam.ops import Geometry, QuantizedLayer, Rows, StaticRange, openvino_library, plain
 from monailabel_dfqsam.ops.openvino_library import openvino, why_unavailable
 from monailabel_dfqsam.pipeline import gaussian_images, pack, phantom_images
 from monailabel_dfqsam.quantization.calibrate import calibrate
@@ -55,7 +55,7 @@ def layer_of(geometry: Geometry | None, bits: int, zero_point: int) -> Quantized
     scale, bias = torch.rand(rows, generator=g) + 0.1, torch.randn(rows, generator=g)
     if geometry is not None and geometry.transposed:
         bias = bias * 0  # as `quantize_layer` makes them
-    return QuantizedLayer(weight, scale, bias, 0.125, zero_point, bits, bits, geometry)
+    return QuantizedLayer(weight, scale, bias, StaticRange(0.125, zero_point), bits, bits, geometry)
 
 
 def slow(layer: QuantizedLayer, x: Tensor) -> Tensor:
@@ -63,10 +63,10 @@ def slow(layer: QuantizedLayer, x: Tensor) -> Tensor:
     geometry, kernel = layer.geometry, reference_kernel
     if geometry is None:
         q = plain.quantize_input(x, layer)
-        return kernel(layer)(q.flatten(0, -2)).view(*x.shape[:-1], -1)
-    rows = geometry.gather(plain.quantize_input(x, layer), layer.input_zero_point)
+        return kernel(layer)(q.flat()).view(*x.shape[:-1], -1)
+    rows = geometry.gather(plain.quantize_input(x, layer).q, layer.input_range.zero_point)
     weight = geometry.arrange(layer.weight)
-    return geometry.scatter(kernel(replace(layer, weight=weight))(rows), x.shape[0], *x.shape[2:])
+    return geometry.scatter(kernel(replace(layer, weight=weight))(Rows(rows)), x.shape[0], *x.shape[2:])
 
 
 GEOMETRIES = {
@@ -90,7 +90,7 @@ def test_a_layer_is_its_integer_product(form: str, name: str, bits: int, zero_po
     shape = (2, 8, 6, 16) if name == "linear" else (2, 16, 8, 8)
     # Beyond the range on both sides, and away from the middle between two levels.
     steps = torch.randint(-40, 300 if bits == 8 else 40, shape, generator=g)
-    x = (steps + 0.6 * (torch.rand(shape, generator=g) - 0.5)) * layer.input_scale
+    x = (steps + 0.6 * (torch.rand(shape, generator=g) - 0.5)) * layer.input_range.scale
     expected = slow(layer, x)
     actual = multiplied(form == "export" or bool(in_halves()), layer, x)
     assert actual.shape == expected.shape

@@ -14,7 +14,7 @@ from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, Rec
 from monailabel_dfqsam.engines import encoder as encoder_module
 from monailabel_dfqsam.engines import load_encoder, onednn, select
 from monailabel_dfqsam.engines.encoder import IntegerLinear
-from monailabel_dfqsam.ops import compiled
+from monailabel_dfqsam.ops import Rows, compiled
 from monailabel_dfqsam.pipeline import gaussian_images
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam import VARIANTS
@@ -64,8 +64,9 @@ def test_same_integers_give_the_same_accumulators(artifact: Artifact) -> None:
     fast = load_encoder(artifact, EngineKind.ONEDNN)
     for name, entry in artifact.header["layers"].items():
         integers = torch.randint(0, 2 ** entry["activation_bits"], (17, entry["shape"][1]), dtype=torch.uint8)
-        expected = reference.encoder.get_submodule(name).kernel(integers)
-        actual = fast.encoder.get_submodule(name).kernel(integers)
+        rows = Rows(integers)
+        expected = reference.encoder.get_submodule(name).kernel(rows)
+        actual = fast.encoder.get_submodule(name).kernel(rows)
         assert relative_error(actual, expected) <= LAYER_TOLERANCE, name
 
 

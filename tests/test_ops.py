@@ -8,7 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monailabel_dfqsam.ops import Geometry, int_accumulate, multiplied, pack_int4, quantized, unpack_int4
+from monailabel_dfqsam.ops import (
+    Geometry,
+    QuantizedLayer,
+    Rows,
+    StaticRange,
+    int_accumulate,
+    multiplied,
+    pack_int4,
+    quantized,
+    unpack_int4,
+)
 
 FLOAT_TOLERANCE = 1e-6
 
@@ -62,7 +72,8 @@ def test_multiplied_is_exact_arithmetic(top: int) -> None:
     accumulated = int_accumulate(x, weight).numpy() - 7 * weight.numpy().astype(np.int64).sum(1)
     assert (accumulated == exact).all()
     expected = exact * 0.25 * scale.double().numpy() + bias.double().numpy()
-    actual = multiplied(x, weight, 0.25, 7, scale, bias)
+    layer = QuantizedLayer(weight, scale, bias, StaticRange(0.25, 7), 8, 8)
+    actual = multiplied(Rows(x), layer)
     assert np.abs(actual.numpy() - expected).max() <= FLOAT_TOLERANCE * np.abs(expected).max()
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from monailabel_dfqsam.ops import QuantizedLayer, compiled, plain
+from monailabel_dfqsam.ops import Geometry, QuantizedLayer, Rows, StaticRange, compiled, plain
 from monailabel_dfqsam.sam import tiny_vit
 from monailabel_dfqsam.sam.vit import Attention
+from tests.forms import hard_rows, run_time_reader, same_rows
 from tests.models import relative_error
 
 ATTENTION_TOLERANCE = 2e-6
@@ -40,7 +41,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
 def reader(scale: float, zero_point: int, bits: int) -> QuantizedLayer:
     """A layer of which only the input range matters."""
     nothing = torch.empty(0)
-    return QuantizedLayer(nothing, nothing, nothing, scale, zero_point, bits, bits)
+    return QuantizedLayer(nothing, nothing, nothing, StaticRange(scale, zero_point), bits, bits)
 
 
 def layers() -> st.SearchStrategy[QuantizedLayer]:
@@ -57,14 +58,59 @@ def values(seed: int, *shape: int) -> Tensor:
 @given(st.integers(0, 10**6), st.integers(1, 70), st.integers(1, 400), layers())
 def test_integers_equal_plain_torch(seed: int, rows: int, channels: int, layer: QuantizedLayer) -> None:
     x = values(seed, rows, channels) + values(seed + 1, channels)
-    assert torch.equal(compiled.quantize_input(x, layer), plain.quantize_input(x, layer))
+    assert same_rows(compiled.quantize_input(x, layer), plain.quantize_input(x, layer))
     weight, bias = values(seed + 2, channels), values(seed + 3, channels)
     for keep in (False, True):
         expected = plain.layer_norm_quantize(x, weight, bias, 1e-6, layer, keep)
         actual = compiled.layer_norm_quantize(x, weight, bias, 1e-6, layer, keep)
-        assert torch.equal(actual[0], expected[0])
+        assert same_rows(actual[0], expected[0])
         assert actual[1] is expected[1] is None or torch.equal(actual[1], expected[1])
-    assert torch.equal(compiled.gelu_quantize(x.clone(), layer), plain.gelu_quantize(x, layer))
+    assert same_rows(compiled.gelu_quantize(x.clone(), layer), plain.gelu_quantize(x, layer))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 400), st.sampled_from([4, 8]))
+def test_integers_and_ranges_equal_plain_torch(seed: int, count: int, columns: int, bits: int) -> None:
+    x, layer = hard_rows(seed, count, columns), run_time_reader(bits)
+    assert same_rows(compiled.quantize_input(x, layer), plain.quantize_input(x, layer))
+    x[6::9, :1] = 5
+    weight, bias = torch.randn(columns), torch.randn(columns)
+    for keep in (False, True):
+        expected = plain.layer_norm_quantize(x, weight, bias, 1e-6, layer, keep)
+        actual = compiled.layer_norm_quantize(x, weight, bias, 1e-6, layer, keep)
+        assert same_rows(actual[0], expected[0])
+        assert actual[1] is expected[1] is None or torch.equal(actual[1], expected[1])
+    assert same_rows(compiled.gelu_quantize(x.clone(), layer), plain.gelu_quantize(x, layer))
+
+
+def test_images_have_a_range_each_in_any_order_of_memory() -> None:
+    layer = run_time_reader(8, Geometry(3, 1, 1))
+    x = hard_rows(3, 9, 5 * 6 * 7).view(9, 5, 6, 7)
+    expected = plain.quantize_input(x, layer)
+    assert expected.scale is not None
+    assert len(expected.scale) == len(x)
+    for view in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert same_rows(compiled.quantize_input(view, layer), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 100), st.booleans(), st.booleans())
+def test_what_follows_a_product_equals_plain_torch(
+    seed: int, count: int, columns: int, by_zero_point: bool, with_residual: bool
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    sums = torch.randint(-(1 << 24), 1 << 24, (count, columns), generator=g).float()
+    weights = torch.randint(-(1 << 18), 1 << 18, (columns,), generator=g, dtype=torch.int32)
+    zero_point = torch.randint(0, 256, (count,), generator=g, dtype=torch.int32) if by_zero_point else None
+    rows = Rows(torch.empty(0, dtype=torch.uint8), torch.rand(count, generator=g), zero_point)
+    scale, bias = torch.rand(columns, generator=g), torch.randn(columns, generator=g)
+    layer = QuantizedLayer(torch.empty(0, dtype=torch.int8), scale, bias, None, 8, 8)
+    residual = torch.randn(count, columns, generator=g) if with_residual else None
+    expected, actual = (
+        form.rescale(sums.clone(), rows, weights, layer, None if residual is None else residual.clone())
+        for form in (plain, compiled)
+    )
+    assert torch.equal(actual, expected)
 
 
 def test_layer_norm_is_torchs() -> None:
@@ -77,10 +123,10 @@ def test_layer_norm_is_torchs() -> None:
 
 def test_quantize_keeps_the_order_of_memory() -> None:
     x = values(4, 2, 5, 6, 7).to(memory_format=torch.channels_last)
-    q = compiled.quantize_input(x, reader(0.3, 7, 4))
+    q = compiled.quantize_input(x, reader(0.3, 7, 4)).q
     assert q.is_contiguous(memory_format=torch.channels_last)
     for view in (x, x[:, :, 1:], x.transpose(0, 3)):
-        assert torch.equal(
+        assert same_rows(
             compiled.quantize_input(view, reader(0.3, 7, 4)), plain.quantize_input(view, reader(0.3, 7, 4))
         )
 
@@ -103,7 +149,7 @@ def test_attention_equals_float64(
     assert relative_error(actual, expected) < ATTENTION_TOLERANCE
     assert torch.equal(actual, _compiled(attention, qkv))
     layer = reader(0.05, 7, 4)
-    assert torch.equal(_compiled(attention, qkv, layer), plain.quantize_input(actual, layer))
+    assert torch.equal(_compiled(attention, qkv, layer), plain.quantize_input(actual, layer).q)
 
 
 @settings(max_examples=40, deadline=None)
@@ -121,7 +167,7 @@ def test_window_attention_equals_float64(
     actual = _compiled_window(attention, qkv)
     assert torch.equal(actual, _compiled_window(attention, qkv))
     layer = reader(0.05, 7, 4)
-    assert torch.equal(_compiled_window(attention, qkv, layer), plain.quantize_input(actual, layer))
+    assert torch.equal(_compiled_window(attention, qkv, layer), plain.quantize_input(actual, layer).q)
     assert relative_error(actual, attention.double().attend(qkv.double())) < ATTENTION_TOLERANCE
 
 

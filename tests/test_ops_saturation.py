@@ -18,7 +18,7 @@ from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines import candidates, load_encoder, onednn, why_not
 from monailabel_dfqsam.engines.kernels import Kernel
 from monailabel_dfqsam.machine import cpu
-from monailabel_dfqsam.ops import QuantizedLayer, int_accumulate
+from monailabel_dfqsam.ops import QuantizedLayer, StaticRange, int_accumulate
 from monailabel_dfqsam.ops.saturation import WRONG, halves, is_exact, may_saturate, needs_halves
 from tests.test_engines import make_artifact
 
@@ -53,7 +53,7 @@ def test_products_of_extremes_are_exact_under_every_instruction_set(isa: str | N
 
 def layer_of(weight: Tensor, activation_bits: int) -> QuantizedLayer:
     return QuantizedLayer(
-        weight, torch.ones(len(weight)), torch.zeros(len(weight)), 1.0, 0, 8, activation_bits
+        weight, torch.ones(len(weight)), torch.zeros(len(weight)), StaticRange(1.0, 0), 8, activation_bits
     )
 
 
@@ -77,9 +77,9 @@ def test_halves_sum_to_the_weight_and_do_not_saturate() -> None:
     assert may_saturate(layer_of(weight.flatten(1), 8))
 
 
-def pairwise(limit: int, layer: QuantizedLayer, rows: Tensor) -> Tensor:
+def pairwise(limit: int, layer: QuantizedLayer, q: Tensor) -> Tensor:
     """[M, N] float32: sums of neighbouring pairs of products, each kept within ±limit."""
-    pairs = rows.int()[:, None] * layer.weight.int()[None]
+    pairs = q.int()[:, None] * layer.weight.int()[None]
     if pairs.shape[2] % 2:
         pairs = torch.nn.functional.pad(pairs, (0, 1))
     return pairs.unflatten(2, (-1, 2)).sum(3).clamp(-limit - 1, limit).sum(2).float()
@@ -126,7 +126,7 @@ def test_a_library_without_such_a_product_is_no_crash(caplog: pytest.LogCaptureF
 @needs_onednn
 def test_an_engine_that_saturates_all_the_same_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def saturating(layer: QuantizedLayer, halved: bool) -> Kernel:
-        return lambda rows, residual=None: split(1 << 13, halved, layer, rows)
+        return lambda rows, residual=None: split(1 << 13, halved, layer, rows.q)
 
     monkeypatch.setattr(onednn, "_kernel", saturating)
     onednn.in_halves.cache_clear()

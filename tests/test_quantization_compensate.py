@@ -15,7 +15,7 @@ from tests.models import seeded_sam
 
 
 def _output(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    inputs = Affine(torch.tensor([layer.input_scale]), torch.tensor([layer.input_zero_point]), 4)
+    inputs = Affine(*(torch.tensor([part]) for part in layer.input_range), 4)
     return inputs.fake(x) @ (layer.weight * layer.weight_scale[:, None]).T + layer.bias
 
 
@@ -60,7 +60,7 @@ def test_a_block_s_linears_are_replaced_and_nothing_else() -> None:
     assert list(plain.layers) == list(ours.layers)
     for name, layer in ours.layers.items():
         other = plain.layers[name]
-        assert (layer.input_scale, layer.input_zero_point) == (other.input_scale, other.input_zero_point)
+        assert layer.input_range == other.input_range
         assert (layer.weight_bits, layer.activation_bits) == (other.weight_bits, other.activation_bits)
         assert torch.equal(layer.weight, other.weight) != name.startswith("blocks."), name
     assert all(torch.equal(value, plain.float_tensors[name]) for name, value in ours.float_tensors.items())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact, write_artifact
+from monailabel_dfqsam.artifact import Artifact, ArtifactError, layer_forms, read_artifact, write_artifact
 from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, Recipe, SynthesisConfig, silent
 from monailabel_dfqsam.engines import (
     candidates,
@@ -26,7 +26,7 @@ from monailabel_dfqsam.engines.encoder import IntegerBlock
 from monailabel_dfqsam.ops import compiled
 from monailabel_dfqsam.pipeline import QuantizationResult, gaussian_images, quantize
 from monailabel_dfqsam.quantization.calibrate import observe
-from monailabel_dfqsam.quantization.cost import encoder_cost
+from monailabel_dfqsam.quantization.cost import encoder_cost, layer_costs
 from monailabel_dfqsam.quantization.quantizer import Affine, search_affine
 from monailabel_dfqsam.quantization.reparameterize import after_norms, keep_padding, reparameterize
 from monailabel_dfqsam.sam import VARIANTS, Sam
@@ -141,16 +141,14 @@ def test_what_is_quantized_and_what_is_not() -> None:
     assert {bits[name] for name in pointwise} == {8}
     assert not any(name.endswith(("conv2.c", "local_conv.c")) for name in bits)
     variant = VARIANTS[FAMILIES[0]]
-    cost = encoder_cost(variant, bits, 0)
+    forms = layer_forms(made(FAMILIES[0]).header)
+    cost, counted = encoder_cost(variant, forms, 0), layer_costs(variant, forms).values()
     depthwise = 2 * 256 * 64**2 + 128 * 32**2 + 160 * 16**2 + 320 * 16**2  # in bottlenecks and mergings
     depthwise += 2 * 128 * 32**2 + 6 * 160 * 16**2 + 2 * 320 * 16**2  # in blocks
-    without = encoder_cost(variant, {**bits, **dict.fromkeys(_depthwise(variant.name), 0)}, 0)
-    assert cost.bops - without.bops == 9 * depthwise * 32**2
-
-
-def _depthwise(name: str) -> list[str]:
-    modules = seeded_sam(name).image_encoder.named_modules()
-    return [name for name, module in modules if getattr(module, "groups", 1) > 1]
+    attention = (cost.bops - encoder_cost(variant, forms, 8).bops) // (32**2 - 8**2)
+    floats = 9 * depthwise + attention
+    assert cost.macs == sum(layer.macs for layer in counted) + floats
+    assert cost.bops == sum(layer.macs * layer.form.weight_bits**2 for layer in counted) + floats * 32**2
 
 
 def test_paper_policy_runs_on_the_reference_alone() -> None:

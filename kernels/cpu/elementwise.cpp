@@ -3,12 +3,13 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
 
-#include "vector.h"
+#include "rows.h"
 
 namespace {
 
@@ -28,12 +29,26 @@ DFQSAM_API int dfqsam_quantize(const float* x, uint8_t* q, int64_t count, float 
   return 0;
 }
 
-// LayerNorm over rows [rows, channels], then the quantizer above. Mean and variance are summed in double, so
-// that their float values do not depend on the order of summation. y, the normalised floats, may be null.
+// Each row of x [rows, columns] in a range of its own: scale [rows], and zero_point [rows], or null for 4 bit in
+// groups.
+DFQSAM_API int dfqsam_quantize_rows(const float* x, uint8_t* q, float* scale, int32_t* zero_point, int64_t rows,
+                                     int64_t columns) {
+#pragma omp parallel for schedule(static) if (rows * columns > 4 * kChunk)
+  for (int64_t r = 0; r < rows; ++r) {
+    const RowRange to{q + r * columns, scale + r, zero_point == nullptr ? nullptr : zero_point + r};
+    quantize_row(x + r * columns, columns, to);
+  }
+  return 0;
+}
+
+// LayerNorm over rows [rows, channels], then one of the quantizers above: that of rows where scale is not null.
+// Mean and variance are summed in double, so that their float values do not depend on the order of summation.
+// y, the normalised floats, may be null.
 DFQSAM_API int dfqsam_layer_norm_quantize(const float* x, const float* weight, const float* bias, float* y,
-                                           uint8_t* q, int64_t rows, int64_t channels, double epsilon,
-                                           float inverse_scale, float zero_point, float highest) {
-  const Levels to{inverse_scale, zero_point, highest};
+                                           uint8_t* q, float* scale, int32_t* zero_point, int64_t rows,
+                                           int64_t channels, double epsilon, float inverse_scale,
+                                           float static_zero_point, float highest) {
+  const Levels to{inverse_scale, static_zero_point, highest};
 #pragma omp parallel for schedule(static) if (rows * channels > 4 * kChunk)
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = x + r * channels;
@@ -48,16 +63,39 @@ DFQSAM_API int dfqsam_layer_norm_quantize(const float* x, const float* weight, c
     }
     const float center = static_cast<float>(mean);
     const float factor = static_cast<float>(1.0 / std::sqrt(squares / channels + epsilon));
+    static thread_local std::vector<float> memory;
+    if (y == nullptr) memory.resize(channels);
+    float* out = y == nullptr ? memory.data() : y + r * channels;
+    for (int64_t c = 0; c < channels; ++c) out[c] = (row[c] - center) * factor * weight[c] + bias[c];
     uint8_t* levels = q + r * channels;
-    if (y == nullptr) {
-      for (int64_t c = 0; c < channels; ++c)
-        levels[c] = to.of((row[c] - center) * factor * weight[c] + bias[c]);
+    if (scale != nullptr)
+      quantize_row(out, channels, {levels, scale + r, zero_point == nullptr ? nullptr : zero_point + r});
+    else
+      for (int64_t c = 0; c < channels; ++c) levels[c] = to.of(out[c]);
+  }
+  return 0;
+}
+
+// What follows a product of such rows. sums [rows, columns] are whole, Σ (q − 128)·weight; weights [columns] are
+// Σ weight. Gives (sums + (128 − zero_point)·weights)·(scale·weight_scale) + bias: in place, or added to residual
+// where that is not null.
+DFQSAM_API int dfqsam_rescale(float* sums, const float* scale, const int32_t* zero_point, const int32_t* weights,
+                              const float* weight_scale, const float* bias, float* residual, int64_t rows,
+                              int64_t columns) {
+#pragma omp parallel for schedule(static) if (rows * columns > 4 * kChunk)
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = sums + r * columns;
+    const float row_scale = scale[r];
+    if (zero_point != nullptr) {
+      const int32_t shift = 128 - zero_point[r];
+      for (int64_t n = 0; n < columns; ++n)
+        row[n] = static_cast<float>(static_cast<int32_t>(row[n]) + shift * weights[n]);
+    }
+    if (residual == nullptr) {
+      for (int64_t n = 0; n < columns; ++n) row[n] = row[n] * (row_scale * weight_scale[n]) + bias[n];
     } else {
-      float* out = y + r * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        out[c] = (row[c] - center) * factor * weight[c] + bias[c];
-        levels[c] = to.of(out[c]);
-      }
+      float* out = residual + r * columns;
+      for (int64_t n = 0; n < columns; ++n) out[n] += row[n] * (row_scale * weight_scale[n]) + bias[n];
     }
   }
   return 0;

@@ -13,7 +13,6 @@ from monailabel_dfqsam.engines.onednn import OnednnEncoder
 from monailabel_dfqsam.engines.openvino import OpenvinoEncoder
 from monailabel_dfqsam.engines.reference import ReferenceEncoder, layer_by_layer
 from monailabel_dfqsam.ops import cuda_library, openvino_library
-from monailabel_dfqsam.sam.variants import VARIANTS
 
 __all__ = ["Encoder", "candidates", "layer_by_layer", "load_encoder", "select", "why_not"]
 
@@ -55,10 +54,8 @@ def _why_no_candidate(kind: EngineKind, artifact: Artifact | None) -> str | None
         return onednn.why_unavailable()
     if kind is EngineKind.OPENVINO:
         return openvino_library.why_absent()
-    variant = None if artifact is None else VARIANTS.get(artifact.header["variant"])
-    if variant is not None and variant.stages:
-        return cutlass.NO_TINY_VIT
-    return cuda_library.why_unavailable()
+    refusal = None if artifact is None else cutlass.why_not(artifact)
+    return cuda_library.why_unavailable() if refusal is None else refusal
 
 
 def select(artifact: Artifact) -> EngineKind:

@@ -24,17 +24,35 @@ from monailabel_dfqsam.engines.cutlass_layers import Layer, Windows, window_tabl
 from monailabel_dfqsam.ops.cuda import layer_norm_quantize, linear_gelu_quantize, quantize_rows
 from monailabel_dfqsam.ops.cuda_attention import attention_inputs, attention_output
 from monailabel_dfqsam.ops.cuda_library import native_4bit, why_unavailable
+from monailabel_dfqsam.quantization.cost import layer_costs
 from monailabel_dfqsam.sam.encoder import LAYER_NORM_EPS
 from monailabel_dfqsam.sam.variants import VARIANTS
 
 ADAPTER_NORM_EPS = 1e-5
 NO_TINY_VIT = "the engine 'cutlass' runs ViT encoders, not TinyViT"
+ONE_FORM = (
+    "the engine 'cutlass' runs encoders all of whose layers are quantized to one fixed input range each, "
+    "without groups of weights"
+)
 _WARM_UPS = 2
 
 
 def available() -> bool:
     """Whether compiled kernels and a GPU that they fit are here; `why_unavailable` says what is missing."""
     return why_unavailable() is None
+
+
+def why_not(artifact: Artifact) -> str | None:
+    """Why an artifact of policy `deploy` is none for this engine, or None when it is one."""
+    variant, header = VARIANTS.get(artifact.header["variant"]), artifact.header
+    if variant is None:
+        return None
+    if variant.stages:
+        return NO_TINY_VIT
+    layers = header["layers"]
+    whole = layer_costs(variant, {}).keys() <= layers.keys()
+    plain = all("input_scale" in entry and "group_size" not in entry for entry in layers.values())
+    return None if whole and plain else ONE_FORM
 
 
 class CutlassEncoder:
@@ -115,8 +133,8 @@ class GraphlessForward:
         variant = VARIANTS.get(artifact.header["variant"])
         if variant is None:
             raise ArtifactError(f"the artifact is of a model unknown here: '{artifact.header['variant']}'")
-        if variant.stages:
-            raise ArtifactError(NO_TINY_VIT)
+        if (reason := why_not(artifact)) is not None:
+            raise ArtifactError(reason)
         self.variant, self.dtype, self.native, self._device = variant, dtype, native, device
         self._floats = float_tensors(artifact, "image_encoder.")
         self._layers = {

@@ -38,14 +38,16 @@ class Layer:
             self.weight = packed_weight if native else unpack_signed(packed_weight)
         else:
             self.weight = weight.contiguous().to(device)
-        scale = layer.input_scale * layer.weight_scale.double()
-        zero = layer.input_zero_point * layer.weight.sum(1, dtype=torch.int64)
+        assert layer.input_range is not None
+        input_scale, input_zero_point = layer.input_range
+        scale = input_scale * layer.weight_scale.double()
+        zero = input_zero_point * layer.weight.sum(1, dtype=torch.int64)
         bias = layer.bias.double() - zero * scale
         self.scale, self.bias = (F.pad(x, (0, rows)).float().to(device) for x in (scale, bias))
         self.columns, self.inputs, self.geometry = n, k, layer.geometry
         self.container = (
-            layer.input_scale,
-            layer.input_zero_point,
+            input_scale,
+            input_zero_point,
             layer.activation_bits,
             four_bit and native,
         )

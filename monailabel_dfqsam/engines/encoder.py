@@ -13,7 +13,7 @@ from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, fl
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines.kernels import Kernel, Kernels
 from monailabel_dfqsam.engines.tiny_vit import IntegerConvolutions
-from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.ops import Geometry, QuantizedLayer, Rows
 from monailabel_dfqsam.sam.encoder import AttentionCore, ImageEncoder, TransformerBlock, WindowedAttention
 from monailabel_dfqsam.sam.model import build_encoder
 from monailabel_dfqsam.sam.tiny_vit import Bottleneck, Merging
@@ -51,17 +51,29 @@ class IntegerLinear(nn.Module):
         super().__init__()
         weight = layer.weight if layer.geometry is None else layer.geometry.arrange(layer.weight)
         self.kernel = kernels.linear(replace(layer, weight=weight))
-        self.layer = replace(layer, weight=weight.new_empty(0))
+        self.layer = replace(layer, weight=weight.new_empty(0), groups=None)
         self.quantize_input = kernels.quantize_input
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] or [B, C, H, W] float32, to [..., N] or [B, N, H', W'] float32."""
-        q = self.quantize_input(x, self.layer)
-        geometry = self.layer.geometry
+        geometry, static = self.layer.geometry, self.layer.input_range
         if geometry is None:
-            return self.kernel(q.flatten(0, -2)).view(*x.shape[:-1], -1)
-        rows = geometry.gather(q, self.layer.input_zero_point).contiguous()
+            return self.kernel(self.quantize_input(x, self.layer).flat()).view(*x.shape[:-1], -1)
+        if static is None and not self.layer.by_image:
+            rows = self.quantize_input(geometry.gather(x, 0).contiguous(), self.layer)
+        else:
+            rows = self._gathered(self.quantize_input(x, self.layer), geometry)
         return geometry.scatter(self.kernel(rows), x.shape[0], x.shape[2], x.shape[3])
+
+    def _gathered(self, images: Rows, geometry: Geometry) -> Rows:
+        """Rows of the product out of images [B, C, H, W]."""
+        if self.layer.input_range is not None:
+            return Rows(geometry.gather(images.q, self.layer.input_range.zero_point).contiguous())
+        assert images.scale is not None
+        assert images.zero_point is not None
+        q = geometry.gather(images.q, images.zero_point).contiguous()
+        pixels = len(q) // len(images.q)
+        return Rows(q, *(part.repeat_interleave(pixels) for part in (images.scale, images.zero_point)))
 
 
 class _Product(NamedTuple):
@@ -89,29 +101,30 @@ class IntegerBlock(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] float32, contiguous, to the same; x is overwritten."""
-        for part in _independent(x, self.attn.window):
-            self._attend(part)
+        """[B, H, W, C] float32 to the same; x is overwritten where it is contiguous."""
+        x = x.contiguous()
+        for independent in _independent(x, self.attn.window):
+            self._attend(independent)
         x = self.between(x)
         rows = x.view(-1, x.shape[-1])
-        q, normed = self._normed(rows, self._norms[1], self._lin1.layer, self.beside is not None)
-        for part, target in zip(q.split(_MLP_ROWS), rows.split(_MLP_ROWS), strict=True):
+        normed, floats = self._normed(rows, self._norms[1], self._lin1.layer, self.beside is not None)
+        for part, target in zip(normed.split(_MLP_ROWS), rows.split(_MLP_ROWS), strict=True):
             hidden = self.kernels.gelu_quantize(self._lin1.kernel(part), self._lin2.layer)
             self._lin2.kernel(hidden, target)
-        if self.beside is not None and normed is not None:
-            x += self.beside(normed.view(x.shape))
+        if self.beside is not None and floats is not None:
+            x += self.beside(floats.view(x.shape))
         return x
 
     def _attend(self, x: Tensor) -> None:
         rows = x.view(-1, x.shape[-1])
         q, _ = self._normed(rows, self._norms[0], self._qkv.layer, False)
         qkv = self._qkv.kernel(q).view(*x.shape[:-1], -1)
-        q = self.kernels.attend_quantize(self.attn, qkv, self._proj.layer)
-        self._proj.kernel(q.view(rows.shape), rows)
+        attended = self.kernels.attend_quantize(self.attn, qkv, self._proj.layer)
+        self._proj.kernel(attended.flat(), rows)
 
     def _normed(
         self, rows: Tensor, norm: nn.LayerNorm, reader: QuantizedLayer, keep: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Rows, Tensor | None]:
         return self.kernels.layer_norm_quantize(rows, norm.weight, norm.bias, norm.eps, reader, keep)
 
 

@@ -11,6 +11,9 @@ which the clamp keeps. Constants of 4 bits would be smaller, but are multiplied 
 With the zero-point z added before and taken off again in bias' = bias − s·z·scale·Σ weight, levels begin at
 0, and the plugin has nothing to make up for after the product.
 
+A layer whose input's ranges are found at run time is a product of floats: the graph finds each row's range
+itself and rounds to its levels.
+
 Weights so large that sums may saturate go in halves, along the inputs, which are then given twice: in the
 engine where this processor needs it, in an export always, since its client may run on another.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +32,7 @@ from torch import Tensor, nn
 from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines.encoder import assemble_modules, put_module
-from monailabel_dfqsam.ops import QuantizedLayer, openvino_library, saturation
+from monailabel_dfqsam.ops import QuantizedLayer, openvino_library, row_rounded, saturation
 from monailabel_dfqsam.ops.openvino_library import converted, openvino
 from monailabel_dfqsam.sam.encoder import LAYER_NORM_EPS, LayerNorm2d
 
@@ -59,7 +63,7 @@ def in_halves() -> bool | None:
 def multiplied(split: bool, layer: QuantizedLayer, x: Tensor) -> Tensor:
     """A layer's output, as `is_exact` asks for it, for its input as numbers of any type."""
     inputs = {"x": (x.float(), (-1, *x.shape[1:]))}
-    compiled = _compiled(converted(_quantized(split, layer).eval(), inputs, ("y",)))
+    compiled = _compiled(_model(_quantized(split, layer).eval(), inputs, "y"))
     return torch.from_numpy(compiled([x.float().numpy()])[0].copy())
 
 
@@ -120,11 +124,19 @@ def encoder_model(artifact: Artifact, portable: bool) -> Any:
             put_module(encoder, name, _RowNorm(module))
     side = encoder.img_size
     inputs = {"images": (torch.zeros(1, 3, side, side), (-1, 3, side, side))}
-    return converted(encoder, inputs, ("embedding",))
+    return _model(encoder, inputs, "embedding")
+
+
+def _model(module: nn.Module, inputs: Mapping[str, tuple[Tensor, tuple[int, ...]]], output: str) -> Any:
+    model = converted(module, inputs, (output,))
+    # Else the plugin rounds what is multiplied with 8-bit constants to levels of its own choice.
+    model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    return model
 
 
 def _quantized(portable: bool, layer: QuantizedLayer) -> nn.Module:
-    split = portable and saturation.may_saturate(layer)
+    # Ranges found at run time are multiplied in floats, which do not saturate.
+    split = portable and layer.input_range is not None and saturation.may_saturate(layer)
     if layer.geometry is None:
         return _Linear(layer, split)
     return (_TransposedConvolution if layer.geometry.transposed else _Convolution)(layer, split)
@@ -149,9 +161,8 @@ class _Quantized(nn.Module):
     def __init__(self, layer: QuantizedLayer, split: bool) -> None:
         super().__init__()
         self.split = split
-        self.input_scale = layer.input_scale
-        self.zero = layer.input_scale * layer.input_zero_point
-        self.largest = layer.input_scale * ((1 << layer.activation_bits) - 1)
+        self.fixed, self.bits, self.by_image = layer.input_range, layer.activation_bits, layer.by_image
+        self.zero = 0.0 if self.fixed is None else self.fixed.scale * self.fixed.zero_point
         rows = layer.weight.sum(1, dtype=torch.int64).double() * layer.weight_scale.double()
         weight = saturation.halves(layer.weight) if split else layer.weight
         self.register_buffer("weight", weight, persistent=False)
@@ -160,9 +171,17 @@ class _Quantized(nn.Module):
 
     def rounded(self, x: Tensor) -> Tensor:
         """x + `zero` at the levels of the layer's input, as often as the weight takes it."""
-        x = (x + self.zero).clamp(0, self.largest)
-        y: Tensor = torch.fake_quantize_per_tensor_affine(x, self.input_scale, 0, 0, _LEVELS - 1)
+        if self.fixed is None:
+            return self._at_run_time(x)
+        scale = self.fixed.scale
+        x = (x + self.zero).clamp(0, scale * ((1 << self.bits) - 1))
+        y: Tensor = torch.fake_quantize_per_tensor_affine(x, scale, 0, 0, _LEVELS - 1)
         return torch.cat([y, y], self.channels) if self.split else y
+
+    def _at_run_time(self, x: Tensor) -> Tensor:
+        if self.by_image:
+            return row_rounded(x.flatten(1), self.bits).view_as(x)
+        return row_rounded(x.movedim(self.channels, -1), self.bits).movedim(-1, self.channels)
 
 
 class _Linear(_Quantized):

@@ -9,8 +9,7 @@ from monailabel_dfqsam.artifact import Artifact
 from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines.encoder import assemble
 from monailabel_dfqsam.engines.kernels import Kernel, Kernels, attend_quantize
-from monailabel_dfqsam.ops import QuantizedLayer, plain
-from monailabel_dfqsam.ops.integer import multiplied
+from monailabel_dfqsam.ops import QuantizedLayer, Rows, multiplied, plain
 from monailabel_dfqsam.quantization.quantizer import Affine, fake_log_sqrt2
 from monailabel_dfqsam.sam.encoder import ImageEncoder
 
@@ -49,10 +48,8 @@ class ReferenceEncoder:
 def reference_kernel(layer: QuantizedLayer) -> Kernel:
     """`ops.integer.multiplied` for one layer."""
 
-    def kernel(rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        result = multiplied(
-            rows, layer.weight, layer.input_scale, layer.input_zero_point, layer.weight_scale, layer.bias
-        )
+    def kernel(rows: Rows, residual: Tensor | None = None) -> Tensor:
+        result = multiplied(rows, layer)
         return result if residual is None else residual.add_(result)
 
     return kernel

@@ -36,8 +36,8 @@ class IntegerConvolutions(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the step's: [B, H, W, C] float32, contiguous, to [B, H', W', C'] float32."""
-        convolution = self.conv2.c
+        """As the step's: [B, H, W, C] float32 to [B, H', W', C'] float32."""
+        x, convolution = x.contiguous(), self.conv2.c
         stride = convolution.stride[0]
         height, width = ((side - 1) // stride + 1 for side in x.shape[1:3])
         out = x.clone() if self._around else x.new_empty(len(x), height, width, convolution.out_channels)
@@ -57,7 +57,7 @@ class IntegerConvolutions(nn.Module):
         low, high = first - 1, first + (len(result) - 1) * stride + 2
         seen = image[max(0, low) : high]
         q = self.kernels.quantize_input(seen, self._first.layer)
-        hidden = torch.ops.aten.gelu_(self._first.kernel(q.flatten(0, 1)))
+        hidden = torch.ops.aten.gelu_(self._first.kernel(q.flat()))
         hidden = hidden.view(1, *seen.shape[:2], -1)
         above, below = max(0, -low), max(0, high - len(image))
         if above or below:

@@ -15,11 +15,13 @@ from brevitas.core.function_wrapper import Identity
 from brevitas.core.quant import IntQuant
 from brevitas.core.restrict_val import LogFloatRestrictValue
 from brevitas.core.scaling import ParameterScaling
+from brevitas.function.ops_ste import round_ste
 from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact, encode_layer, stored
 from monailabel_dfqsam.engines.encoder import assemble_modules
-from monailabel_dfqsam.ops import QuantizedLayer
+from monailabel_dfqsam.ops import Groups, QuantizedLayer, StaticRange, row_rounded
+from monailabel_dfqsam.ops.layer import spread
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.segmentation.segmenter import load_decoder
@@ -63,6 +65,50 @@ class Quantizer(nn.Module):
         return quantized
 
 
+class GroupedWeights(Quantizer):
+    """The quantizer of weights in groups: a learned scale for each row; the groups' own numbers stay."""
+
+    multiplier: Tensor
+    offset: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, scale: Tensor, groups: Groups, columns: int) -> None:
+        super().__init__(scale, 0, 4, signed=False)
+        self.groups = groups
+        parts = (groups.multiplier, groups.zero_point, *groups.bounds)
+        for name, part in zip(("multiplier", "offset", "low", "high"), parts, strict=True):
+            self.register_buffer(name, spread(part.float(), columns))
+
+    def integers(self, x: Tensor) -> Tensor:
+        """x as float tensor of whole numbers, those that engines multiply."""
+        levels: Tensor = round_ste(x / (self.scale() * self.multiplier)) + self.offset
+        return (levels.clamp(self.low, self.high) - self.offset) * self.multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.integers(x) * self.scale()
+
+
+class RunTimeRange(nn.Module):
+    """What a layer reads, rounded in ranges found from it, of rows or images; gradients pass unchanged."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.bits, self.by_image = layer.activation_bits, layer.by_image
+        self.pixels = layer.geometry is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x as it is after quantizing and back, float of the same shape."""
+        given = x.detach()
+        if self.by_image:
+            rounded = row_rounded(given.flatten(1), self.bits).view_as(x)
+        elif self.pixels:
+            rounded = row_rounded(given.movedim(1, -1), self.bits).movedim(-1, 1)
+        else:
+            rounded = row_rounded(given, self.bits)
+        return rounded + (x - given)
+
+
 class TrainableLayer(nn.Module):
     """A Linear or convolution whose weight and input are quantized while it learns.
 
@@ -75,10 +121,20 @@ class TrainableLayer(nn.Module):
         scale = layer.weight_scale[:, None]
         self.weight = nn.Parameter(layer.weight.float() * scale)
         self.bias = nn.Parameter(layer.bias.clone())
-        self.weight_quantizer = Quantizer(scale, 0, layer.weight_bits, signed=True)
-        step = torch.tensor([layer.input_scale])
-        self.input_quantizer = Quantizer(step, layer.input_zero_point, layer.activation_bits, signed=False)
-        self.geometry = layer.geometry
+        self.weight_quantizer = (
+            Quantizer(scale, 0, layer.weight_bits, signed=True)
+            if layer.groups is None
+            else GroupedWeights(scale, layer.groups, layer.weight.shape[1])
+        )
+        self.input_quantizer = (
+            RunTimeRange(layer)
+            if layer.input_range is None
+            else Quantizer(
+                torch.tensor([layer.input_range.scale]), layer.input_range.zero_point, layer.activation_bits,
+                signed=False,
+            )
+        )  # fmt: skip
+        self.activation_bits, self.geometry = layer.activation_bits, layer.geometry
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] or [B, C, H, W] float, to [..., N] or [B, N, H', W'] float."""
@@ -97,15 +153,19 @@ class TrainableLayer(nn.Module):
     @torch.no_grad()
     def quantized(self) -> QuantizedLayer:
         """Its numbers as an artifact holds them."""
+        inputs, weights = self.input_quantizer, self.weight_quantizer
+        fixed = None
+        if isinstance(inputs, Quantizer):
+            fixed = StaticRange(float(inputs.scale()), int(inputs.zero_point))
         return QuantizedLayer(
-            weight=self.weight_quantizer.integers(self.weight).to(torch.int8),
-            weight_scale=self.weight_quantizer.scale().flatten().clone(),
+            weight=weights.integers(self.weight).to(torch.int8),
+            weight_scale=weights.scale().flatten().clone(),
             bias=self.bias.detach().clone(),
-            input_scale=float(self.input_quantizer.scale()),
-            input_zero_point=int(self.input_quantizer.zero_point),
-            weight_bits=int(self.weight_quantizer.bits),
-            activation_bits=int(self.input_quantizer.bits),
+            input_range=fixed,
+            weight_bits=int(weights.bits),
+            activation_bits=self.activation_bits,
             geometry=self.geometry,
+            groups=weights.groups if isinstance(weights, GroupedWeights) else None,
         )
 
 

@@ -17,15 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from monailabel_dfqsam.ops.layer import QuantizedLayer
+from monailabel_dfqsam.ops.layer import QuantizedLayer, Rows
 
 logger = logging.getLogger(__name__)
 
 _SIGNATURES = {
     "dfqsam_quantize": [c_void_p, c_void_p, c_int64, c_float, c_float, c_float],
     "dfqsam_layer_norm_quantize": [
-        *[c_void_p] * 5, c_int64, c_int64, c_double, c_float, c_float, c_float,
+        *[c_void_p] * 7, c_int64, c_int64, c_double, c_float, c_float, c_float,
     ],
+    "dfqsam_quantize_rows": [*[c_void_p] * 4, c_int64, c_int64],
+    "dfqsam_rescale": [*[c_void_p] * 7, c_int64, c_int64],
     "dfqsam_attention": [c_void_p] * 6 + [c_int64] * 6 + [c_float] * 3,
     "dfqsam_window_attention": [c_void_p] * 5 + [c_int64] * 6 + [c_float] * 3,
     "dfqsam_keep_memory": [],
@@ -66,30 +68,50 @@ def _share_openmp() -> None:
     ctypes.CDLL(loaded[0] if loaded else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
-def quantize_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
-    """As `plain.quantize_input`; keeps the memory order of x."""
-    dense = x if x.is_contiguous() or _channels_last(x) else x.contiguous()
+def quantize_input(x: Tensor, layer: QuantizedLayer) -> Rows:
+    """As `plain.quantize_input`; keeps the memory order of x where a row is not what is last in it."""
+    keeps = (layer.input_range is not None or layer.by_image) and _channels_last(x)
+    dense = x if keeps or x.is_contiguous() else x.contiguous()
     q = torch.empty_like(dense, dtype=torch.uint8)
-    _call("dfqsam_quantize", dense.data_ptr(), q.data_ptr(), dense.numel(), *_range(layer))
-    return q
+    if layer.input_range is not None:
+        _call("dfqsam_quantize", dense.data_ptr(), q.data_ptr(), dense.numel(), *_range(layer))
+        return Rows(q)
+    count = len(x) if layer.by_image else x.numel() // x.shape[-1]
+    rows = _with_ranges(q, count, layer)
+    _call("dfqsam_quantize_rows", dense.data_ptr(), *map(_pointer, rows), count, x.numel() // count)
+    return rows
 
 
 def layer_norm_quantize(
     x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, layer: QuantizedLayer, keep: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Rows, Tensor | None]:
     """As `plain.layer_norm_quantize`, for contiguous tensors."""
-    q = torch.empty(x.shape, dtype=torch.uint8)
+    rows = _with_ranges(torch.empty(x.shape, dtype=torch.uint8), len(x), layer)
     normed = torch.empty_like(x) if keep else None
     _call(
         "dfqsam_layer_norm_quantize", x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(normed),
-        q.data_ptr(), x.shape[0], x.shape[1], epsilon, *_range(layer),
+        *map(_pointer, rows), x.shape[0], x.shape[1], epsilon, *_range(layer),
     )  # fmt: skip
-    return q, normed
+    return rows, normed
 
 
-def gelu_quantize(x: Tensor, layer: QuantizedLayer) -> Tensor:
+def gelu_quantize(x: Tensor, layer: QuantizedLayer) -> Rows:
     """As `plain.gelu_quantize`; overwrites x."""
     return quantize_input(torch.ops.aten.gelu_(x), layer)
+
+
+def rescale(
+    sums: Tensor, rows: Rows, weights: Tensor, layer: QuantizedLayer, residual: Tensor | None
+) -> Tensor:
+    """As `plain.rescale`, for contiguous tensors, the weights' sums int32."""
+    _call(
+        "dfqsam_rescale",
+        *map(
+            _pointer, (sums, rows.scale, rows.zero_point, weights, layer.weight_scale, layer.bias, residual)
+        ),
+        *sums.shape,
+    )
+    return sums if residual is None else residual
 
 
 def attention(
@@ -109,7 +131,7 @@ def attention(
         pad: [3C] float32, qkv of tokens beyond the edge; None where windows divide the grid.
         tables: of relative position by rows and by columns, each [2·side − 1, C / heads] float32.
         window: side in tokens, 0 for the whole grid.
-        reader: the layer behind, if its integers are wanted.
+        reader: the layer behind, of a static range, if its integers are wanted.
 
     Returns:
         [B, H, W, C] float32, or uint8 with a reader.
@@ -131,7 +153,7 @@ def window_attention(
         pad: [3C] float32, qkv of tokens beyond the edge; None where windows divide the grid.
         biases: [heads, window²] float32, contiguous, by |Δrow|·window + |Δcolumn|.
         window: side in tokens.
-        reader: the layer behind, if its integers are wanted.
+        reader: the layer behind, of a static range, if its integers are wanted.
 
     Returns:
         [B, H, W, C] float32, or uint8 with a reader.
@@ -173,9 +195,18 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _with_ranges(q: Tensor, count: int, layer: QuantizedLayer) -> Rows:
+    """Room for q and, where the layer's ranges are found at run time, for those of `count` rows."""
+    if layer.input_range is not None:
+        return Rows(q)
+    zero_point = torch.empty(count, dtype=torch.int32) if layer.activation_bits == 8 else None
+    return Rows(q, torch.empty(count), zero_point)
+
+
 def _range(layer: QuantizedLayer) -> tuple[float, float, float]:
-    """Inverse scale, zero-point and highest level."""
-    return 1.0 / layer.input_scale, layer.input_zero_point, (1 << layer.activation_bits) - 1
+    """Inverse scale, zero-point and highest level; of a range found at run time anything."""
+    scale, zero_point = layer.input_range or (1.0, 0)
+    return 1.0 / scale, zero_point, layer.largest_input
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -8,18 +8,28 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from monailabel_dfqsam.ops.integer import quantized
-from monailabel_dfqsam.ops.layer import QuantizedLayer
+from monailabel_dfqsam.ops.integer import quantized, rescaled, row_quantized
+from monailabel_dfqsam.ops.layer import QuantizedLayer, Rows
 
 
-def quantize_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
-    """x as the integers that a layer multiplies: any shape float32 to the same shape uint8."""
-    return quantized(x, layer.input_scale, layer.input_zero_point, layer.activation_bits)
+def quantize_input(x: Tensor, layer: QuantizedLayer) -> Rows:
+    """x as the integers that a layer multiplies.
+
+    Args:
+        x: float32; with a static range of any shape, else [..., K], or [B, C, H, W] where a row takes more
+            than a pixel.
+    """
+    if layer.input_range is not None:
+        return Rows(quantized(x, *layer.input_range, layer.activation_bits))
+    if not layer.by_image:
+        return row_quantized(x, layer.activation_bits)
+    rows = row_quantized(x.flatten(1), layer.activation_bits)
+    return rows._replace(q=rows.q.view(x.shape))
 
 
 def layer_norm_quantize(
     x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, layer: QuantizedLayer, keep: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Rows, Tensor | None]:
     """LayerNorm over rows, as the integers that the layer behind it multiplies.
 
     Mean and variance are taken in float64 and rounded to float32 once, so that the integers do not depend on
@@ -33,7 +43,7 @@ def layer_norm_quantize(
         keep: whether the normalised floats are wanted too.
 
     Returns:
-        [M, C] uint8, and [M, C] float32 if kept.
+        [M, C] integers, and [M, C] float32 if kept.
     """
     doubles = x.double()
     mean = doubles.mean(-1, keepdim=True)
@@ -43,6 +53,20 @@ def layer_norm_quantize(
     return quantize_input(normed, layer), normed if keep else None
 
 
-def gelu_quantize(x: Tensor, layer: QuantizedLayer) -> Tensor:
-    """GELU, as the integers that the layer behind it multiplies: [M, C] float32 to [M, C] uint8."""
+def gelu_quantize(x: Tensor, layer: QuantizedLayer) -> Rows:
+    """GELU of [M, C] float32, as the integers that the layer behind it multiplies."""
     return quantize_input(F.gelu(x), layer)
+
+
+def rescale(
+    sums: Tensor, rows: Rows, weights: Tensor, layer: QuantizedLayer, residual: Tensor | None
+) -> Tensor:
+    """What follows a product of rows whose ranges were found at run time: `integer.rescaled`.
+
+    Args:
+        sums: [M, N] float32, Σ_k (q[m, k] − 128)·weight[n, k]; may be overwritten.
+        weights: Σ_k weight[n, k], [N] int64.
+        residual: what the result is added to, in place.
+    """
+    result = rescaled(sums, rows, weights, layer)
+    return result if residual is None else residual.add_(result)

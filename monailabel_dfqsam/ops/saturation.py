@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monailabel_dfqsam.ops.integer import int_accumulate
-from monailabel_dfqsam.ops.layer import Geometry, QuantizedLayer
+from monailabel_dfqsam.ops.layer import Geometry, QuantizedLayer, StaticRange
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _CHANNELS, _SIDE = 48, 6
 def may_saturate(layer: QuantizedLayer) -> bool:
     """Whether some input makes two neighbouring products exceed 16 bit together."""
     largest = int(layer.weight.to(torch.int16).abs().max())
-    return 2 * ((1 << layer.activation_bits) - 1) * largest > _LARGEST_PAIR
+    return 2 * layer.largest_input * largest > _LARGEST_PAIR
 
 
 def halves(weight: Tensor) -> Tensor:
@@ -89,7 +89,8 @@ def convolves_exactly(product: Product) -> bool:
 
 def _extreme_layer(columns: int, geometry: Geometry | None) -> QuantizedLayer:
     weight = _extremes(_OUTPUTS, columns, -128, 127).to(torch.int8)
-    return QuantizedLayer(weight, torch.ones(_OUTPUTS), torch.zeros(_OUTPUTS), 1.0, 0, 8, 8, geometry)
+    ones, zeros = torch.ones(_OUTPUTS), torch.zeros(_OUTPUTS)
+    return QuantizedLayer(weight, ones, zeros, StaticRange(1.0, 0), 8, 8, geometry)
 
 
 def _extremes(rows: int, columns: int, low: int, high: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from monailabel_dfqsam.config import Policy, Progress, Recipe
-from monailabel_dfqsam.ops import Geometry, QuantizedLayer
+from monailabel_dfqsam.ops import Geometry, QuantizedLayer, StaticRange
 from monailabel_dfqsam.quantization.compensate import compensate
 from monailabel_dfqsam.quantization.modules import run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, quantize_weight, search_affine
@@ -187,7 +187,7 @@ def quantize_layer(module: nn.Module, inputs: Affine, bits: int) -> QuantizedLay
     integers, scale = quantize_weight(weight, bits)
     bias = torch.zeros(weight.shape[0]) if module.bias is None else module.bias.detach().clone()
     return QuantizedLayer(
-        integers, scale, bias, float(inputs.scale), int(inputs.zero_point), bits, bits, geometry
+        integers, scale, bias, StaticRange(float(inputs.scale), int(inputs.zero_point)), bits, bits, geometry
     )
 
 
