@@ -14,6 +14,7 @@ from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines.kernels import Kernel, Kernels
 from monailabel_dfqsam.engines.tiny_vit import IntegerConvolutions
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer, Rows
+from monailabel_dfqsam.quantization.modules import put_module
 from monailabel_dfqsam.sam.encoder import AttentionCore, ImageEncoder, TransformerBlock, WindowedAttention
 from monailabel_dfqsam.sam.model import build_encoder
 from monailabel_dfqsam.sam.tiny_vit import Bottleneck, Merging
@@ -201,13 +202,3 @@ def assemble_modules(
 
 def _all_integer(step: nn.Module, names: Iterable[str]) -> bool:
     return all(isinstance(step.get_submodule(name), IntegerLinear) for name in names)
-
-
-def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of another one's, by its name within the root."""
-    parent, _, child = name.rpartition(".")
-    owner = root.get_submodule(parent)
-    if isinstance(owner, (nn.Sequential, nn.ModuleList)):
-        owner[int(child)] = module
-    else:
-        setattr(owner, child, module)

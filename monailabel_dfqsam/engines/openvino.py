@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines.encoder import assemble_modules, put_module
+from monailabel_dfqsam.engines.encoder import assemble_modules
 from monailabel_dfqsam.ops import QuantizedLayer, openvino_library, row_rounded, saturation
 from monailabel_dfqsam.ops.openvino_library import converted, openvino
+from monailabel_dfqsam.quantization.modules import put_module
 from monailabel_dfqsam.sam.encoder import LAYER_NORM_EPS, LayerNorm2d
 
 _LEVELS = 256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.config import Policy, Progress, Recipe
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer, StaticRange
-from monailabel_dfqsam.quantization.compensate import compensate
+from monailabel_dfqsam.quantization.compensate import Wish, compensate
 from monailabel_dfqsam.quantization.modules import run, shared_copy
-from monailabel_dfqsam.quantization.quantizer import Affine, quantize_weight, search_affine
+from monailabel_dfqsam.quantization.quantizer import Affine, RunTime, quantize_weight, search_affine
 from monailabel_dfqsam.quantization.reparameterize import after_norms, keep_padding, reparameterize
+from monailabel_dfqsam.quantization.rounding import round_in_groups
 from monailabel_dfqsam.quantization.views import views
 from monailabel_dfqsam.sam.encoder import AttentionCore, ImageEncoder
 
@@ -78,20 +79,23 @@ def calibrate(
     keep_padding(encoder)
     if recipe.reparameterize:
         ranges |= reparameterize(encoder, ranges)
-    compensated = compensate(encoder, ranges, images, bits, progress) if recipe.compensate else {}
-    layers = {}
-    modules = quantizable(encoder)
-    for step, (name, module) in enumerate(modules.items()):
-        if name in compensated:
-            layers[name] = compensated[name]
-        else:
+    layers: dict[str, QuantizedLayer] = {}
+    if recipe.compensate:
+        blocks = encoder.attention_blocks()
+        names = [f"{place}.{part}" for place, block in blocks.items() for part in block.linears]
+        layers = compensate(encoder, {name: Wish(bits, ranges[name]) for name in names}, images, progress)
+    for name, module in quantizable(encoder).items():
+        if name not in layers:
             layers[name] = quantize_layer(module, ranges[name], _bits(module, bits, policy))
-        progress("quantization", step + 1, len(modules))
-    quantized = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
+    return QuantizedEncoder(layers, attention, bits if attention else 0, float_tensors(encoder, layers))
+
+
+def float_tensors(encoder: ImageEncoder, quantized: Iterable[str]) -> dict[str, Tensor]:
+    """The encoder's tensors by name, but for the weights and biases of quantized layers."""
+    taken = {f"{name}.{part}" for name in quantized for part in ("weight", "bias")}
     # Buffers too: reparameterization leaves some that checkpoints do not have.
     tensors = (*encoder.named_parameters(), *encoder.named_buffers())
-    floats = {name: tensor.detach().clone() for name, tensor in tensors if name not in quantized}
-    return QuantizedEncoder(layers, attention, bits if attention else 0, floats)
+    return {name: tensor.detach().clone() for name, tensor in tensors if name not in taken}
 
 
 def _bits(module: nn.Module, bits: int, policy: Policy) -> int:
@@ -173,8 +177,13 @@ def _attention_samples(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
     return [*(x.reshape(-1, 1) for x in (q, k, v)), probabilities.amax().view(1, 1)]
 
 
-def quantize_layer(module: nn.Module, inputs: Affine, bits: int) -> QuantizedLayer:
-    """The integers of one Linear or convolution whose input has the given range."""
+def quantize_layer(module: nn.Module, inputs: Affine | RunTime, bits: int) -> QuantizedLayer:
+    """The integers of one Linear or convolution, each weight rounded to the nearest.
+
+    Args:
+        inputs: the range of what it reads.
+        bits: of weights; with ranges at run time 4 are in groups.
+    """
     assert isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
     weight = module.weight.detach()
     geometry = None
@@ -184,11 +193,15 @@ def quantize_layer(module: nn.Module, inputs: Affine, bits: int) -> QuantizedLay
     elif isinstance(module, nn.Conv2d):
         geometry = Geometry(module.kernel_size[0], module.stride[0], int(module.padding[0]))
         weight = weight.flatten(1)
-    integers, scale = quantize_weight(weight, bits)
+    static, groups = None, None
+    if isinstance(inputs, Affine):
+        static = StaticRange(float(inputs.scale), int(inputs.zero_point))
+    if static is None and bits == 4:
+        integers, scale, groups = round_in_groups(weight, torch.eye(weight.shape[1]))
+    else:
+        integers, scale = quantize_weight(weight, bits)
     bias = torch.zeros(weight.shape[0]) if module.bias is None else module.bias.detach().clone()
-    return QuantizedLayer(
-        integers, scale, bias, StaticRange(float(inputs.scale), int(inputs.zero_point)), bits, bits, geometry
-    )
+    return QuantizedLayer(integers, scale, bias, static, bits, inputs.bits, geometry, groups)
 
 
 def _attention_ranges(parts: list[Tensor], bits: int) -> Tensor:

@@ -14,7 +14,6 @@ All of it is linear algebra: no gradient, and nothing that runs later changes bu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,29 +22,13 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.config import Progress
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer, StaticRange
-from monailabel_dfqsam.ops.integer import row_rounded
-from monailabel_dfqsam.quantization.modules import read_by, run, shared_copy
-from monailabel_dfqsam.quantization.quantizer import Affine, weight_scale
+from monailabel_dfqsam.quantization.modules import put_module, read_by, run, shared_copy
+from monailabel_dfqsam.quantization.quantizer import Affine, RunTime, weight_scale
 from monailabel_dfqsam.quantization.rounding import round_compensating, round_in_groups
 from monailabel_dfqsam.sam.encoder import ImageEncoder
 
-RIDGE = 0.05  # of the mean square of the inputs: how much the weight is held to what it was
+RIDGE = 0.3  # of the mean square of the inputs: how much the weight is held to what it was
 MAX_ROWS = 1024  # of a layer's inputs kept from each image
-
-
-@dataclass(frozen=True)
-class RunTime:
-    """Ranges of activations found at run time, for each token.
-
-    Attributes:
-        bits: 4, in groups along the channels, or 8.
-    """
-
-    bits: int
-
-    def fake(self, x: Tensor) -> Tensor:
-        """x [..., K] after a round trip through the integers."""
-        return row_rounded(x, self.bits)
 
 
 class Wish(NamedTuple):
@@ -61,26 +44,31 @@ class Wish(NamedTuple):
 
 
 class Simulated(nn.Module):
-    """A quantized Linear or 1×1 convolution in floating point: what an engine gives, but for rounding."""
+    """A quantized layer in floating point: what an engine's integers give, but for rounding of floats."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.inputs = _inputs_of(layer)
-        self.image = layer.geometry is not None
-        self.weight, self.bias = layer.weight * layer.weight_scale[:, None], layer.bias
+        self.layer = layer
+        self.inputs: Affine | RunTime = RunTime(layer.activation_bits)
+        if layer.input_range is not None:
+            scale, zero_point = (torch.tensor([float(number)]) for number in layer.input_range)
+            self.inputs = Affine(scale, zero_point, layer.activation_bits)
+        self.weight = layer.weight * layer.weight_scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N], or [B, K, H, W] to [B, N, H, W], float32."""
-        x = x.permute(0, 2, 3, 1) if self.image else x
-        y = F.linear(self.inputs.fake(x), self.weight, self.bias)
-        return y.permute(0, 3, 1, 2) if self.image else y
-
-
-def _inputs_of(layer: QuantizedLayer) -> Affine | RunTime:
-    if layer.input_range is None:
-        return RunTime(layer.activation_bits)
-    scale, zero_point = layer.input_range
-    return Affine(torch.tensor([scale]), torch.tensor([float(zero_point)]), layer.activation_bits)
+        """[..., K] to [..., N], or [B, C, H, W] to [B, N, H', W'], float32."""
+        geometry, bias = self.layer.geometry, self.layer.bias
+        if geometry is None:
+            return F.linear(self.inputs.fake(x), self.weight, bias)
+        if self.layer.by_image:
+            x = self.inputs.fake(x.flatten(1)).view_as(x)
+        else:
+            x = self.inputs.fake(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        sides = (geometry.kernel, geometry.kernel)
+        if geometry.transposed:  # no family has one with a bias
+            weight = self.weight.T.unflatten(1, (-1, *sides))
+            return F.conv_transpose2d(x, weight, None, geometry.stride, geometry.padding)
+        return F.conv2d(x, self.weight.unflatten(1, (-1, *sides)), bias, geometry.stride, geometry.padding)
 
 
 def compensate(
@@ -121,25 +109,23 @@ def _quantized(
     for part, wish in wishes.items():
         module = exact.get_submodule(part)
         assert isinstance(module, (nn.Linear, nn.Conv2d))
-        geometry = Geometry(1, 1, 0) if isinstance(module, nn.Conv2d) else None
-        seen = _inputs(step, part, wish.inputs, geometry is not None, actual)
-        layers[part] = compensated(module.weight.flatten(1), wish, wanted.pop(part), seen, geometry)
+        seen = _inputs(step, part, wish.inputs, isinstance(module, nn.Conv2d), actual)
+        layers[part] = compensated(module, wish, wanted.pop(part), seen)
         put_module(step, part, Simulated(layers[part]))
     return step, layers
 
 
-def compensated(
-    weight: Tensor, wish: Wish, wanted: Tensor, seen: Tensor, geometry: Geometry | None = None
-) -> QuantizedLayer:
+def compensated(module: nn.Linear | nn.Conv2d, wish: Wish, wanted: Tensor, seen: Tensor) -> QuantizedLayer:
     """One layer whose quantized form comes near to what it gives in full precision.
 
     Args:
-        weight: [N, K] float32.
+        module: a Linear [N, K] or a 1×1 convolution of K to N channels.
         wanted: [T, N] float32, its outputs in full precision, bias added; overwritten.
         seen: [T, K] float32, its inputs as the layers before give them once they are quantized, after a round
             trip through the integers; overwritten.
-        geometry: of a convolution.
     """
+    weight = module.weight.flatten(1)
+    geometry = Geometry(1, 1, 0) if isinstance(module, nn.Conv2d) else None
     centre, mean = seen.mean(0), wanted.mean(0)
     seen -= centre
     wanted -= mean
@@ -159,8 +145,10 @@ def compensated(
     return QuantizedLayer(integers, scale, left, static, bits, inputs.bits, geometry, groups)
 
 
-class _Rows:
-    """Rows of several images, in one tensor as they come: joined at the end, they would be held twice."""
+class Samples:
+    """Rows that a layer reads or gives, in one tensor as images come: joined at the end, they would be held
+    twice.
+    """
 
     def __init__(self, images: int) -> None:
         self._images, self._blocks = images, torch.empty(0)
@@ -179,7 +167,7 @@ class _Rows:
 
 def _outputs(step: nn.Module, parts: Mapping[str, Wish], flow: list[Tensor]) -> dict[str, Tensor]:
     """What some of a step's layers put out, [T, N] each; the images in `flow` move on past the step."""
-    rows = {part: _Rows(len(flow)) for part in parts}
+    rows = {part: Samples(len(flow)) for part in parts}
     for index, x in enumerate(flow):
         flow[index], calls = run(step, parts, x)
         for part in parts:
@@ -188,11 +176,9 @@ def _outputs(step: nn.Module, parts: Mapping[str, Wish], flow: list[Tensor]) -> 
     return {part: rows[part].joined() for part in parts}
 
 
-def _inputs(
-    step: nn.Module, part: str, inputs: Affine | RunTime, image: bool, flow: list[Tensor]
-) -> Tensor:
+def _inputs(step: nn.Module, part: str, inputs: Affine | RunTime, image: bool, flow: list[Tensor]) -> Tensor:
     """What one layer of a step reads, [T, K], of the same rows, after a round trip through the integers."""
-    rows = _Rows(len(flow))
+    rows = Samples(len(flow))
     for index, x in enumerate(flow):
         rows.put(index, read_by(step, part, x), image)
     return inputs.fake(rows.joined())

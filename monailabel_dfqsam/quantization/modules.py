@@ -63,3 +63,13 @@ def read_by(module: nn.Module, name: str, x: Tensor) -> Tensor:
     finally:
         handle.remove()
     return read[0]
+
+
+def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of another one's, by its name within the root."""
+    parent, _, child = name.rpartition(".")
+    owner = root.get_submodule(parent)
+    if isinstance(owner, (nn.Sequential, nn.ModuleList)):
+        owner[int(child)] = module
+    else:
+        setattr(owner, child, module)

@@ -35,19 +35,19 @@ def ladder(harm: Mapping[str, Mapping[Form, float]], cost: Mapping[str, Mapping[
         harm: of each layer's forms, what the dearest does too; of any unit in which harms add up.
         cost: of the same, > 0.
     """
-    steps: list[Step] = []
-    for layer, costs in cost.items():
-        forms = sorted(costs, key=lambda form: (-costs[form], harm[layer][form]))
-        now = min(forms, key=lambda form: (harm[layer][form], costs[form]))
-        while cheaper := [form for form in forms if costs[form] < costs[now]]:
-            # The lower convex hull: of all that is cheaper, what costs least harm for its saving.
-            def price(form: Form, now: Form = now) -> float:
-                return (harm[layer][form] - harm[layer][now]) / (costs[now] - costs[form])
-
-            now_next = min(cheaper, key=lambda form: (price(form), costs[form]))
-            steps.append(Step(layer, now_next, price(now_next)))
-            now = now_next
+    steps = [step for layer in cost for step in _hull(layer, harm[layer], cost[layer])]
     return sorted(steps, key=lambda step: (step.price, step.layer))
+
+
+def _hull(layer: str, harm: Mapping[Form, float], cost: Mapping[Form, float]) -> list[Step]:
+    """A layer's way down the lower convex hull of harm over cost, each step to the least harm a saving."""
+    steps: list[Step] = []
+    now = min(cost, key=lambda form: (harm[form], cost[form]))
+    while cheaper := [form for form in cost if cost[form] < cost[now]]:
+        prices = {form: (harm[form] - harm[now]) / (cost[now] - cost[form]) for form in cheaper}
+        now = min(cheaper, key=lambda form: (prices[form], cost[form]))
+        steps.append(Step(layer, now, prices[now]))
+    return steps
 
 
 def chosen(start: Mapping[str, Form], steps: list[Step]) -> dict[str, Form]:

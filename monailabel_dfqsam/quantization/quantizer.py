@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monailabel_dfqsam.ops.integer import row_rounded
+
 MIN_SCALE = 1e-8
 # A constant channel has no range. Its scale gets this share of the median scale: large enough that
 # reparameterization, which divides by it, keeps float32 precision.
@@ -35,6 +37,21 @@ class Affine:
         # In place, for x may take a large part of the memory.
         q = (x / self.scale).round_().add_(self.zero_point).clamp_(0, (1 << self.bits) - 1)
         return q.sub_(self.zero_point).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Ranges of activations found at run time, for each token.
+
+    Attributes:
+        bits: 4, in groups along the channels, or 8.
+    """
+
+    bits: int
+
+    def fake(self, x: Tensor) -> Tensor:
+        """x [..., K] after a round trip through the integers."""
+        return row_rounded(x, self.bits)
 
 
 def tensor_affine(low: Tensor, high: Tensor, bits: int) -> Affine:

@@ -65,9 +65,7 @@ def round_in_groups(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Group
     outputs, inputs = weight.shape
     scale = (weight.abs().amax(1) / _LARGEST).clamp_min(MIN_SCALE)
     q = torch.empty(outputs, inputs, dtype=torch.uint8)
-    multiplier, zero_point = (
-        torch.empty(outputs, -(-inputs // GROUP), dtype=torch.uint8) for _ in range(2)
-    )
+    multiplier, zero_point = (torch.empty(outputs, -(-inputs // GROUP), dtype=torch.uint8) for _ in range(2))
     importance = gram.diagonal() + _damping(gram)
 
     def nearest(column: int, left: Tensor) -> Tensor:
@@ -98,7 +96,9 @@ def _group(weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         own = Groups(found[0][:, None], found[1][:, None])
         error = ((own.weight(_levels(weight, own)) - weight).square() * importance).sum(1)
         better = error < least
-        best = found if best is None else tuple(torch.where(better, *pair) for pair in zip(found, best))
+        if best is not None:
+            found = (torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1]))
+        best = found
         least = torch.where(better, error, least)
     assert best is not None
     return best
@@ -108,7 +108,8 @@ def _levels(weight: Tensor, group: Groups) -> Tensor:
     """The levels of one group, uint8, nearest to weights [N, k] in units of their scale."""
     q = (weight / group.multiplier).round() + group.zero_point
     low, high = group.bounds
-    return torch.minimum(torch.maximum(q, low.to(q.dtype)), high.to(q.dtype)).to(torch.uint8)
+    levels: Tensor = torch.minimum(torch.maximum(q, low.to(q.dtype)), high.to(q.dtype)).to(torch.uint8)
+    return levels
 
 
 def _compensate(weight: Tensor, spread: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> None:
