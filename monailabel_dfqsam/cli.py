@@ -72,7 +72,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everyone's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights to serve; the embedded model without it.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Weights to serve, a file or lite-medsam; the embedded model without it.", show_default=False
+        ),
     ] = None,
     app_dir: Annotated[
         Path | None,
@@ -98,7 +101,10 @@ def doctor(
         typer.Option(help="A folder of images, or the URL of a DICOMweb archive.", show_default=False),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights to serve; the embedded model without it.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Weights to serve, a file or lite-medsam; the embedded model without it.", show_default=False
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -155,8 +161,8 @@ def evaluate(
     model: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A checkpoint or an artifact, may be repeated; without it, the embedded model in full "
-            "precision and as W4A4.",
+            help="A checkpoint, lite-medsam or an artifact, may be repeated; without it, the embedded model "
+            "in full precision and as W4A4.",
             show_default=False,
         ),
     ] = None,
@@ -212,7 +218,9 @@ def evaluate(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A checkpoint or an artifact of `dfqsam quantize`.")],
+    file: Annotated[
+        Path, typer.Argument(help="A checkpoint, lite-medsam or an artifact of `dfqsam quantize`.")
+    ],
     as_json: JsonFlag = False,
 ) -> None:
     """Shows what a checkpoint or an artifact is, after checking that it is whole."""
@@ -236,8 +244,9 @@ def _one_line(value: Any) -> str:
 
 def _inspect(file: Path) -> dict[str, Any]:
     from monailabel_dfqsam.artifact import ArtifactError, read_artifact
-    from monailabel_dfqsam.sam import CheckpointError, read_checkpoint
+    from monailabel_dfqsam.sam import CheckpointError, find_checkpoint, read_checkpoint
 
+    file = find_checkpoint(file)
     if not file.is_file():
         raise ValueError(f"there is no file '{file}'")
     refused: ArtifactError | None = None

@@ -23,7 +23,8 @@ def quantize(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="A .pth, .pt or .safetensors file; the embedded model without it.", show_default=False
+            help="A .pth, .pt or .safetensors file, or lite-medsam; the embedded model without it.",
+            show_default=False,
         ),
     ] = None,
     bits: Annotated[int, typer.Option(help="Of linear weights and activations: 4, 6 or 8.")] = 4,

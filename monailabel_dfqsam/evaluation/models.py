@@ -12,7 +12,7 @@ from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact
 from monailabel_dfqsam.config import EngineKind, Preset, Progress
 from monailabel_dfqsam.engines import select
 from monailabel_dfqsam.pipeline import quantize
-from monailabel_dfqsam.sam import Checkpoint, CheckpointError, build, read_checkpoint
+from monailabel_dfqsam.sam import Checkpoint, CheckpointError, build, find_checkpoint, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED, file_sha256
 from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter, load_segmenter
 
@@ -79,6 +79,7 @@ def _quantized(artifacts: Sequence[tuple[str, Artifact]], engines: Sequence[Engi
 
 
 def _read(path: Path) -> Checkpoint | Artifact:
+    path = find_checkpoint(path)
     if not path.is_file():
         raise ValueError(f"there is no file '{path}'")
     try:

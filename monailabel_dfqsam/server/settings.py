@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from monailabel_dfqsam.config import Preset, QuantizationConfig
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.sam.checkpoint import EMBEDDED, CheckpointError, find_checkpoint
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.server.answers.request import WINDOWS
 from monailabel_dfqsam.server.gate.options import OptionError, Options, Whole, between, read
@@ -118,13 +118,24 @@ def read_settings(conf: Mapping[str, Any], app_dir: Path) -> Settings:
     try:
         given = read(_Conf, texts)
         quantization = given.changed(Preset.FAST.config)
-        if given.checkpoint and not given.checkpoint.expanduser().is_file():
-            raise OptionError(f"checkpoint: there is no file '{given.checkpoint}'")
+        checkpoint = _checkpoint(given.checkpoint)
     except OptionError as error:
         raise OptionError(f"--conf {error}") from None
     own = given.model_dump(exclude_none=True, exclude=set(QuantizingOptions.model_fields))
-    for key in ("checkpoint", "model_dir"):
-        if key in own:
-            own[key] = own[key].expanduser()
+    own["checkpoint"] = checkpoint
+    if "model_dir" in own:
+        own["model_dir"] = own["model_dir"].expanduser()
     own["trusted_hosts"] = tuple(name.lower() for name in own.get("trusted_hosts", ()))
     return Settings(**{"model_dir": app_dir / "model", **own, "quantization": quantization})
+
+
+def _checkpoint(given: Path | None) -> Path:
+    if given is None:
+        return EMBEDDED
+    try:
+        path = find_checkpoint(given)
+    except CheckpointError as error:
+        raise OptionError(f"checkpoint: {error}") from None
+    if not path.is_file():
+        raise OptionError(f"checkpoint: there is no file '{given}'")
+    return path
