@@ -196,7 +196,7 @@ def evaluate(
                 raise ValueError(f"there is no folder '{file.parent}' to write '{file.name}' in")
         from monailabel_dfqsam.benchmark.machine import describe_run
         from monailabel_dfqsam.evaluation import evaluate as score
-        from monailabel_dfqsam.evaluation.models import load_groups
+        from monailabel_dfqsam.evaluation.models import beside_yardstick, load_groups
         from monailabel_dfqsam.evaluation.page import Gallery, run_facts, write_page
         from monailabel_dfqsam.evaluation.table import print_rows as print_scores
 
@@ -205,7 +205,8 @@ def evaluate(
         rows: list[dict[str, Any]] = []
         with progress_bars() as progress:
             for reference, segmenters in load_groups(model or [], engine or [], progress):
-                rows += score(data, segmenters, reference, prompts.split(","), progress, gallery.add)
+                scored = beside_yardstick(reference, segmenters)
+                rows += score(data, scored, reference, prompts.split(","), progress, gallery.add)
         if json_file is not None:
             with replacing(json_file) as partial:
                 partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -245,10 +245,11 @@ def test_evaluate_scores_a_checkpoint_and_its_artifact(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = [row for row in json.loads(rows_file.read_text()) if row["modality"] == "all"]
-    assert [(row["model"], row["engine"]) for row in rows] == [("tiny", "torch"), ("tiny W4A4", "reference")]
+    names = [("tiny", "torch"), ("tiny ±1 grey level", "torch"), ("tiny W4A4", "reference")]
+    assert [(row["model"], row["engine"]) for row in rows] == names
     assert rows[0]["agreement"] == 1.0
     assert rows[0]["drop"] == 0.0
-    assert 0 <= rows[1]["agreement"] <= 1
+    assert 0 <= rows[2]["agreement"] <= 1
     assert "of memory" in result.stdout
     assert "tiny W4A4, reference, deploy, box prompts" in page.read_text()
     nowhere = run("evaluate", "--data", study, "--json", tmp_path / "absent" / "rows.json")

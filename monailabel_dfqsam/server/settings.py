@@ -35,8 +35,8 @@ class Settings:
         labels: names offered to the viewer.
         quantize: whether the server quantizes by itself at its start.
         quantization: how; a request to `POST /train/dfqsam` may differ.
-        min_fidelity: least agreement (mean mask IoU with full precision, 0 … 1) to be published. Two masks
-            of IoU 0.6 overlap by three quarters of each: less than that no longer shows the same object.
+        min_fidelity: least agreement with full precision to be published, as a share of what full precision
+            agrees with itself one grey level away; 0 publishes anything.
         cache_mb: bound of the embedding cache, and again of the cache of loaded volumes, in MiB.
         window: intensity window offered first, or None for the first of the list.
         trusted_hosts: names under which clients may address a server that listens on loopback.
@@ -49,7 +49,7 @@ class Settings:
     labels: tuple[str, ...] = DEFAULT_LABELS
     quantize: bool = True
     quantization: QuantizationConfig = field(default_factory=lambda: Preset.FAST.config)
-    min_fidelity: float = 0.6
+    min_fidelity: float = 0.9
     cache_mb: int = 512
     window: str | None = None
     trusted_hosts: tuple[str, ...] = ()
