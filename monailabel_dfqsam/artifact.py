@@ -33,6 +33,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
+from monailabel_dfqsam.agreement import Fidelity
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.ops import (
     Form,
@@ -56,14 +57,6 @@ _MAX_HEADER = 100_000_000  # bytes, by the format's definition
 
 class ArtifactError(ValueError):
     """An artifact that cannot be used; the message says why and what to do."""
-
-
-class Fidelity(TypedDict):
-    """Mean mask IoU with full precision, 0 … 1, over `n` masks by an engine; NaN where not measured."""
-
-    mean_iou: float
-    n: int
-    engine: str
 
 
 class Sizes(TypedDict):

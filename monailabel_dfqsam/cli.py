@@ -72,7 +72,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everyone's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights to serve; the embedded model without it.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Weights to serve, a file or lite-medsam; the embedded model without it.", show_default=False
+        ),
     ] = None,
     app_dir: Annotated[
         Path | None,
@@ -98,7 +101,10 @@ def doctor(
         typer.Option(help="A folder of images, or the URL of a DICOMweb archive.", show_default=False),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights to serve; the embedded model without it.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Weights to serve, a file or lite-medsam; the embedded model without it.", show_default=False
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -155,8 +161,8 @@ def evaluate(
     model: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A checkpoint or an artifact, may be repeated; without it, the embedded model in full "
-            "precision and as W4A4.",
+            help="A checkpoint, lite-medsam or an artifact, may be repeated; without it, the embedded model "
+            "in full precision and as W4A4.",
             show_default=False,
         ),
     ] = None,
@@ -190,7 +196,7 @@ def evaluate(
                 raise ValueError(f"there is no folder '{file.parent}' to write '{file.name}' in")
         from monailabel_dfqsam.benchmark.machine import describe_run
         from monailabel_dfqsam.evaluation import evaluate as score
-        from monailabel_dfqsam.evaluation.models import load_groups
+        from monailabel_dfqsam.evaluation.models import beside_yardstick, load_groups
         from monailabel_dfqsam.evaluation.page import Gallery, run_facts, write_page
         from monailabel_dfqsam.evaluation.table import print_rows as print_scores
 
@@ -199,7 +205,8 @@ def evaluate(
         rows: list[dict[str, Any]] = []
         with progress_bars() as progress:
             for reference, segmenters in load_groups(model or [], engine or [], progress):
-                rows += score(data, segmenters, reference, prompts.split(","), progress, gallery.add)
+                scored = beside_yardstick(reference, segmenters)
+                rows += score(data, scored, reference, prompts.split(","), progress, gallery.add)
         if json_file is not None:
             with replacing(json_file) as partial:
                 partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -212,7 +219,9 @@ def evaluate(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A checkpoint or an artifact of `dfqsam quantize`.")],
+    file: Annotated[
+        Path, typer.Argument(help="A checkpoint, lite-medsam or an artifact of `dfqsam quantize`.")
+    ],
     as_json: JsonFlag = False,
 ) -> None:
     """Shows what a checkpoint or an artifact is, after checking that it is whole."""
@@ -236,8 +245,9 @@ def _one_line(value: Any) -> str:
 
 def _inspect(file: Path) -> dict[str, Any]:
     from monailabel_dfqsam.artifact import ArtifactError, read_artifact
-    from monailabel_dfqsam.sam import CheckpointError, read_checkpoint
+    from monailabel_dfqsam.sam import CheckpointError, find_checkpoint, read_checkpoint
 
+    file = find_checkpoint(file)
     if not file.is_file():
         raise ValueError(f"there is no file '{file}'")
     refused: ArtifactError | None = None

@@ -1,65 +1,133 @@
-"""How faithful a quantized model is, measured without data: do both models draw the same masks?"""
+"""How faithful a quantized model is, measured without data: do both models draw the same masks of phantoms?
+
+Phantoms are drawn, of seeds that nothing is trained or calibrated on, and go the way of any image; prompts
+are each object's box and a click in its middle. One counts where full precision itself finds the object by
+it: what a model was never taught, it does not answer alike twice.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Generator, Tensor
 
-from monailabel_dfqsam.engines import Encoder
+from monailabel_dfqsam.agreement import Agreement, Fidelity, agreement, one_grey_level_away
+from monailabel_dfqsam.config import Progress, silent
+from monailabel_dfqsam.phantom_study import interior_pixel
+from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.sam.model import Sam
-from monailabel_dfqsam.sam.preprocess import frame_of
+from monailabel_dfqsam.sam.preprocess import Frame, frame_of, to_input
+from monailabel_dfqsam.segmentation.mask_decoding import channels_last
 from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prompts, Segmenter, full_precision_segmenter
 
-GRID = 4
-# A full-precision mask smaller than this, in low-resolution pixels, says nothing about agreement.
-MIN_MASK = 12
+PHANTOMS = 16
+# Far from the seeds of the phantoms that models are trained on, and of those that synthesis looks at.
+SEED = 1 << 41
+# Full precision finds an object by a mask of this IoU with it, and of so many pixels of the decoder's.
+FOUND = 0.5
+LEAST_MASK = 12
+
+Mask = NDArray[np.bool_]
 
 
-def mask_agreement(
-    sam: Sam, encoder: Encoder, images: Tensor, decoder: Segmenter | None = None
-) -> tuple[float, int]:
-    """Mean IoU of the masks of a quantized encoder and of full precision, same prompts.
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """One prompt on the phantom of a number, and full precision's mask [S, S] bool."""
 
-    Prompts are a grid of single points, and the box of each mask that full precision gives for them.
+    number: int
+    prompts: Prompts
+    expected: Mask
 
-    Args:
-        images: [N, 3, S, S] float32, normalised.
-        decoder: what draws masks out of the quantized encoder's embeddings, where that is not full
-            precision's own.
 
-    Returns:
-        the mean IoU, 0 when no prompt gave a mask, and the number of masks compared.
+class FidelityTest:
+    """Made once of a model in full precision, it measures the fidelity of any number of quantized ones.
+
+    Attributes:
+        images: [N, 3, S, S] float32, the phantoms as the model takes them.
+        grey_level: how full precision agrees with itself one grey level away.
     """
-    segmenter = full_precision_segmenter(sam)
-    quantized = decoder or segmenter
-    size = sam.variant.input_size
-    frame = frame_of(sam.variant, size, size)
-    step = size / GRID
-    ious: list[float] = []
-    for image in images:
-        with torch.inference_mode():
-            float_embedding = Embedding(sam.image_encoder(image[None]), frame)
-        int_embedding = Embedding(encoder.embed(image[None]), frame)
-        for y in range(GRID):
-            for x in range(GRID):
-                point = np.array([[(x + 0.5) * step, (y + 0.5) * step]])
-                prompts = Prompts(points=point, labels=np.ones(1, dtype=np.int64))
-                expected = _low_res_mask(segmenter, float_embedding, prompts)
-                if int(expected.sum()) < MIN_MASK:
-                    continue
-                ious.append(_iou(expected, _low_res_mask(quantized, int_embedding, prompts)))
-                boxed = Prompts(box=tight_box(expected.numpy()) * (size / expected.shape[0]))
-                expected = _low_res_mask(segmenter, float_embedding, boxed)
-                ious.append(_iou(expected, _low_res_mask(quantized, int_embedding, boxed)))
-    return (sum(ious) / len(ious) if ious else 0.0), len(ious)
+
+    def __init__(self, sam: Sam, progress: Progress = silent) -> None:
+        """Asks full precision, on the device it is on.
+
+        Args:
+            progress: called with stage 'fidelity'.
+        """
+        self._full = full_precision_segmenter(sam)
+        size = sam.variant.input_size
+        self._frame: Frame = frame_of(sam.variant, size, size)
+        phantoms = _phantoms(size)
+        self.images = torch.cat([to_input(sam.variant, rgb)[0] for rgb, _ in phantoms])
+        least = LEAST_MASK * sam.variant.mask_cell**2
+        self._asked: list[_Asked] = []
+        ious: list[float] = []
+        for number, (rgb, masks) in enumerate(phantoms):
+            progress("fidelity", number, len(phantoms))
+            asked = _found(self._full, number, self._full.embed(rgb), masks, least)
+            away = self._full.embed(one_grey_level_away(rgb, number))
+            ious += [_agreed(self._full, away, one) for one in asked]
+            self._asked += asked
+        progress("fidelity", len(phantoms), len(phantoms))
+        self.grey_level: Agreement = agreement(ious)
+
+    def measure(
+        self, embed: Callable[[Tensor], Tensor], engine: str = "", decoder: Segmenter | None = None
+    ) -> Fidelity:
+        """The fidelity of an image encoder.
+
+        Args:
+            embed: normalised images [B, 3, S, S] float32 to embeddings [B, C, G, G] float32.
+            engine: what runs it.
+            decoder: draws masks out of its embeddings, where that is not full precision's own.
+        """
+        ious: list[float] = []
+        for number in sorted({one.number for one in self._asked}):
+            with torch.inference_mode():
+                tensor = channels_last(embed(self.images[number : number + 1]))
+            embedding = Embedding(tensor, self._frame)
+            asked = (one for one in self._asked if one.number == number)
+            ious += [_agreed(decoder or self._full, embedding, one) for one in asked]
+        return {**agreement(ious), "n": len(ious), "engine": engine, "grey_level": self.grey_level}
 
 
-def _low_res_mask(segmenter: Segmenter, embedding: Embedding, prompts: Prompts) -> Tensor:
-    return segmenter.predict(embedding, prompts).low_res_logits[0, 0] > 0
+@functools.cache
+def _phantoms(size: int) -> tuple[tuple[NDArray[np.uint8], tuple[Mask, ...]], ...]:
+    """Images [S, S, 3] and their objects' masks, [S, S] bool each."""
+    drawn = []
+    for seed in range(SEED, SEED + PHANTOMS):
+        example = make_example(Generator().manual_seed(seed), size)
+        rgb = (example.image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        # Where there are few objects, an example has some of them several times.
+        masks = {mask.tobytes(): mask.astype(bool) for mask in example.masks.numpy()}
+        drawn.append((rgb, tuple(masks.values())))
+    return tuple(drawn)
 
 
-def _iou(a: Tensor, b: Tensor) -> float:
-    union = int((a | b).sum())
-    return int((a & b).sum()) / union if union else 1.0
+def _found(
+    full: Segmenter, number: int, embedding: Embedding, masks: tuple[Mask, ...], least: int
+) -> list[_Asked]:
+    """The prompts by which full precision finds the objects of a phantom, by masks of `least` pixels."""
+    asked = []
+    for mask in masks:
+        row, column = interior_pixel(mask)
+        click = Prompts(points=np.array([[column + 0.5, row + 0.5]]), labels=np.array([1]))
+        for prompts in (Prompts(box=tight_box(mask)), click):
+            expected = full.predict(embedding, prompts).mask
+            if expected.sum() >= least and _iou(expected, mask) >= FOUND:
+                asked.append(_Asked(number, prompts, expected))
+    return asked
+
+
+def _agreed(segmenter: Segmenter, embedding: Embedding, asked: _Asked) -> float:
+    return _iou(segmenter.predict(embedding, asked.prompts).mask, asked.expected)
+
+
+def _iou(a: Mask, b: Mask) -> float:
+    """Of masks of which one at least is not empty."""
+    return int((a & b).sum()) / int((a | b).sum())

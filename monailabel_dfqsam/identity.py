@@ -10,7 +10,7 @@ from pathlib import Path
 
 from monailabel_dfqsam.config import FinetuneConfig, QuantizationConfig
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Number of the quantization algorithm.
 
 Raise it with every change after which the same checkpoint and configuration make other tensors: of synthesis,

@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from monailabel_dfqsam import __version__
+from monailabel_dfqsam.agreement import Agreement, Fidelity
 from monailabel_dfqsam.artifact import (
     FORMAT_VERSION,
     Artifact,
-    Fidelity,
     Header,
     LayerEntry,
     encode_layer,
@@ -32,7 +32,7 @@ from monailabel_dfqsam.artifact import (
 )
 from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, SynthesisConfig, silent
 from monailabel_dfqsam.engines import layer_by_layer, load_encoder
-from monailabel_dfqsam.fidelity import mask_agreement
+from monailabel_dfqsam.fidelity import FidelityTest
 from monailabel_dfqsam.identity import ALGORITHM, artifact_key, calibration_pictures
 from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
@@ -48,10 +48,7 @@ from monailabel_dfqsam.synthesis.measures import Measures, measure
 from monailabel_dfqsam.synthesis.patch_similarity import encoder_patch_entropies
 from monailabel_dfqsam.synthesis.synthesize import Synthesis, synthesize, to_model
 
-FIDELITY_IMAGES = 2
-FIDELITY_ITERATIONS = 100
-# Keeps fidelity images apart from calibration images of any usual seed.
-FIDELITY_SEED_OFFSET = 1_000_000
+_UNKNOWN: Agreement = {"mean_iou": math.nan, "median_iou": math.nan}
 PHANTOMS = 8
 # Far from the seeds of the phantoms that the embedded model was trained on.
 PHANTOM_SEED = 1 << 40
@@ -107,10 +104,9 @@ def quantize(
         images = folder_images(checkpoint.variant, Path(config.folder), config.images)
     quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, config.recipe, progress)
     artifact = pack(checkpoint, config, sam, quantized, images)
-    unseen = _unseen_images(sam, config, ceiling, device, progress)
     header: Header = {
         **artifact.header,
-        "fidelity": _fidelity(sam, artifact, unseen),
+        "fidelity": _fidelity(FidelityTest(sam, progress), artifact),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -126,27 +122,14 @@ def quantize(
     )
 
 
-def fidelity_measure(
-    checkpoint: Checkpoint,
-    config: QuantizationConfig,
-    *,
-    device: torch.device | None = None,
-    progress: Progress = silent,
-) -> Callable[[Artifact], Fidelity]:
+def fidelity_measure(checkpoint: Checkpoint, progress: Progress = silent) -> Callable[[Artifact], Fidelity]:
     """What measures the fidelity of artifacts as `quantize` does, for those whose weights have changed since.
 
     Args:
         checkpoint: the model in full precision.
-        config: by which the artifacts were quantized.
-        device, progress: as for `quantize`.
-
-    Returns:
-        from an artifact to {mean_iou, n, engine}, as in the header.
     """
-    sam = build(checkpoint)
-    ceiling = phantom_entropies(sam) if config.synthesis.bounded else None
-    unseen = _unseen_images(sam, config, ceiling, device or torch.device("cpu"), progress)
-    return lambda artifact: _fidelity(sam, artifact, unseen, own_decoder=True)
+    test = FidelityTest(build(checkpoint), progress)
+    return lambda artifact: _fidelity(test, artifact, own_decoder=True)
 
 
 def gaussian_images(variant: Variant, count: int, seed: int) -> Tensor:
@@ -189,20 +172,10 @@ def layer_errors(float_encoder: ImageEncoder, artifact: Artifact, images: Tensor
     return errors
 
 
-def _unseen_images(
-    sam: Sam, config: QuantizationConfig, ceiling: Tensor | None, device: torch.device, progress: Progress
-) -> Tensor:
-    """[N, 3, S, S] float32, synthesized from other seeds than those calibrated on."""
-    synthesis = replace(config.synthesis, iterations=min(FIDELITY_ITERATIONS, config.synthesis.iterations))
-    seed = config.seed + FIDELITY_SEED_OFFSET
-    return _synthesize(sam, synthesis, FIDELITY_IMAGES, seed, ceiling, device, progress, "fidelity").images
-
-
-def _fidelity(sam: Sam, artifact: Artifact, images: Tensor, own_decoder: bool = False) -> Fidelity:
+def _fidelity(test: FidelityTest, artifact: Artifact, own_decoder: bool = False) -> Fidelity:
     encoder = load_encoder(artifact)
     decoder = load_segmenter(artifact, encoder.kind) if own_decoder else None
-    mean_iou, count = mask_agreement(sam, encoder, images, decoder)
-    return {"mean_iou": mean_iou, "n": count, "engine": encoder.kind.value}
+    return test.measure(encoder.embed, encoder.kind.value, decoder)
 
 
 def _synthesize(
@@ -213,11 +186,7 @@ def _synthesize(
     ceiling: Tensor | None,
     device: torch.device,
     progress: Progress,
-    stage: str = "synthesis",
 ) -> Synthesis:
-    def staged(_: str, done: int, total: int) -> None:
-        progress(stage, done, total)
-
     auxiliary = _auxiliary(sam.variant)
     if auxiliary is not None:
         auxiliary.to(device)
@@ -230,7 +199,7 @@ def _synthesize(
             seed=seed,
             auxiliary=auxiliary,
             ceiling=ceiling,
-            progress=staged,
+            progress=progress,
         )
     finally:
         sam.to("cpu")
@@ -305,7 +274,7 @@ def pack(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "fidelity": {"mean_iou": math.nan, "n": 0, "engine": ""},
+        "fidelity": {**_UNKNOWN, "n": 0, "engine": "", "grey_level": _UNKNOWN},
         "created": "",
         "seconds": 0.0,
     }

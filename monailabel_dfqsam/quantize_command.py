@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from monailabel_dfqsam.agreement import in_words
 from monailabel_dfqsam.config import Calibration, Policy, Preset, QuantizationConfig
 from monailabel_dfqsam.console import JsonFlag, errors, plain_errors, print_rows, progress_bars
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
@@ -23,7 +24,8 @@ def quantize(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="A .pth, .pt or .safetensors file; the embedded model without it.", show_default=False
+            help="A .pth, .pt or .safetensors file, or lite-medsam; the embedded model without it.",
+            show_default=False,
         ),
     ] = None,
     bits: Annotated[int, typer.Option(help="Of linear weights and activations: 4, 6 or 8.")] = 4,
@@ -162,7 +164,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print_rows(
         {
             "model": f"{summary['model']}, W{summary['bits']}A{summary['bits']}, policy {summary['policy']}",
-            "fidelity": f"{fidelity['mean_iou']:.3f} mean IoU with full precision, {fidelity['n']} masks",
+            "fidelity": in_words(fidelity),
             "size": f"{in_bytes(before)} in 32-bit float → {in_bytes(after)} ({before / after:.1f}×)",
             "bit operations": f"{in_thousands(bops_float)} → {in_thousands(bops)} ({bops_float / bops:.0f}×)",
             "time": in_seconds(summary["seconds"]) + earlier,

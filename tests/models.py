@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from monailabel_dfqsam.agreement import Fidelity
 from monailabel_dfqsam.artifact import Header, Sizes
 from monailabel_dfqsam.sam import VARIANTS, Sam
-from monailabel_dfqsam.sam.checkpoint import Checkpoint
+from monailabel_dfqsam.sam.checkpoint import LITE_MEDSAM, Checkpoint, CheckpointError, find_checkpoint
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 REALDATA = Path(__file__).parents[2] / "shared" / "realdata"
@@ -23,6 +24,21 @@ needs_reference = pytest.mark.skipif(
 needs_realdata = pytest.mark.skipif(
     not REALDATA.is_dir(), reason="the real images of ../shared/realdata are not here"
 )
+
+
+@pytest.fixture(scope="session")
+def lite_medsam() -> Path:
+    """The published LiteMedSAM checkpoint's file."""
+    try:
+        return find_checkpoint(LITE_MEDSAM)
+    except CheckpointError as error:
+        pytest.skip(str(error))
+
+
+FIDELITY: Fidelity = {
+    "mean_iou": 0.93, "median_iou": 0.97, "n": 7, "engine": "reference",
+    "grey_level": {"mean_iou": 0.95, "median_iou": 0.99},
+}  # fmt: skip
 
 
 def golden_tensor(key: str, shape: list[int]) -> torch.Tensor:
@@ -61,9 +77,9 @@ def header(**known: Any) -> Header:
     sizes = dict.fromkeys(Sizes.__annotations__, 1)
     rest = {
         "format_version": 1, "variant": "tiny", "source_sha256": "0" * 64, "source_name": "tiny.pth",
-        "config": {"bits": 4}, "key": "0" * 16, "algorithm": 2, "seed": 0, "images_sha256": [], "layers": {},
+        "config": {"bits": 4}, "key": "0" * 16, "algorithm": 3, "seed": 0, "images_sha256": [], "layers": {},
         "attention_bits": 0, "sizes": sizes, "macs": 1, "bops": 1, "bops_float": 1, "versions": {},
-        "fidelity": {"mean_iou": 0.9, "n": 1, "engine": "reference"}, "created": "", "seconds": 0.0,
+        "fidelity": FIDELITY, "created": "", "seconds": 0.0,
     }  # fmt: skip
     return cast(Header, {**rest, **known})
 

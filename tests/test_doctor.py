@@ -21,6 +21,7 @@ from monailabel_dfqsam.doctor import Diagnosis, Finding, Level, surroundings
 from monailabel_dfqsam.doctor.speed import model
 from monailabel_dfqsam.doctor.surroundings import PORT, archive, folder, settings, viewers
 from monailabel_dfqsam.doctor.telling import as_json
+from monailabel_dfqsam.sam import checkpoint
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.server.runs.folder import ModelFolder
 from tests.server_fixtures import write_volume
@@ -217,3 +218,16 @@ def test_a_checkpoint_that_cannot_be_served(tmp_path: Path) -> None:
     findings, measured = model(path, models)
     assert ([finding.level for finding in findings], measured) == ([Level.PROBLEM], None)
     assert "is damaged" in findings[0].text
+
+
+def test_the_published_lite_medsam_is_known_by_its_name(
+    lite_medsam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = Path(checkpoint.LITE_MEDSAM)
+    findings, measured = model(named, ModelFolder(tmp_path))
+    assert measured is not None
+    assert findings[0] == Finding("model", "checkpoint", lite_medsam.name)
+    monkeypatch.setattr(checkpoint, "_LITE_MEDSAM_PACKAGE", "no_such_medsam")
+    findings, measured = model(named, ModelFolder(tmp_path))
+    assert (measured, findings[0].level) == (None, Level.PROBLEM)
+    assert "install monailabel-dfqsam[litemedsam]" in findings[0].text

@@ -17,7 +17,7 @@ from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, Rec
 from monailabel_dfqsam.engines import candidates, load_encoder, select, why_not
 from monailabel_dfqsam.engines.openvino import encoder_model, in_halves, multiplied
 from monailabel_dfqsam.engines.reference import reference_kernel
-from monailabel_dfqsam.fidelity import mask_agreement
+from monailabel_dfqsam.fidelity import FidelityTest
 from monailabel_dfqsam.ops import Geometry, QuantizedLayer, Rows, StaticRange, openvino_library, plain
 from monailabel_dfqsam.ops.openvino_library import openvino, why_unavailable
 from monailabel_dfqsam.pipeline import gaussian_images, pack, phantom_images
@@ -154,9 +154,9 @@ def test_its_masks_are_the_reference_engines(trained: Artifact) -> None:
     prompt_encoder, mask_decoder = load_decoder(trained)
     sam.prompt_encoder, sam.mask_decoder = prompt_encoder, mask_decoder
     sam.image_encoder.forward = oracle.embed  # type: ignore[method-assign]
-    agreement, count = mask_agreement(sam, engine, images)
-    assert count > 60
-    assert agreement >= MEAN_IOU
+    found = FidelityTest(sam).measure(engine.embed)
+    assert found["n"] > 60
+    assert found["mean_iou"] >= MEAN_IOU
 
 
 @needs_openvino

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from monailabel_dfqsam import evaluation
+from monailabel_dfqsam.config import silent
 from monailabel_dfqsam.evaluation import (
     BASELINES,
     NSD_TOLERANCE,
@@ -24,9 +25,12 @@ from monailabel_dfqsam.evaluation import (
     read_items,
     surface_dice,
 )
+from monailabel_dfqsam.evaluation.models import beside_yardstick, load_groups
+from monailabel_dfqsam.evaluation.scoring import OneGreyLevelAway
 from monailabel_dfqsam.evaluation.table import print_rows
 from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.sam import VARIANTS, Sam
+from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.segmentation.segmenter import (
     Embedding,
     Prediction,
@@ -39,7 +43,8 @@ from tests.fresh import printed
 REALDATA = Path(__file__).parents[2] / "shared" / "realdata"
 KEYS = {
     "model", "engine", "policy", "prompt", "modality", "n", "iou", "dice", "nsd", "drop", "drop_ci",
-    "agreement", "embed_ms", "predict_ms", "baseline_box", "baseline_ellipse", "baseline_otsu",
+    "agreement", "agreement_median", "embed_ms", "predict_ms", "baseline_box", "baseline_ellipse",
+    "baseline_otsu",
 }  # fmt: skip
 FLOAT = 1e-6
 
@@ -157,12 +162,40 @@ def test_rows_are_those_worked_out_by_hand(pictures: Path) -> None:
     assert full["drop_ci"] == [0, 0]
     assert (quantized_a["iou"], quantized_b["iou"]) == (7 / 8, 3 / 4)
     assert quantized["iou"] == quantized["agreement"] == pytest.approx((7 / 8 + 3 / 4) / 2)
+    assert quantized["agreement_median"] == quantized["agreement"]  # of two
     assert quantized["dice"] == pytest.approx((14 / 15 + 6 / 7) / 2)
     assert quantized["drop"] == pytest.approx((1 / 8 + 1 / 4) / 2)
     assert quantized["drop_ci"] == pytest.approx([1 / 8, 1 / 4])
     assert (point_a["iou"], point["baseline_box"]) == (1 / 64, 1)
     assert (same["iou"], same["drop"]) == (point["iou"], 0)
     json.dumps(rows)
+
+
+class Brightness(Oracle):
+    """Its mask is what is brighter than a level."""
+
+    def predict(self, embedding: Embedding, prompts: Prompts, multimask: bool = True) -> Prediction:
+        return Prediction(embedding.tensor.numpy()[..., 0] > 60, 1.0, torch.zeros(1, 1, 1, 1))
+
+
+def test_the_yardstick_sees_every_image_one_grey_level_away(pictures: Path) -> None:
+    """The pictures' background is 60: a third of it becomes brighter, and that is all."""
+    full = Brightness()
+    named = [(OneGreyLevelAway(full, seed), {"model": seed}) for seed in (0, 0, 1)]
+    first, same, other = evaluate(pictures, named, full, ["box"])[::3]
+    assert first["agreement"] == same["agreement"] != other["agreement"]
+    square, area = 64, 600
+    assert evaluate(pictures, named, full, ["box"])[1]["agreement"] == pytest.approx(
+        square / (square + (area - square) / 3), rel=0.1
+    )
+
+
+def test_agreement_stands_beside_its_yardstick() -> None:
+    ((reference, scored),) = load_groups([EMBEDDED], (), silent)
+    quantized = full_precision_segmenter(Sam(VARIANTS["tiny"])), {"model": "tiny W4A4"}
+    names = [names["model"] for _, names in beside_yardstick(reference, [*scored, quantized])]
+    assert names == ["tiny", "tiny ±1 grey level", "tiny W4A4"]
+    assert [names["model"] for _, names in beside_yardstick(reference, [quantized])] == names[1:]
 
 
 def test_only_the_prompts_asked_for_are_scored_and_progress_is_told(pictures: Path) -> None:
@@ -214,3 +247,10 @@ def test_baselines_on_real_images_are_the_recorded_ones() -> None:
         for modality in ("CT", "MR", "US", "X-ray", "microscopy")
     }
     assert by_modality == {"CT": 0.762, "MR": 0.756, "US": 0.883, "X-ray": 0.635, "microscopy": 0.839}
+
+
+def test_the_published_lite_medsam_is_known_by_its_name(lite_medsam: Path) -> None:
+    (reference, scored), *others = load_groups([Path("lite-medsam")], (), silent)
+    assert not others
+    assert scored[0][0] is reference
+    assert scored[0][1] == {"model": "lite_medsam", "engine": "torch", "policy": None}

@@ -18,7 +18,7 @@ PACKAGE = Path(monailabel_dfqsam.__file__).parent
 ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(group.split())
     for group in (
-        "config files machine numbers ops",
+        "agreement config files machine numbers ops",
         "identity memory",
         "console",
         "sam",
@@ -28,7 +28,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "artifact",
         "engines",
         "segmentation",
-        "export fidelity phantom_study",
+        "export phantom_study",
+        "fidelity",
         "pipeline",
         "finetuning",
         "server",

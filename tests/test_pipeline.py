@@ -37,6 +37,7 @@ def test_header_says_what_was_done(result: QuantizationResult) -> None:
     assert header["variant"] == "tiny"
     assert 0 < header["fidelity"]["mean_iou"] <= 1
     assert header["fidelity"]["n"] > 0
+    assert header["fidelity"]["mean_iou"] < header["fidelity"]["grey_level"]["mean_iou"] < 1
     assert header["sizes"]["encoder_artifact_bytes"] < header["sizes"]["encoder_checkpoint_bytes"] / 5
     assert len(header["images_sha256"]) == 1
     assert set(result.layer_errors) == set(header["layers"])

@@ -17,7 +17,6 @@ from fastapi import HTTPException
 from monailabel_dfqsam.artifact import (
     Artifact,
     ArtifactError,
-    Fidelity,
     Header,
     read_artifact,
     write_artifact,
@@ -34,6 +33,7 @@ from monailabel_dfqsam.server.runs.folder import ModelFolder, default_key
 from monailabel_dfqsam.server.runs.models import FULL_PRECISION, ChoiceError, Models
 from monailabel_dfqsam.server.runs.queue import RunQueue
 from monailabel_dfqsam.server.settings import Settings
+from tests.models import FIDELITY
 from tests.server_fixtures import checkpoint, wait
 
 SECONDS = 60.0
@@ -68,8 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, str]:
     models = ModelFolder(settings.model_dir)
     models.path.mkdir()
     for key in (own, other):
-        fidelity: Fidelity = {"mean_iou": 0.9, "n": 1, "engine": "reference"}
-        header: Header = {**artifact.header, "key": key, "fidelity": fidelity}
+        header: Header = {**artifact.header, "key": key, "fidelity": FIDELITY}
         write_artifact(Artifact(header, artifact.tensors), models.artifact(key))
         load_fastest(read_artifact(models.artifact(key)), models.artifact(key).with_suffix(".engines.json"))
     models.publish(other, own)

@@ -55,7 +55,7 @@ def test_the_status_says_what_the_artifact_says(running: Running) -> None:
     assert found["checkpoint"] == {"name": running.weights.name, "bytes": running.weights.stat().st_size}
     assert found["threshold"] == 0
     (artifact,) = found["artifacts"]
-    assert artifact["fidelity"] == found["model"]["fidelity"] == header["fidelity"]["mean_iou"]
+    assert artifact["fidelity"] == found["model"]["fidelity"] == header["fidelity"]
     assert artifact["bytes"] == header["sizes"]["artifact_bytes"] < artifact["checkpoint_bytes"]
     assert (artifact["name"], artifact["made"], artifact["refusal"]) == ("W4A4", header["created"], "")
     assert found["options"]["bits"][0] == "4"
@@ -169,10 +169,10 @@ def test_a_model_that_cannot_be_served_says_why(running: Running, tmp_path: Path
     assert found["model"]["name"] == "loading"
     refusals = {artifact["key"]: artifact["refusal"] for artifact in found["artifacts"]}
     assert sorted(refusals) == sorted([key, UNKNOWN])
-    assert "below 1.000" in refusals[key]
+    assert "one grey level away" in refusals[key]
     assert "damaged" in refusals[UNKNOWN]
     assert found["options"]["checkpoint"] == [settings.checkpoint.name, "other.pth"]
     assert overview.pictures(key) is None
     (tmp_path / f"{UNKNOWN}.safetensors").write_bytes(whole)
     again = {artifact["key"]: artifact["refusal"] for artifact in overview.status()["artifacts"]}
-    assert "below 1.000" in again[UNKNOWN]
+    assert "one grey level away" in again[UNKNOWN]

@@ -60,7 +60,8 @@ def test_info_tells_viewers_what_they_need(running: Running) -> None:
     model = info["models"]["dfqsam"]
     assert (model["type"], model["dimension"], model["labels"]) == ("deepgrow", 2, [])
     assert set(model["config"]) == {"multimask", "window", "largest_cc", "fill_holes", "slices"}
-    assert 0 <= model["serving"]["fidelity"] <= 1
+    assert 0 <= model["serving"]["fidelity"]["mean_iou"] <= 1
+    assert 0 < model["serving"]["fidelity"]["grey_level"]["median_iou"] <= 1
     assert info["train_stats"]["dfqsam"]["state"] == "published"
     assert info["strategies"].keys() == {"random", "first", "least_confident"}
 

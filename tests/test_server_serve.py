@@ -63,6 +63,11 @@ def test_the_command_is_upstreams_with_our_defaults(tmp_path: Path) -> None:
     assert environment["PATH"].startswith(str(Path(sys.executable).parent))
 
 
+def test_the_published_lite_medsam_is_passed_on_as_a_file(lite_medsam: Path, tmp_path: Path) -> None:
+    line, _ = command(str(tmp_path), checkpoint=Path("lite-medsam"), app_dir=tmp_path / "app")
+    assert line[-3:] == ["--conf", "checkpoint", str(lite_medsam.resolve())]
+
+
 def test_a_missing_checkpoint_is_said_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match="no checkpoint"):
         command(str(tmp_path), checkpoint=tmp_path / "none.pth", app_dir=tmp_path / "app")

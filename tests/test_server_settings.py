@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from monailabel_dfqsam.config import Calibration, Policy, Preset
+from monailabel_dfqsam.sam import checkpoint
 from monailabel_dfqsam.server.gate.options import OptionError
 from monailabel_dfqsam.server.runs.options import defaults, read_options
 from monailabel_dfqsam.server.settings import DEFAULT_LABELS, Settings, read_settings
@@ -45,6 +46,16 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert settings.model_dir == tmp_path
     assert settings.trusted_hosts == ("pacs.example",)
     assert settings.max_upload_mb == 9
+
+
+def test_the_published_lite_medsam_is_known_by_its_name(lite_medsam: Path) -> None:
+    assert read_settings({"checkpoint": "lite-medsam"}, APP).checkpoint == lite_medsam
+
+
+def test_without_its_package_the_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_LITE_MEDSAM_PACKAGE", "no_such_medsam")
+    with pytest.raises(OptionError, match=r"--conf checkpoint: .*litemedsam"):
+        read_settings({"checkpoint": "lite-medsam"}, APP)
 
 
 def test_iterations_win_over_the_preset() -> None:

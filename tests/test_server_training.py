@@ -239,7 +239,7 @@ def test_the_history_says_what_was_asked_for_and_how_it_ended(folder: Settings, 
     failed, rejected, published = model.runs()
     assert (published.state, published.key) == (RunState.PUBLISHED, key_of(folder))
     header = read_header(model.artifact(key_of(folder)))
-    assert published.fidelity == rejected.fidelity == header["fidelity"]["mean_iou"]
+    assert published.fidelity == rejected.fidelity == header["fidelity"]
     assert failed.fidelity is None
     assert published.options == {
         "bits": 4, "policy": "deploy", "calibration": "gaussian", "iterations": 2, "images": 1, "seed": 0,

@@ -25,7 +25,7 @@ from PIL import Image
 
 from monailabel_dfqsam.config import QuantizationConfig, SynthesisConfig, silent
 from monailabel_dfqsam.engines import load_encoder
-from monailabel_dfqsam.fidelity import mask_agreement
+from monailabel_dfqsam.fidelity import FidelityTest
 from monailabel_dfqsam.pipeline import pack, phantom_entropies, phantom_images
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.report import REAL_IMAGES
@@ -69,7 +69,7 @@ class Bench:
         self.auxiliary = embedded_auxiliary()
         self.ceiling = phantom_entropies(self.sam)
         self.target = measure(self.sam, phantoms(0, PHANTOMS), self.auxiliary)
-        self.unseen = phantoms(PHANTOMS, PHANTOMS)
+        self.test = FidelityTest(self.sam)
 
     def line(self, name: str, seed: int, config: SynthesisConfig) -> None:
         """Prints a row of the table: distance of entropies, shared ranges, agreement of W4A4 masks."""
@@ -90,7 +90,7 @@ class Bench:
         way = QuantizationConfig(synthesis=config, seed=seed)
         quantized = calibrate(self.sam.image_encoder, images, way.bits, way.policy, way.recipe, silent)
         encoder = load_encoder(pack(self.checkpoint, way, self.sam, quantized, images))
-        agreement, _ = mask_agreement(self.sam, encoder, self.unseen)
+        agreement = self.test.measure(encoder.embed)["mean_iou"]
         print(
             f"| {name} | {config.iterations} | {seed} | {distance:.3f} | {shared:.3f} | {found.response:.2f} "
             f"| {agreement:.4f} | {seconds:.0f} s |",

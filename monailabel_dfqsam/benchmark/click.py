@@ -23,6 +23,7 @@ from monailabel_dfqsam.benchmark import stock_app
 from monailabel_dfqsam.benchmark.phantom import organ_centre, write_phantom
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.demo.server import DemoServer
+from monailabel_dfqsam.sam import find_checkpoint
 from monailabel_dfqsam.server.serve import prepare_app
 from monailabel_dfqsam.slicer_session import InferReply, SlicerSession
 
@@ -51,7 +52,8 @@ def measure_clicks(
     Args:
         clicks: how many cached clicks.
         shape: (I, J, K) of the volume, int16.
-        checkpoint: weights to quantize and serve; None takes the embedded ones.
+        checkpoint: weights to quantize and serve, as `find_checkpoint` takes them; None takes the embedded
+            ones.
         progress: called with (stage, done, total).
 
     Returns:
@@ -78,6 +80,7 @@ def measure_clicks(
         write_phantom(studies / f"{IMAGE}.nrrd", shape)
         progress("volume", 1, 1)
         if checkpoint is not None:
+            checkpoint = find_checkpoint(checkpoint)
             # The only place that the server takes another checkpoint than its own from.
             (prepare_app(folder / "app") / "model").mkdir()
             (folder / "app" / "model" / checkpoint.name).symlink_to(checkpoint.resolve())

@@ -90,7 +90,7 @@ class EncoderPlan:
         variant: a name of `VARIANTS`.
         batches: images a call; each batch size is a measurement of its own.
         engines: names of `ENGINES`; the order is that of the rows.
-        checkpoint: weights; None makes them by seed.
+        checkpoint: weights, as `find_checkpoint` takes them; None makes them by seed.
         threads: for every engine.
         repeats: timed calls of every engine.
         profile: also profile `onednn`.

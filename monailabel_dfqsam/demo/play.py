@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from monailabel_dfqsam.agreement import in_words
 from monailabel_dfqsam.artifact import Header, read_header
 from monailabel_dfqsam.console import output, print_rows, progress_bars
 from monailabel_dfqsam.demo.comparison import PROMPTS, Answer, Answers, Comparison, Prompt, latencies
@@ -200,7 +201,9 @@ class _Play:
         now = self._swapped(run["key"])
         output.print(
             f"  {in_seconds(seconds)} later the same server answers with another model,\n"
-            f"  of fidelity {now['fidelity']:.3f} where the last had {before['fidelity']:.3f}",
+            f"  of fidelity {now['fidelity']['mean_iou']:.3f} where the last had "
+            f"{before['fidelity']['mean_iou']:.3f}, and full precision with itself one grey level away "
+            f"{now['fidelity']['grey_level']['mean_iou']:.3f}",
             markup=False,
         )
         kept = ("name", "engine", "key", "fidelity")
@@ -226,5 +229,5 @@ def _sizes_and_fidelity(header: Header) -> dict[str, str]:
     before, after = sizes["checkpoint_bytes"], sizes["artifact_bytes"]
     return {
         "size": f"{in_bytes(before)} in 32-bit float → {in_bytes(after)} ({before / after:.1f}×)",
-        "fidelity": f"{fidelity['mean_iou']:.3f} mean IoU with full precision on {fidelity['n']} masks",
+        "fidelity": in_words(fidelity),
     }

@@ -16,7 +16,7 @@ from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.doctor.finding import Finding, Level
 from monailabel_dfqsam.memory import MemoryShortage, available
 from monailabel_dfqsam.numbers import in_bytes
-from monailabel_dfqsam.sam import build, read_checkpoint
+from monailabel_dfqsam.sam import build, find_checkpoint, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.segmentation.engine_race import load_fastest
 from monailabel_dfqsam.segmentation.memory import embed_bytes
@@ -52,10 +52,13 @@ def model(checkpoint: Path | None, folder: ModelFolder) -> tuple[list[Finding], 
     """Loads what the server would serve, and clicks a few times.
 
     Args:
-        checkpoint: full-precision weights; None takes the embedded ones.
+        checkpoint: full-precision weights, as `find_checkpoint` takes them; None takes the embedded ones.
         folder: where the server keeps quantized models; a race of engines may be noted there.
     """
-    source = checkpoint or EMBEDDED
+    try:
+        source = find_checkpoint(checkpoint or EMBEDDED)
+    except ValueError as error:
+        return [Finding("model", "checkpoint", str(error), Level.PROBLEM, "Or give another, or none.")], None
     if not source.is_file():
         remedy = "Give another, or none." if checkpoint else "Install this package again."
         return [Finding("model", "checkpoint", f"there is no file '{source}'", Level.PROBLEM, remedy)], None

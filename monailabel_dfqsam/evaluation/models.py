@@ -11,8 +11,9 @@ import torch
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact
 from monailabel_dfqsam.config import EngineKind, Preset, Progress
 from monailabel_dfqsam.engines import select
+from monailabel_dfqsam.evaluation.scoring import Model, OneGreyLevelAway
 from monailabel_dfqsam.pipeline import quantize
-from monailabel_dfqsam.sam import Checkpoint, CheckpointError, build, read_checkpoint
+from monailabel_dfqsam.sam import Checkpoint, CheckpointError, build, find_checkpoint, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED, file_sha256
 from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter, load_segmenter
 
@@ -62,6 +63,14 @@ def load_groups(
         yield reference, scored + _quantized(children, engines)
 
 
+def beside_yardstick(reference: Segmenter, scored: Sequence[Named]) -> list[tuple[Model, dict[str, Any]]]:
+    """What to score of a group, and before what is quantized, full precision one grey level away."""
+    name = f"{reference.variant.name} ±1 grey level"
+    yardstick = OneGreyLevelAway(reference), {"model": name, "engine": "torch", "policy": None}
+    own = [one for one in scored if one[0] is reference]
+    return [*own, yardstick, *(one for one in scored if one[0] is not reference)]
+
+
 def _quantized(artifacts: Sequence[tuple[str, Artifact]], engines: Sequence[EngineKind]) -> list[Named]:
     """Each artifact on each engine; of those that would be called the same, the file's name tells which."""
     found = []
@@ -79,6 +88,7 @@ def _quantized(artifacts: Sequence[tuple[str, Artifact]], engines: Sequence[Engi
 
 
 def _read(path: Path) -> Checkpoint | Artifact:
+    path = find_checkpoint(path)
     if not path.is_file():
         raise ValueError(f"there is no file '{path}'")
     try:

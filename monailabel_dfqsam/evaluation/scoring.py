@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from monailabel_dfqsam.agreement import one_grey_level_away
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.evaluation.baselines import BASELINES
 from monailabel_dfqsam.evaluation.items import Item, read_items
 from monailabel_dfqsam.evaluation.measures import Mask, dice, iou, surface_dice
 from monailabel_dfqsam.evaluation.prompts import Dialogue, converse, dialogues
-from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter
+from monailabel_dfqsam.segmentation.segmenter import Embedding, Prediction, Prompts
 
 NAMES = ("model", "engine", "policy")
 """What names a segmenter in its rows."""
@@ -23,6 +25,32 @@ NAMES = ("model", "engine", "policy")
 _MEANS = ("iou", "dice", "nsd", "drop", "agreement")
 _MEDIANS = ("embed_ms", "predict_ms")
 _RESAMPLES = 2000
+
+
+class Model(Protocol):
+    """What can be scored: a `Segmenter`, or what answers like one."""
+
+    def embed(self, rgb: NDArray[Any], /) -> Embedding:
+        """As `Segmenter.embed`."""
+
+    def predict(self, embedding: Embedding, prompts: Prompts, /) -> Prediction:
+        """As `Segmenter.predict`."""
+
+
+@dataclass(frozen=True, eq=False)
+class OneGreyLevelAway:
+    """The yardstick of agreement: a model that sees every image one grey level away from what it is."""
+
+    model: Model
+    seed: int = 0
+
+    def embed(self, rgb: NDArray[Any], /) -> Embedding:
+        """As `Segmenter.embed`."""
+        return self.model.embed(one_grey_level_away(rgb, self.seed))
+
+    def predict(self, embedding: Embedding, prompts: Prompts, /) -> Prediction:
+        """As `Segmenter.predict`."""
+        return self.model.predict(embedding, prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +89,8 @@ class Scored:
 
 def evaluate(
     data: Path,
-    segmenters: Sequence[tuple[Segmenter, Mapping[str, Any]]],
-    reference: Segmenter,
+    segmenters: Sequence[tuple[Model, Mapping[str, Any]]],
+    reference: Model,
     prompts: Sequence[str] = ("box", "point"),
     progress: Progress = silent,
     observe: Callable[[Scored], None] = lambda scored: None,
@@ -79,10 +107,11 @@ def evaluate(
 
     Returns:
         A row for each segmenter, prompt and modality, 'all' first: {model, engine, policy, prompt, modality,
-        n, iou, dice, nsd, drop, drop_ci, agreement, embed_ms, predict_ms, baseline_box, baseline_ellipse,
-        baseline_otsu}. Scores are means over n images, 0 … 1. drop: the reference's IoU minus this one's;
-        drop_ci: [low, high], its 95 % interval by bootstrap over images; agreement: IoU with the reference's
-        mask, each model's last one where it was corrected by its own errors; embed_ms, predict_ms: medians of
+        n, iou, dice, nsd, drop, drop_ci, agreement, agreement_median, embed_ms, predict_ms, baseline_box,
+        baseline_ellipse, baseline_otsu}. Scores are means over n images, 0 … 1. drop: the reference's IoU
+        minus this one's; drop_ci: [low, high], its 95 % interval by bootstrap over images; agreement: IoU
+        with the reference's mask, each model's last one where it was corrected by its own errors;
+        agreement_median: its median; embed_ms, predict_ms: medians of
         an embedding and of a prompt, milliseconds; the baselines' IoU are of the tight box, whatever the
         prompt.
 
@@ -117,7 +146,7 @@ def evaluate(
     ]
 
 
-def _answers(segmenter: Segmenter, item: Item, kinds: Mapping[str, Dialogue]) -> dict[str, Answer]:
+def _answers(segmenter: Model, item: Item, kinds: Mapping[str, Dialogue]) -> dict[str, Answer]:
     begin = time.perf_counter()
     embedding = segmenter.embed(item.rgb)
     embed_ms = 1000 * (time.perf_counter() - begin)
@@ -153,6 +182,7 @@ def _rows(
         found = {key: np.array([scores[i][key] for i in member]) for key in scores[0]}
         row: dict[str, Any] = {"modality": group, "n": len(member)}
         row.update({key: float(found[key].mean()) for key in _MEANS})
+        row["agreement_median"] = float(np.median(found["agreement"]))
         row["drop_ci"] = _interval(found["drop"])
         row.update({key: round(float(np.median(found[key])), 2) for key in _MEDIANS})
         row.update({name: float(np.mean([baselines[i][name] for i in member])) for name in BASELINES})

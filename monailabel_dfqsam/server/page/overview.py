@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from monailabel_dfqsam.agreement import shortfall
 from monailabel_dfqsam.artifact import Header, read_header
 from monailabel_dfqsam.server.runs import finetuning, quantizing
 from monailabel_dfqsam.server.runs.folder import is_key
@@ -42,10 +43,11 @@ class Overview:
         Returns:
             `model`, which answers, and as `problem` why a better one does not; `changing`, whether another
             one may soon, as the server starts or loads what was published; `checkpoint`, its name and bytes;
-            `threshold`, the least fidelity to be served; `own_key`, of the artifact that the server's own
-            settings make; `artifacts`, the newest first; `runs`, the newest first, and `running`, the one
-            going on or the next to, or None: each as `Run` describes it; `lines`, which that one printed
-            last; `options` of another one, as the trainer offers them.
+            `threshold`, the share of full precision's agreement with itself that is needed to be served;
+            `own_key`, of the artifact that the server's own settings make; `artifacts`, the newest first;
+            `runs`, the newest first, and `running`, the one going on or the next to, or None: each as `Run`
+            describes it; `lines`, which that one printed last; `options` of another one, as the trainer
+            offers them.
         """
         # Asked before the model, which is the last one then where nothing changes.
         changing = self._models.is_changing()
@@ -131,13 +133,12 @@ def _size(path: Path) -> int | None:
 
 
 def _summary(key: str, header: Header, least: float) -> dict[str, Any]:
-    config, fidelity = header["config"], float(header["fidelity"]["mean_iou"])
+    config, fidelity = header["config"], header["fidelity"]
     options = {name: config[name] for name in ("bits", "policy", "calibration", "images", "seed")}
     learned = header.get("finetuning")
     if learned:
         options["labels"] = learned["labels"]
         options.update({name: learned["config"][name] for name in ("sampling", "seed")})
-    low = f"its fidelity, {fidelity:.3f}, is below {least:.3f}"
     return {
         "key": key,
         "name": f"W{config['bits']}A{config['bits']}",
@@ -157,7 +158,7 @@ def _summary(key: str, header: Header, least: float) -> dict[str, Any]:
         "bytes": int(header["sizes"]["artifact_bytes"]),
         "checkpoint_bytes": int(header["sizes"]["checkpoint_bytes"]),
         "made": str(header["created"]),
-        "refusal": "" if fidelity >= least else low,
+        "refusal": shortfall(fidelity, least),
     }
 
 

@@ -141,10 +141,13 @@ function showModel({ model, artifact, checkpoint, threshold }) {
   at("model").textContent = model.name === "loading" ? "Loading…" : model.key ? model.name : "Full precision";
   at("model-words").textContent = artifact ? described(artifact, checkpoint.name) :
     model.name === "loading" ? "The server reads its first model." : `${checkpoint.name}, not quantized, by ${model.engine}`;
-  at("fidelity").textContent = model.fidelity === null ? "–" : model.fidelity.toFixed(3);
-  at("fidelity-words").textContent = model.fidelity === null ? "full precision is what quantized models are compared with" :
-    `mean overlap (IoU) with full precision's masks; 1 is the same, ${threshold.toFixed(2)} is asked for`;
-  bar("fidelity-bar", model.fidelity, threshold);
+  const near = model.fidelity, itself = near && near.grey_level;
+  at("fidelity").textContent = near ? near.mean_iou.toFixed(3) : "–";
+  at("fidelity-words").textContent = !near ? "full precision is what quantized models are compared with" :
+    `mean overlap (IoU) with full precision's masks, median ${near.median_iou.toFixed(3)}. Full precision overlaps itself by ` +
+    `${itself.mean_iou.toFixed(3)}, median ${itself.median_iou.toFixed(3)}, when every pixel moves by one grey level of 256; ` +
+    `${threshold} of that is asked for`;
+  bar("fidelity-bar", near && near.mean_iou, near && threshold * itself.mean_iou);
   const bytes = artifact ? artifact.bytes : checkpoint.bytes;
   at("size").textContent = inBytes(bytes);
   at("size").title = `${bytes.toLocaleString()} bytes`;
@@ -244,7 +247,7 @@ function showKept({ artifacts, now, own, checkpoint }) {
     if (artifact.key === own) name.append(make("span", { className: "tag own", title: "What this server's own settings make" }, "this server's default"));
     return make("tr", {},
       cell("Model", name, make("small", {}, artifact.options ? described(artifact, checkpoint) : artifact.key)),
-      cell("Fidelity", artifact.fidelity === null ? "–" : artifact.fidelity.toFixed(3), "number"),
+      cell("Fidelity", ...faithful(artifact.fidelity), "number"),
       cell("Size", artifact.bytes === null ? "–" : inBytes(artifact.bytes), "number"),
       cell("Made", when(artifact.made)),
       cell("", choice(artifact, now), "action"));
@@ -271,9 +274,15 @@ function showHistory({ runs, own }) {
       cell("Asked", when(run.created)),
       cell("For", make("div", {}, described(run, own))),
       cell("Ended", ended),
-      cell("Fidelity", run.fidelity === null ? "–" : run.fidelity.toFixed(3), "number"),
+      cell("Fidelity", ...faithful(run.fidelity), "number"),
       cell("Took", seconds(run.seconds), "number"));
   }));
+}
+
+function faithful(fidelity) {
+  if (!fidelity) return ["–"];
+  const words = ({ mean_iou, median_iou }) => `${mean_iou.toFixed(3)}, median ${median_iou.toFixed(3)}`;
+  return [words(fidelity), make("small", {}, `one grey level: ${words(fidelity.grey_level)}`)];
 }
 
 function cell(label, ...content) {

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
-from monailabel_dfqsam.artifact import Artifact, Fidelity, Header, read_artifact, write_artifact
+from monailabel_dfqsam.agreement import Fidelity, shortfall
+from monailabel_dfqsam.artifact import Artifact, Header, read_artifact, write_artifact
 from monailabel_dfqsam.config import FinetuneConfig, QuantizationConfig
 from monailabel_dfqsam.identity import artifact_key, content_sha256, finetuned_key
 from monailabel_dfqsam.sam import read_checkpoint
@@ -86,7 +87,7 @@ class _Making:
     Attributes:
         base: the configuration of the artifact to start from.
         start, key, serving: of that artifact, of the one to be made, and of the one that answers now.
-        least: fidelity that it needs.
+        least: fidelity that it needs, as `shortfall` takes it.
         counts: of label maps, for its header.
     """
 
@@ -130,10 +131,10 @@ class _Making:
         self.report.name(self.key)
         begun = time.monotonic()
         judge, checkpoints = Judge(judged, self.reader), self._checkpoints()
-        measure = fidelity_measure(self.checkpoint, self.base, device=device(), progress=self.report)
+        measure = fidelity_measure(self.checkpoint, self.report)
         result = finetune(
             read_artifact(self.folder.artifact(self.start)), learned, judge, self.config, checkpoints,
-            accept=lambda artifact: bool(measure(artifact)["mean_iou"] >= self.least),
+            accept=lambda artifact: not shortfall(measure(artifact), self.least),
             reader=self.reader, device=device(), progress=self.report,
         )  # fmt: skip
         rivals = {"before": result.before, **self._served(judge)}
@@ -191,8 +192,8 @@ class _Making:
         scores = {**rivals, "after": after}
         told = ", ".join(f"{name} {one.mean:.3f}" for name, one in scores.items())
         reason = (
-            f"nothing of fidelity {self.least:.3f} was better on images it did not learn from ({told}): "
-            "the served model stays"
+            f"nothing as near to full precision as {self.least:g} of what that is to itself one grey level "
+            f"away was better on images it did not learn from ({told}): the served model stays"
         )
         return Outcome(RunState.REJECTED, error=reason)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from monailabel_dfqsam.agreement import Fidelity, in_words, shortfall
 from monailabel_dfqsam.artifact import ArtifactError, read_artifact
 from monailabel_dfqsam.memory import MemoryShortage, shortage_told
 from monailabel_dfqsam.sam import build, read_checkpoint
@@ -85,7 +86,7 @@ class Served:
         segmenter: the model.
         identity: the artifact's key, or `FULL_PRECISION`; embeddings are kept by it.
         engine: what runs its image encoder.
-        fidelity: mean mask IoU with full precision, None for full precision itself.
+        fidelity: agreement with full precision, None for full precision itself.
         preset: the preset by which it was quantized; None where it was no preset's.
         speed: of its answers since the server began.
     """
@@ -93,7 +94,7 @@ class Served:
     segmenter: Segmenter
     identity: str
     engine: str
-    fidelity: float | None = None
+    fidelity: Fidelity | None = None
     preset: str | None = None
     speed: Speed = field(default_factory=Speed)
 
@@ -276,9 +277,9 @@ class Models:
         path = self.folder.artifact(key)
         with shortage_told("the quantized model"):
             artifact = read_artifact(path, key)
-            fidelity, least = float(artifact.header["fidelity"]["mean_iou"]), self._settings.min_fidelity
-            if not fidelity >= least:
-                raise _FidelityError(f"the fidelity of {path.name}, {fidelity:.3f}, is below {least:.3f}")
+            fidelity = artifact.header["fidelity"]
+            if low := shortfall(fidelity, self._settings.min_fidelity):
+                raise _FidelityError(f"{path.name}: {low}")
             segmenter, race = load_fastest(artifact, path.with_suffix(".engines.json"))
         speed = self._speeds.setdefault(key, Speed())
         return Served(segmenter, key, race.winner.value, fidelity, artifact.header.get("preset"), speed)
@@ -292,7 +293,8 @@ class Models:
             return None
         if key == self._wanted:
             self._problem = ""
-        logger.info("Serving %s, fidelity %.3f", served.segmenter.name, served.fidelity)
+        assert served.fidelity is not None  # an artifact's
+        logger.info("Serving %s, fidelity %s", served.segmenter.name, in_words(served.fidelity))
         return served
 
     def _failed(self, error: Exception) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from monailabel_dfqsam.agreement import shortfall
 from monailabel_dfqsam.artifact import ArtifactError, Header, read_artifact, write_artifact
 from monailabel_dfqsam.config import QuantizationConfig
 from monailabel_dfqsam.identity import artifact_key
@@ -72,10 +73,9 @@ def publish(header: Header, own: str, settings: Settings, folder: ModelFolder) -
     Args:
         own: `default_key` when the run began.
     """
-    fidelity, least = float(header["fidelity"]["mean_iou"]), settings.min_fidelity
-    if not fidelity >= least:
-        reason = f"fidelity {fidelity:.3f} is below {least:.3f}: the served model stays"
-        return Outcome(RunState.REJECTED, fidelity, reason)
+    fidelity = header["fidelity"]
+    if low := shortfall(fidelity, settings.min_fidelity):
+        return Outcome(RunState.REJECTED, fidelity, f"{low}: the served model stays")
     folder.publish(header["key"], own)
     return Outcome(RunState.PUBLISHED, fidelity)
 

@@ -17,6 +17,8 @@ from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import Any
 
+from monailabel_dfqsam.agreement import Fidelity
+
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -58,7 +60,7 @@ class Run:
         step, steps: how much of the stage is done.
         seconds: since its process began to work.
         key: of the artifact it makes, "" before that is known.
-        fidelity: mean mask IoU with full precision, 0 … 1, where it was measured.
+        fidelity: agreement with full precision, where it was measured.
         error: why it was not published, a sentence, or "".
         pid: of its process, None before there is one.
         began: when that process began, seconds after the machine's start; None as long as `pid` is.
@@ -75,7 +77,7 @@ class Run:
     steps: int = 1
     seconds: float = 0.0
     key: str = ""
-    fidelity: float | None = None
+    fidelity: Fidelity | None = None
     error: str = ""
     pid: int | None = None
     began: float | None = None
@@ -89,7 +91,7 @@ class Run:
             return replace(self, created=moment.isoformat(timespec="microseconds"))
         return self
 
-    def end(self, state: RunState, error: str = "", fidelity: float | None = None) -> Run:
+    def end(self, state: RunState, error: str = "", fidelity: Fidelity | None = None) -> Run:
         """The record of this run ended now."""
         return replace(self, state=state, error=error, fidelity=fidelity, ended=_now())
 
@@ -115,7 +117,9 @@ def run_from_json(values: Any) -> Run:
     whole = isinstance(values, dict) and set(values) | {"began"} == names
     if not whole or not is_run_id(values["id"]):
         raise ValueError("this is not the record of a run")
-    return Run(**{**values, "state": RunState(values["state"])})
+    # Those of earlier versions say a mean without its yardstick.
+    fidelity = values["fidelity"] if isinstance(values["fidelity"], dict) else None
+    return Run(**{**values, "state": RunState(values["state"]), "fidelity": fidelity})
 
 
 def is_run_id(text: object) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from monailabel_dfqsam.agreement import Fidelity, in_words
 from monailabel_dfqsam.server.runs.folder import ModelFolder
 from monailabel_dfqsam.server.runs.parent import began, exit_with_parent
 from monailabel_dfqsam.server.runs.record import Run, RunState
@@ -32,7 +33,7 @@ class Outcome(NamedTuple):
     """How a run ended, in the words of its record; a published one has a fidelity, any other an error."""
 
     state: RunState
-    fidelity: float | None = None
+    fidelity: Fidelity | None = None
     error: str = ""
 
 
@@ -67,8 +68,8 @@ class Reporter:
     def end(self, outcome: Outcome) -> None:
         """The last line: how it ended."""
         self._keep(lambda run: run.end(outcome.state, outcome.error, outcome.fidelity))
-        told = outcome.error or f"fidelity {outcome.fidelity:.3f}"
-        say(f"{outcome.state.value} after {self.run.seconds} s, {told}")
+        ended = outcome.error or (outcome.fidelity and f"fidelity {in_words(outcome.fidelity)}")
+        say(f"{outcome.state.value} after {self.run.seconds} s, {ended}")
 
     def _update(self, **changes: Any) -> None:
         self._keep(lambda run: replace(run, **changes))

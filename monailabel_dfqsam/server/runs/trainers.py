@@ -59,7 +59,7 @@ class Trainer(TrainTask):  # type: ignore[misc]
             **told,
             "epoch": told.pop("step"),
             "total_epochs": told.pop("steps"),
-            "best_metric": round(run.fidelity or 0.0, 4),
+            "best_metric": round(run.fidelity["mean_iou"], 4) if run.fidelity else 0.0,
         }
         return {**found, "total_time": run.seconds} if run.state.ended else found
 
