@@ -121,6 +121,7 @@ class Header(TypedDict):
         layers: quantized layers by name.
         attention_bits: of attention's products, 0 for floats.
         macs, bops, bops_float: multiplications of one image's embedding, and bit operations.
+        four_bit: share of the multiplications whose weights have 4 bits, 0 … 1.
         created: ISO 8601 in UTC.
         seconds: that making it took.
         finetuning: what it was fine-tuned on, and its scores.
@@ -142,6 +143,7 @@ class Header(TypedDict):
     macs: int
     bops: int
     bops_float: int
+    four_bit: NotRequired[float]
     versions: dict[str, str]
     fidelity: Fidelity
     created: str
@@ -163,16 +165,20 @@ class Artifact:
 
     @property
     def label(self) -> str:
-        """What this is in a few letters: what all Linears of the encoder are, like 'W4A4', or 'mixed'."""
-        forms = layer_forms(self.header)
-        variant = VARIANTS.get(self.header["variant"])
-        names = (
-            linears(variant)
-            if variant is not None
-            else {name for name, entry in self.header["layers"].items() if "geometry" not in entry}
-        )
-        found = {str(forms.get(name, KEPT)) for name in names}
-        return found.pop() if len(found) == 1 else "mixed"
+        """`label` of the header."""
+        return label(self.header)
+
+
+def label(header: Header) -> str:
+    """What an artifact is in a few letters: what all Linears of the encoder are, like 'W4A4', or 'mixed'."""
+    forms = layer_forms(header)
+    variant = VARIANTS.get(header["variant"])
+    if variant is not None:
+        names = set(linears(variant))
+    else:
+        names = {name for name, entry in header["layers"].items() if "geometry" not in entry}
+    found = {str(forms.get(name, KEPT)) for name in names}
+    return found.pop() if len(found) == 1 else "mixed"
 
 
 def layer_forms(header: Header) -> dict[str, Form]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
+
+AUTO = "auto"
+"""The fidelity that full precision has to itself one grey level away."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all); a stage is one word: 'synthesis', 'fidelity' …"""
@@ -27,6 +30,7 @@ class Calibration(str, Enum):
 
     SYNTHETIC = "synthetic"  # out of the model's own weights
     GAUSSIAN = "gaussian"  # plain noise, the paper's baseline
+    NONE = "none"  # none but those that a recipe draws
     FOLDER = "folder"  # images on disk, the paper's 'real data' row
 
 
@@ -40,19 +44,24 @@ class EngineKind(str, Enum):
 
 
 class Preset(str, Enum):
-    """How much is done for fidelity: `fast` fits a server's start, `best` takes minutes."""
+    """How a model is quantized; docs/accuracy says what each part brings."""
 
-    FAST = "fast"
-    BEST = "best"
+    FAST = "fast"  # each layer in a form of its own, ranges at run time; fits a server's start
+    BEST = "best"  # the same on more images
+    STATIC = "static"  # fixed ranges, one scale a channel, as the GPU kernels multiply
+    PAPER = "paper"  # as published
 
     @property
     def config(self) -> QuantizationConfig:
-        """W4A4 as this preset makes it; docs/accuracy/beyond_the_paper.md says what each part brings."""
-        images, recipe = {
-            Preset.FAST: (1, Recipe(views=16, compensate=True)),
-            Preset.BEST: (4, Recipe(views=16, compensate=True)),
-        }[self]
-        return QuantizationConfig(images=images, recipe=recipe, synthesis=SynthesisConfig(iterations=300))
+        """What it stands for."""
+        if self is Preset.PAPER:
+            return QuantizationConfig()
+        synthesis = SynthesisConfig(iterations=300)
+        if self is Preset.STATIC:
+            return QuantizationConfig(synthesis=synthesis, recipe=Recipe(views=16, compensate=True))
+        images, views, drawn = (1, 4, 20) if self is Preset.FAST else (4, 4, 40)
+        recipe = Recipe(views=views, compensate=True, run_time=True, drawn=drawn)
+        return QuantizationConfig(None, fidelity=AUTO, images=images, synthesis=synthesis, recipe=recipe)
 
 
 @dataclass(frozen=True)
@@ -104,16 +113,23 @@ class Recipe:
             without it, one range a tensor from the start.
         views: of each image, to calibrate on in its place: shifted, enlarged, blurred, cut out;
             0 for the images as they are.
-        compensate: quantizes the blocks' Linears one after another, each made to undo what was lost before
-            it, on the images as quantization left them; without it, each by itself to the nearest integers.
+        compensate: quantizes layers one after another, each made to undo what was lost before it, on the
+            images as quantization left them; without it, each by itself to the nearest integers.
+        run_time: ranges of activations are found at run time, for each token, and 4-bit weights go in groups;
+            nothing is reparameterized then.
+        drawn: pictures to calibrate on beside the images: phantoms, scattered shapes, clouds.
     """
 
     reparameterize: bool = True
     views: int = 0
     compensate: bool = False
+    run_time: bool = False
+    drawn: int = 0
 
     def __post_init__(self) -> None:
         _require(0 <= self.views <= 256, "views must be 0 to 256", self.views)
+        _require(0 <= self.drawn <= 256, "drawn must be 0 to 256", self.drawn)
+        _require(self.run_time or not self.drawn, "drawn pictures go with ranges at run time", self.drawn)
 
 
 @dataclass(frozen=True)
@@ -121,7 +137,11 @@ class QuantizationConfig:
     """One way to quantize; equal configurations of one checkpoint give the same artifact.
 
     Attributes:
-        bits: of Linear weights and activations: 4, 6 or 8.
+        bits: of the weights of Linears, 4, 6 or 8 (4 or 8 with ranges at run time); None where each layer
+            has its own, by `fidelity`.
+        activation_bits: of the activations of Linears, where not the same; with ranges at run time alone.
+        fidelity: the agreement to keep, mean IoU with full precision, 0 … 1, by the cheapest forms of layers
+            that do; `AUTO` for what full precision has to itself one grey level away, mean and median.
         images: how many calibration images.
         seed: of every random choice.
         folder: images to calibrate on, for `Calibration.FOLDER` alone.
@@ -130,7 +150,7 @@ class QuantizationConfig:
         ValueError: for values outside these; the message names the field and what it may be.
     """
 
-    bits: int = 4
+    bits: int | None = 4
     policy: Policy = Policy.DEPLOY
     calibration: Calibration = Calibration.SYNTHETIC
     images: int = 1
@@ -138,15 +158,71 @@ class QuantizationConfig:
     folder: str | None = None
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     recipe: Recipe = field(default_factory=Recipe)
+    activation_bits: int | None = None
+    fidelity: float | str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.bits in (4, 6, 8), "bits must be 4, 6 or 8", self.bits)
+        self._check_bits()
         _require(1 <= self.images <= 256, "images must be 1 to 256", self.images)
         _require(self.seed >= 0, "seed must not be negative", self.seed)
         with_folder = self.calibration is Calibration.FOLDER
         _require(
             with_folder == (self.folder is not None), "calibration 'folder' goes with a folder", self.folder
         )
+
+    def _check_bits(self) -> None:
+        run_time = self.recipe.run_time
+        if self.fidelity is not None:
+            known = self.fidelity == AUTO or (not isinstance(self.fidelity, str) and 0 < self.fidelity <= 1)
+            _require(known, "fidelity must be 'auto' or a number above 0, at most 1", self.fidelity)
+            _require(self.bits is None, "bits are not chosen where a fidelity is", self.bits)
+            _require(run_time, "a fidelity to keep goes with the presets 'fast' and 'best'", self.fidelity)
+        else:
+            allowed = (4, 8) if run_time else (4, 6, 8)
+            _require(self.bits in allowed, f"bits must be {_in_words(allowed)}", self.bits)
+        deploy = self.policy is Policy.DEPLOY
+        _require(
+            deploy or not run_time, "policy 'paper' goes with the presets 'static' and 'paper'", run_time
+        )
+        own = self.activation_bits
+        free = own is None or (run_time and self.bits is not None and own in (4, 8) and own >= self.bits)
+        _require(free, "activation_bits must be 4 or 8, not less than bits, with ranges at run time", own)
+
+    def changed(
+        self,
+        *,
+        preset: Preset | None = None,
+        bits: int | str | None = None,
+        fidelity: float | str | None = None,
+        iterations: int | None = None,
+        **fields: Any,
+    ) -> QuantizationConfig:
+        """The same with what is chosen.
+
+        Args:
+            preset: brings its own of all but seed and calibration; policy `paper` brings the preset `paper`.
+            bits: `AUTO` leaves each layer's to the fidelity to keep.
+            fidelity: of no account where `bits` is a number.
+            iterations: of the synthesis.
+            fields: of the configuration, by name; None leaves one as it was.
+
+        Raises:
+            ValueError: for values that do not go together; the message says what does.
+        """
+        chosen: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+        if preset is None and chosen.get("policy") is Policy.PAPER and self.recipe.run_time:
+            preset = Preset.PAPER
+        base = self
+        if preset is not None:
+            base = preset.config
+            chosen = {"calibration": self.calibration, "folder": self.folder, "seed": self.seed, **chosen}
+        if bits is not None and bits != AUTO:
+            chosen |= {"bits": bits, "fidelity": None}
+        elif bits == AUTO or fidelity is not None:
+            chosen |= {"bits": None, "activation_bits": None, "fidelity": fidelity or base.fidelity or AUTO}
+        if iterations is not None:
+            chosen["synthesis"] = replace(base.synthesis, iterations=iterations)
+        return replace(base, **chosen)
 
     @property
     def preset(self) -> Preset | None:
@@ -191,6 +267,11 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         _require(1 <= self.max_epochs <= 1000, "max_epochs must be 1 to 1000", self.max_epochs)
         _require(self.seed >= 0, "seed must not be negative", self.seed)
+
+
+def _in_words(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}"
 
 
 def _require(condition: bool, message: str, value: Any) -> None:

@@ -32,11 +32,15 @@ from monailabel_dfqsam.artifact import (
 )
 from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, SynthesisConfig, silent
 from monailabel_dfqsam.engines import layer_by_layer, load_encoder
+from monailabel_dfqsam.faithful import quantize_faithfully
 from monailabel_dfqsam.fidelity import FidelityTest
 from monailabel_dfqsam.identity import ALGORITHM, artifact_key, calibration_pictures
+from monailabel_dfqsam.pretraining.drawings import drawing
 from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder, calibrate, quantizable
 from monailabel_dfqsam.quantization.cost import encoder_cost
+from monailabel_dfqsam.quantization.mixed import linear_form, quantize_mixed, uniform_forms
+from monailabel_dfqsam.quantization.views import views
 from monailabel_dfqsam.sam.checkpoint import Checkpoint
 from monailabel_dfqsam.sam.encoder import ImageEncoder
 from monailabel_dfqsam.sam.model import Sam, build
@@ -90,36 +94,72 @@ def quantize(
         ValueError: when the checkpoint does not fit its model, or a calibration folder holds no image.
     """
     started = time.monotonic()
-    device = device or torch.device("cpu")
     sam = build(checkpoint)
-    ceiling = phantom_entropies(sam) if config.synthesis.bounded else None
-    synthesis = None
-    if config.calibration is Calibration.SYNTHETIC:
-        synthesis = _synthesize(sam, config.synthesis, config.images, config.seed, ceiling, device, progress)
-        images = synthesis.images
-    elif config.calibration is Calibration.GAUSSIAN:
-        images = gaussian_images(checkpoint.variant, config.images, config.seed)
-    else:
-        assert config.folder is not None
-        images = folder_images(checkpoint.variant, Path(config.folder), config.images)
-    quantized = calibrate(sam.image_encoder, images, config.bits, config.policy, config.recipe, progress)
-    artifact = pack(checkpoint, config, sam, quantized, images)
+    images, synthesis = _images(sam, config, device or torch.device("cpu"), progress)
+    drawn = drawn_images(checkpoint.variant, config.recipe.drawn, config.seed)
+    seen = torch.cat([images, drawn])
+    test = FidelityTest(sam, progress)
+
+    def measured(quantized: QuantizedEncoder) -> tuple[Artifact, Fidelity]:
+        artifact = pack(checkpoint, config, sam, quantized, seen)
+        return artifact, _fidelity(test, artifact)
+
+    artifact, fidelity = _quantized(sam, images, drawn, config, measured, progress)
     header: Header = {
         **artifact.header,
-        "fidelity": _fidelity(FidelityTest(sam, progress), artifact),
+        "fidelity": fidelity,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 2),
     }
-    kinds = {config.calibration.value: images}
-    if config.calibration is not Calibration.GAUSSIAN:
-        kinds["gaussian"] = gaussian_images(checkpoint.variant, len(images), config.seed)
+    kinds = {config.calibration.value: images, "drawn": drawn}
+    kinds["gaussian"] = gaussian_images(checkpoint.variant, max(1, len(images)), config.seed)
     return QuantizationResult(
         artifact=replace(artifact, header=header),
         synthesis=synthesis,
-        calibration_images=images,
-        layer_errors=layer_errors(sam.image_encoder, artifact, images[:1]),
-        measures={kind: measure(sam, group, _auxiliary(sam.variant)) for kind, group in kinds.items()},
+        calibration_images=seen,
+        layer_errors=layer_errors(sam.image_encoder, artifact, (seen if len(seen) else test.images)[:1]),
+        measures={
+            kind: measure(sam, group, _auxiliary(sam.variant)) for kind, group in kinds.items() if len(group)
+        },
     )
+
+
+def _images(
+    sam: Sam, config: QuantizationConfig, device: torch.device, progress: Progress
+) -> tuple[Tensor, Synthesis | None]:
+    """The images to calibrate on, [N, 3, S, S], and how they came to be if they were synthesized."""
+    variant = sam.variant
+    if config.calibration is Calibration.SYNTHETIC:
+        ceiling = phantom_entropies(sam) if config.synthesis.bounded else None
+        synthesis = _synthesize(sam, config.synthesis, config.images, config.seed, ceiling, device, progress)
+        return synthesis.images, synthesis
+    if config.calibration is Calibration.GAUSSIAN:
+        return gaussian_images(variant, config.images, config.seed), None
+    if config.calibration is Calibration.NONE:
+        return torch.empty(0, 3, variant.input_size, variant.input_size), None
+    assert config.folder is not None
+    return folder_images(variant, Path(config.folder), config.images), None
+
+
+def _quantized(
+    sam: Sam,
+    images: Tensor,
+    drawn: Tensor,
+    config: QuantizationConfig,
+    measure: Callable[[QuantizedEncoder], tuple[Artifact, Fidelity]],
+    progress: Progress,
+) -> tuple[Artifact, Fidelity]:
+    encoder, recipe = sam.image_encoder, config.recipe
+    if not recipe.run_time:
+        assert config.bits is not None
+        return measure(calibrate(encoder, images, config.bits, config.policy, recipe, progress))
+    images = torch.cat([views(images, recipe.views), drawn])
+    if config.fidelity is not None:
+        return quantize_faithfully(encoder, sam.variant, images, config.fidelity, measure, progress)
+    assert config.bits is not None
+    linear = linear_form(config.bits, config.activation_bits or config.bits)
+    forms = uniform_forms(encoder, linear)
+    return measure(quantize_mixed(encoder, images if recipe.compensate else images[:0], forms, progress))
 
 
 def fidelity_measure(checkpoint: Checkpoint, progress: Progress = silent) -> Callable[[Artifact], Fidelity]:
@@ -136,6 +176,12 @@ def gaussian_images(variant: Variant, count: int, seed: int) -> Tensor:
     """[N, 3, S, S] standard normal noise in the model's normalised space, the paper's baseline."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, variant.input_size, variant.input_size, generator=generator)
+
+
+def drawn_images(variant: Variant, count: int, seed: int) -> Tensor:
+    """[N, 3, S, S] float32, normalised: phantoms, scattered shapes and clouds, preprocessed as images are."""
+    drawn = [to_input(variant, drawing(index, seed))[0] for index in range(count)]
+    return torch.cat(drawn) if drawn else torch.empty(0, 3, variant.input_size, variant.input_size)
 
 
 def phantom_images(variant: Variant, seeds: Iterable[int]) -> Tensor:
@@ -269,6 +315,7 @@ def pack(
         "macs": cost.macs,
         "bops": cost.bops,
         "bops_float": cost.bops_float,
+        "four_bit": cost.four_bit,
         "versions": {
             "monailabel-dfqsam": __version__,
             "torch": torch.__version__,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from monailabel_dfqsam.agreement import in_words
-from monailabel_dfqsam.config import Calibration, Policy, Preset, QuantizationConfig
+from monailabel_dfqsam.config import AUTO, Calibration, Policy, Preset, QuantizationConfig
 from monailabel_dfqsam.console import JsonFlag, errors, plain_errors, print_rows, progress_bars
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 
@@ -28,12 +27,29 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    bits: Annotated[int, typer.Option(help="Of linear weights and activations: 4, 6 or 8.")] = 4,
+    fidelity: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|F",
+            help="The agreement with full precision to keep, by the cheapest form of each layer: a mean IoU, or "
+            "auto, what full precision has to itself when every pixel moves by one grey level.",
+        ),
+    ] = AUTO,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Of all linear weights and activations instead: 4, 6 or 8.", show_default=False
+        ),
+    ] = None,
     policy: Annotated[
         Policy, typer.Option(help="What is quantized; every engine runs 'deploy'.")
     ] = Policy.DEPLOY,
     calibration: Annotated[
-        str, typer.Option(metavar="synthetic|gaussian|DIR", help="Where calibration images come from.")
+        str,
+        typer.Option(
+            metavar="synthetic|gaussian|none|DIR",
+            help="Where calibration images come from; fast and best draw pictures beside them.",
+        ),
     ] = "synthetic",
     images: Annotated[
         int | None,
@@ -44,12 +60,14 @@ def quantize(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     preset: Annotated[
-        Preset,
+        Preset | None,
         typer.Option(
-            help="How much is done for fidelity: fast synthesizes 1 image, best 4; both in 300 steps each, "
-            "see 16 views of each, and let layers make up for the error of those before them."
+            help="fast: each layer's bits by the fidelity to keep, ranges at run time, on 1 synthesized image and "
+            "20 drawn ones; best: on 4 and 40; static: fixed ranges, as GPU kernels multiply; paper: as "
+            "published.",
+            show_default="fast",
         ),
-    ] = Preset.FAST,
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Quantizes a checkpoint out of its own weights and writes the artifact and its report.
@@ -57,7 +75,9 @@ def quantize(
     The same checkpoint and options always make the same <key>: when that file is there, nothing is done.
     """
     with plain_errors():
-        config = _configuration(bits, policy, calibration, images, iterations, seed, preset)
+        config = _configuration(
+            calibration, preset=preset, bits=bits, fidelity=fidelity, policy=policy, images=images, iterations=iterations, seed=seed
+        )
         from monailabel_dfqsam.artifact import read_header
         from monailabel_dfqsam.identity import artifact_key
         from monailabel_dfqsam.sam import read_checkpoint
@@ -75,37 +95,27 @@ def quantize(
         _print_summary(summary)
 
 
-def _configuration(
-    bits: int,
-    policy: Policy,
-    calibration: str,
-    images: int | None,
-    iterations: int | None,
-    seed: int,
-    preset: Preset,
-) -> QuantizationConfig:
-    """The options as a configuration; a calibration that is neither word is a folder."""
+def _configuration(calibration: str, *, fidelity: str, **chosen: Any) -> QuantizationConfig:
+    """The options as a configuration; a calibration that is no word for one is a folder."""
     folder = None
-    if calibration in (Calibration.SYNTHETIC.value, Calibration.GAUSSIAN.value):
+    if calibration in (kind.value for kind in Calibration if kind is not Calibration.FOLDER):
         kind = Calibration(calibration)
     elif Path(calibration).is_dir():
         kind, folder = Calibration.FOLDER, str(Path(calibration).resolve())
     else:
         raise ValueError(
-            f"--calibration must be synthetic, gaussian or a folder of images, not '{calibration}'"
+            f"--calibration must be synthetic, gaussian, none or a folder of images, not '{calibration}'"
         )
-    base = preset.config
-    steps = base.synthesis.iterations if iterations is None else iterations
-    return replace(
-        base,
-        bits=bits,
-        policy=policy,
-        calibration=kind,
-        images=base.images if images is None else images,
-        seed=seed,
-        folder=folder,
-        synthesis=replace(base.synthesis, iterations=steps),
+    return Preset.FAST.config.changed(
+        fidelity=_fidelity(fidelity), calibration=kind, folder=folder, **chosen
     )
+
+
+def _fidelity(text: str) -> float | str:
+    try:
+        return AUTO if text == AUTO else float(text)
+    except ValueError:
+        raise ValueError(f"--fidelity must be auto or a number above 0, at most 1, not '{text}'") from None
 
 
 def _is_whole(path: Path) -> bool:
@@ -139,13 +149,16 @@ def _quantize_into(out: Path, path: Path, source: Checkpoint, config: Quantizati
 
 
 def _summary(header: Header, path: Path, made: bool) -> dict[str, Any]:
+    from monailabel_dfqsam.artifact import label
+
     return {
         "artifact": str(path),
         "report": str(report) if (report := path.with_suffix(".html")).is_file() else None,
         "key": header["key"],
         "made": made,
         "model": header["variant"],
-        "bits": header["config"]["bits"],
+        "form": label(header),
+        "four_bit": header.get("four_bit"),
         "policy": header["config"]["policy"],
         "preset": header.get("preset"),
         "fidelity": header["fidelity"],
@@ -163,7 +176,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     earlier = "" if summary["made"] else ", in an earlier run: nothing was to do now"
     print_rows(
         {
-            "model": f"{summary['model']}, W{summary['bits']}A{summary['bits']}, policy {summary['policy']}",
+            "model": f"{summary['model']}, {summary['form']}, policy {summary['policy']}",
             "fidelity": in_words(fidelity),
             "size": f"{in_bytes(before)} in 32-bit float → {in_bytes(after)} ({before / after:.1f}×)",
             "bit operations": f"{in_thousands(bops_float)} → {in_thousands(bops)} ({bops_float / bops:.0f}×)",

@@ -67,7 +67,8 @@ def _noise(g: Generator, size: int, exponent: float) -> Tensor:
     frequency[0, 0] = torch.inf
     waves = torch.view_as_complex(torch.randn(*frequency.shape, 2, generator=g)) * frequency**-exponent
     image = torch.fft.irfft2(waves, s=(size, size))
-    return (image - image.mean()) / image.std()
+    normal: Tensor = (image - image.mean()) / image.std()
+    return normal
 
 
 def _appearance(g: Generator, image: Tensor) -> Tensor:

@@ -22,15 +22,20 @@ from monailabel_dfqsam.quantization.compensate import (
     compensate,
     compensated,
 )
+from monailabel_dfqsam.quantization.cost import KEPT
 from monailabel_dfqsam.quantization.modules import Call, put_module, run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import RunTime
 from monailabel_dfqsam.quantization.reparameterize import keep_padding
 from monailabel_dfqsam.sam.encoder import ImageEncoder
 
-KEPT = Form(16, 16)
 W8A8 = Form(8, 8)
 W4A8 = Form(4, 8, grouped=True)
 W4A4 = Form(4, 4, grouped=True)
+
+
+def linear_form(weight_bits: int, activation_bits: int) -> Form:
+    """The form of so many bits with ranges at run time."""
+    return Form(weight_bits, activation_bits, grouped=weight_bits == 4)
 
 
 def possible_forms(encoder: ImageEncoder) -> dict[str, tuple[Form, ...]]:

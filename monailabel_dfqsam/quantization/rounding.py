@@ -142,7 +142,8 @@ def _spread(gram: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
     matrix.diagonal().add_(_damping(gram))
     matrix = torch.linalg.cholesky(matrix)
     unit = torch.eye(len(gram), dtype=torch.float64)
-    return torch.linalg.solve_triangular(matrix, unit, upper=False).to(dtype).flip(0, 1)
+    spread: Tensor = torch.linalg.solve_triangular(matrix, unit, upper=False).to(dtype).flip(0, 1)
+    return spread
 
 
 def _error(weight: Tensor, integers: Tensor, scale: Tensor, gram: Tensor) -> Tensor:

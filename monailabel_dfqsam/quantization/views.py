@@ -29,7 +29,7 @@ def views(images: Tensor, count: int) -> Tensor:
     Returns:
         [N·count, 3, S, S] float32, or [N, 3, S, S] for no views.
     """
-    if count == 0:
+    if count == 0 or len(images) == 0:
         return images
     generator = torch.Generator().manual_seed(0)
     low, high = images.amin((0, 2, 3)).view(3, 1, 1), images.amax((0, 2, 3)).view(3, 1, 1)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
+from monailabel_dfqsam.artifact import label
 from monailabel_dfqsam.config import Calibration, Policy
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
@@ -76,7 +77,7 @@ def _context(result: QuantizationResult, checkpoint: Checkpoint) -> dict[str, An
     return {
         **_headline(header),
         "model": checkpoint.variant.name,
-        "precision": f"W{config['bits']}A{config['bits']}",
+        "precision": label(header),
         "policy": Policy(config["policy"]).value,
         "policy_words": POLICY_WORDS[Policy(config["policy"])],
         **_calibration_words(calibration, len(result.calibration_images)),

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from monailabel_dfqsam.config import Preset, QuantizationConfig
+from monailabel_dfqsam.config import AUTO, Preset, QuantizationConfig
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED, CheckpointError, find_checkpoint
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.server.answers.request import WINDOWS
-from monailabel_dfqsam.server.gate.options import OptionError, Options, Whole, between, read
+from monailabel_dfqsam.server.gate.options import Number, OptionError, Options, Whole, between, read
 
 DEFAULT_LABELS = ("organ", "lesion", "vessel", "bone", "other")
 MAX_ITERATIONS = 100_000
@@ -56,11 +56,32 @@ class Settings:
     max_upload_mb: int = 4096
 
 
+def _bits(value: Any) -> Any:
+    try:
+        return AUTO if value == AUTO else _WHOLE.validate_python(value)
+    except ValidationError:
+        raise ValueError("auto or a whole number is expected") from None
+
+
+def _fidelity(value: Any) -> Any:
+    try:
+        return AUTO if value == AUTO else _NUMBER.validate_python(value)
+    except ValidationError:
+        raise ValueError("auto or a number is expected") from None
+
+
+_WHOLE: TypeAdapter[int] = TypeAdapter(Whole)
+_NUMBER: TypeAdapter[float] = TypeAdapter(Number)
+Bits = Annotated[int | str, BeforeValidator(_bits)]
+"""Bits of Linears, or 'auto', which leaves each layer's to the fidelity to keep."""
+
+
 class QuantizingOptions(Options):
     """How to quantize, as `--conf` and `POST /train/dfqsam` both say it; None leaves it as it was."""
 
     preset: Preset | None = None
-    bits: Whole | None = None
+    bits: Bits | None = None
+    fidelity: Annotated[float | str, BeforeValidator(_fidelity)] | None = None
     images: Whole | None = None
     iterations: Annotated[Whole, between(1, MAX_ITERATIONS)] | None = None
 
@@ -70,14 +91,9 @@ class QuantizingOptions(Options):
         Raises:
             OptionError: for values that the configuration does not take.
         """
-        if self.preset is not None:
-            chosen = self.preset.config
-            base = replace(base, images=chosen.images, synthesis=chosen.synthesis, recipe=chosen.recipe)
-        if self.iterations is not None:
-            base = replace(base, synthesis=replace(base.synthesis, iterations=self.iterations))
-        own = self.model_dump(exclude_none=True, include={field.name for field in fields(base)})
+        names = {"preset", "iterations", *(field.name for field in fields(base))}
         try:
-            return replace(base, **own)
+            return base.changed(**self.model_dump(exclude_none=True, include=names))
         except ValueError as error:
             raise OptionError(str(error)) from None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from monailabel_dfqsam.agreement import shortfall
-from monailabel_dfqsam.artifact import Header, read_header
+from monailabel_dfqsam.artifact import Header, label, read_header
 from monailabel_dfqsam.server.runs import finetuning, quantizing
 from monailabel_dfqsam.server.runs.folder import is_key
 from monailabel_dfqsam.server.runs.models import Models, Speed
@@ -134,14 +134,15 @@ def _size(path: Path) -> int | None:
 
 def _summary(key: str, header: Header, least: float) -> dict[str, Any]:
     config, fidelity = header["config"], header["fidelity"]
-    options = {name: config[name] for name in ("bits", "policy", "calibration", "images", "seed")}
+    options = {name: config[name] for name in ("fidelity", "policy", "calibration", "images", "seed")}
+    options |= {"bits": config["bits"] or AUTO}
     learned = header.get("finetuning")
     if learned:
         options["labels"] = learned["labels"]
         options.update({name: learned["config"][name] for name in ("sampling", "seed")})
     return {
         "key": key,
-        "name": f"W{config['bits']}A{config['bits']}",
+        "name": label(header),
         "trainer": finetuning.NAME if learned else quantizing.NAME,
         "options": {
             **options,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
 from monailabel_dfqsam.config import (
+    AUTO,
     Calibration,
     FinetuneConfig,
     Policy,
@@ -18,7 +18,7 @@ from monailabel_dfqsam.config import (
 )
 from monailabel_dfqsam.sam.checkpoint import CheckpointError, check_checkpoint
 from monailabel_dfqsam.server.gate.options import OptionError, Options, Read, Whole, between, read
-from monailabel_dfqsam.server.settings import QuantizingOptions, Settings
+from monailabel_dfqsam.server.settings import Bits, QuantizingOptions, Settings
 
 # What MONAI Label, Slicer and OHIF add to every request; none of it concerns a trainer.
 _ADDED_BY_CLIENTS = frozenset({"model", "client_id", "device", "gpus", "multi_gpu", "local_rank", "name"})
@@ -27,13 +27,13 @@ _ADDED_BY_CLIENTS = frozenset({"model", "client_id", "device", "gpus", "multi_gp
 class _Quantize(QuantizingOptions):
     policy: Policy | None = None
     # Images of a folder are not among them: a request names no path.
-    calibration: Annotated[Literal["synthetic", "gaussian"], AfterValidator(Calibration)] | None = None
+    calibration: Annotated[Literal["synthetic", "gaussian", "none"], AfterValidator(Calibration)] | None = None
     seed: Whole | None = None
     checkpoint: str | None = None
 
 
 class _Finetune(Options):
-    bits: Whole | None = None
+    bits: Bits | None = None
     sampling: Sampling = Sampling.BALANCED
     max_epochs: Annotated[Whole, between(1, 1000)] = FinetuneConfig.max_epochs
     seed: Annotated[Whole, between(0, 2**63 - 1)] = FinetuneConfig.seed
@@ -43,9 +43,10 @@ def defaults(settings: Settings) -> dict[str, Any]:
     """The options as a viewer shows them: a list is a choice whose first item is taken."""
     config = settings.quantization
     return {
-        "bits": _first(str(config.bits), ["4", "6", "8"]),
+        "bits": _first(str(config.bits or AUTO), [AUTO, "4", "8"]),
+        "fidelity": str(config.fidelity or AUTO),
         "policy": [policy.value for policy in Policy],
-        "calibration": [Calibration.SYNTHETIC.value, Calibration.GAUSSIAN.value],
+        "calibration": [kind.value for kind in Calibration if kind is not Calibration.FOLDER],
         "iterations": config.synthesis.iterations,
         "images": config.images,
         "seed": config.seed,
@@ -80,7 +81,8 @@ def quantization_options(request: Mapping[str, Any], settings: Settings, own_nam
     given = _read(_Quantize, request, own_name)
     config, checkpoint = _chosen(given, settings)
     return {
-        "bits": config.bits,
+        "bits": config.bits or AUTO,
+        "fidelity": config.fidelity or AUTO,
         "policy": config.policy.value,
         "calibration": config.calibration.value,
         "iterations": config.synthesis.iterations,
@@ -96,7 +98,7 @@ def finetuning_options(request: Mapping[str, Any], settings: Settings, own_name:
     """The same for fine-tuning and `read_finetuning`."""
     start, config = read_finetuning(request, settings, own_name)
     return {
-        "bits": start.bits,
+        "bits": start.bits or AUTO,
         "sampling": config.sampling.value,
         "max_epochs": config.max_epochs,
         "seed": config.seed,
@@ -106,7 +108,7 @@ def finetuning_options(request: Mapping[str, Any], settings: Settings, own_name:
 def finetuning_defaults(settings: Settings) -> dict[str, Any]:
     """The options of fine-tuning as a viewer shows them."""
     return {
-        "bits": _first(str(_finetuned_bits(settings)), ["4", "8"]),
+        "bits": _first(str(_finetuned_bits(settings)), [AUTO, "4", "8"]),
         "sampling": [sampling.value for sampling in Sampling],
         "max_epochs": FinetuneConfig.max_epochs,
         "seed": FinetuneConfig.seed,
@@ -126,9 +128,12 @@ def read_finetuning(
     """
     given = _read(_Finetune, request, own_name)
     bits = _finetuned_bits(settings) if given.bits is None else given.bits
-    if bits not in (4, 8):
-        raise OptionError(f"bits must be 4 or 8, not {bits}")
-    start = replace(settings.quantization, bits=bits)
+    if bits not in (AUTO, 4, 8):
+        raise OptionError(f"bits must be auto, 4 or 8, not {bits}")
+    try:
+        start = settings.quantization.changed(bits=bits)
+    except ValueError as error:  # the server's own way of quantizing has none to choose
+        raise OptionError(str(error)) from None
     return start, FinetuneConfig(sampling=given.sampling, max_epochs=given.max_epochs, seed=given.seed)
 
 
@@ -152,9 +157,10 @@ def _checkpoint(name: str | None, settings: Settings) -> Path:
     return path
 
 
-def _finetuned_bits(settings: Settings) -> int:
+def _finetuned_bits(settings: Settings) -> int | str:
     """The server's own where fine-tuning takes these, the next more otherwise."""
-    return 4 if settings.quantization.bits == 4 else 8
+    own = settings.quantization.bits
+    return AUTO if own is None else 4 if own == 4 else 8
 
 
 def _read(model: type[Read], request: Mapping[str, Any], own_name: str) -> Read:

@@ -1,0 +1,93 @@
+"""The cheapest forms of an encoder's layers that keep a fidelity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+from monailabel_dfqsam.agreement import Fidelity
+from monailabel_dfqsam.config import AUTO, Progress
+from monailabel_dfqsam.engines.rates import seconds
+from monailabel_dfqsam.ops import Form
+from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder
+from monailabel_dfqsam.quantization.cost import KEPT, layer_costs
+from monailabel_dfqsam.quantization.mixed import harm, possible_forms, quantize_mixed
+from monailabel_dfqsam.quantization.precision import chosen, farthest, ladder
+from monailabel_dfqsam.sam.encoder import ImageEncoder
+from monailabel_dfqsam.sam.variants import Variant
+
+Measured = TypeVar("Measured")
+
+HARM_IMAGES = 3
+TRIES = 7
+"""Quantizations at most; each halves how far the cheapest forms may go."""
+
+
+def quantize_faithfully(
+    encoder: ImageEncoder,
+    variant: Variant,
+    images: Tensor,
+    target: float | str,
+    measure: Callable[[QuantizedEncoder], tuple[Measured, Fidelity]],
+    progress: Progress,
+) -> tuple[Measured, Fidelity]:
+    """Quantizes as cheaply as stays faithful; where nothing else does, layers stay floats.
+
+    Cheap is the sum of two shares: of the bytes, and of this machine's time, of all layers as 16-bit floats.
+
+    Args:
+        encoder: in full precision; left as it is.
+        images: [N, 3, S, S] float32, normalised, N at least 1, to calibrate on.
+        target: as `QuantizationConfig.fidelity`.
+        measure: the fidelity of a quantized encoder, and what is made of it.
+        progress: called with the stages 'precision', 'compensation' and 'search'.
+
+    Returns:
+        what `measure` gave of the encoder chosen.
+    """
+    forms = possible_forms(encoder)
+    cost = _costs(variant, forms)
+    worthwhile = {name: tuple(cost[name]) for name in forms}
+    steps = ladder(harm(encoder, images[:: -(-len(images) // HARM_IMAGES)], worthwhile, progress), cost)
+    start = dict.fromkeys(forms, KEPT)
+
+    def made(count: int) -> tuple[Measured, Fidelity]:
+        return measure(quantize_mixed(encoder, images, chosen(start, steps[:count]), progress))
+
+    tried = 0
+
+    def reach(count: int) -> tuple[Measured, Fidelity] | None:
+        nonlocal tried
+        progress("search", tried, TRIES)
+        tried += 1
+        found = made(count)
+        return found if _reached(found[1], target) else None
+
+    found = farthest(len(steps), reach, TRIES)
+    progress("search", TRIES, TRIES)
+    return made(0) if found is None else found
+
+
+def _reached(fidelity: Fidelity, target: float | str) -> bool:
+    if target != AUTO:
+        return fidelity["mean_iou"] >= float(target)
+    itself = fidelity["grey_level"]
+    return fidelity["mean_iou"] >= itself["mean_iou"] and fidelity["median_iou"] >= itself["median_iou"]
+
+
+def _costs(variant: Variant, forms: Mapping[str, tuple[Form, ...]]) -> dict[str, dict[Form, float]]:
+    """Of each layer's forms but those that are no cheaper than a more precise one."""
+    kept = layer_costs(variant, {})
+    all_bytes = sum(layer.bytes for layer in kept.values())
+    all_seconds = sum(seconds(KEPT, layer.macs) for layer in kept.values())
+    found: dict[str, dict[Form, float]] = {}
+    for name, possible in forms.items():
+        found[name] = {}
+        for form in possible:
+            size = layer_costs(variant, {name: form})[name].bytes if form != KEPT else kept[name].bytes
+            own = size / all_bytes + seconds(form, kept[name].macs) / all_seconds
+            if own < min(found[name].values(), default=float("inf")):
+                found[name][form] = own
+    return found
