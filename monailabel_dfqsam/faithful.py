@@ -42,7 +42,7 @@ def quantize_faithfully(
         images: [N, 3, S, S] float32, normalised, N at least 1, to calibrate on.
         target: as `QuantizationConfig.fidelity`.
         measure: the fidelity of a quantized encoder, and what is made of it.
-        progress: called with the stages 'precision', 'compensation' and 'search'.
+        progress: called with the stages 'precision' and 'search'.
 
     Returns:
         what `measure` gave of the encoder chosen.
@@ -53,20 +53,22 @@ def quantize_faithfully(
     steps = ladder(harm(encoder, images[:: -(-len(images) // HARM_IMAGES)], worthwhile, progress), cost)
     start = dict.fromkeys(forms, KEPT)
 
-    def made(count: int) -> tuple[Measured, Fidelity]:
-        return measure(quantize_mixed(encoder, images, chosen(start, steps[:count]), progress))
-
     tried = 0
 
-    def reach(count: int) -> tuple[Measured, Fidelity] | None:
+    def made(count: int) -> tuple[Measured, Fidelity]:
         nonlocal tried
-        progress("search", tried, TRIES)
+
+        def searched(_: str, done: int, total: int, before: int = tried) -> None:
+            progress("search", before * total + done, (TRIES + 1) * total)
+
         tried += 1
+        return measure(quantize_mixed(encoder, images, chosen(start, steps[:count]), searched))
+
+    def reach(count: int) -> tuple[Measured, Fidelity] | None:
         found = made(count)
         return found if _reached(found[1], target) else None
 
     found = farthest(len(steps), reach, TRIES)
-    progress("search", TRIES, TRIES)
     return made(0) if found is None else found
 
 

@@ -31,15 +31,13 @@ def quantize(
         str,
         typer.Option(
             metavar="auto|F",
-            help="The agreement with full precision to keep, by the cheapest form of each layer: a mean IoU, or "
-            "auto, what full precision has to itself when every pixel moves by one grey level.",
+            help="The agreement with full precision to keep, by the cheapest form of each layer: a mean IoU, "
+            "or auto, what full precision has to itself when every pixel moves by one grey level.",
         ),
     ] = AUTO,
     bits: Annotated[
         int | None,
-        typer.Option(
-            help="Of all linear weights and activations instead: 4, 6 or 8.", show_default=False
-        ),
+        typer.Option(help="Of all linear weights and activations instead: 4, 6 or 8.", show_default=False),
     ] = None,
     policy: Annotated[
         Policy, typer.Option(help="What is quantized; every engine runs 'deploy'.")
@@ -62,8 +60,8 @@ def quantize(
     preset: Annotated[
         Preset | None,
         typer.Option(
-            help="fast: each layer's bits by the fidelity to keep, ranges at run time, on 1 synthesized image and "
-            "20 drawn ones; best: on 4 and 40; static: fixed ranges, as GPU kernels multiply; paper: as "
+            help="fast: each layer's bits by the fidelity to keep, ranges at run time, on 1 synthesized "
+            "image and 20 drawn ones; best: on 4 and 40; static: fixed ranges, as GPU kernels multiply; paper: as "
             "published.",
             show_default="fast",
         ),
@@ -76,7 +74,14 @@ def quantize(
     """
     with plain_errors():
         config = _configuration(
-            calibration, preset=preset, bits=bits, fidelity=fidelity, policy=policy, images=images, iterations=iterations, seed=seed
+            calibration,
+            preset=preset,
+            bits=bits,
+            fidelity=fidelity,
+            policy=policy,
+            images=images,
+            iterations=iterations,
+            seed=seed,
         )
         from monailabel_dfqsam.artifact import read_header
         from monailabel_dfqsam.identity import artifact_key
@@ -106,9 +111,7 @@ def _configuration(calibration: str, *, fidelity: str, **chosen: Any) -> Quantiz
         raise ValueError(
             f"--calibration must be synthetic, gaussian, none or a folder of images, not '{calibration}'"
         )
-    return Preset.FAST.config.changed(
-        fidelity=_fidelity(fidelity), calibration=kind, folder=folder, **chosen
-    )
+    return Preset.FAST.config.changed(fidelity=_fidelity(fidelity), calibration=kind, folder=folder, **chosen)
 
 
 def _fidelity(text: str) -> float | str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from monailabel_dfqsam.agreement import shortfall
 from monailabel_dfqsam.artifact import Header, label, read_header
+from monailabel_dfqsam.config import AUTO
 from monailabel_dfqsam.server.runs import finetuning, quantizing
 from monailabel_dfqsam.server.runs.folder import is_key
 from monailabel_dfqsam.server.runs.models import Models, Speed
@@ -134,8 +135,8 @@ def _size(path: Path) -> int | None:
 
 def _summary(key: str, header: Header, least: float) -> dict[str, Any]:
     config, fidelity = header["config"], header["fidelity"]
-    options = {name: config[name] for name in ("fidelity", "policy", "calibration", "images", "seed")}
-    options |= {"bits": config["bits"] or AUTO}
+    options = {name: config[name] for name in ("policy", "calibration", "images", "seed")}
+    options |= {"bits": config["bits"] or AUTO, "fidelity": config.get("fidelity")}
     learned = header.get("finetuning")
     if learned:
         options["labels"] = learned["labels"]

@@ -8,7 +8,8 @@
 const BUSY_MS = 1000, IDLE_MS = 4000;
 
 const OPTION_WORDS = {
-  bits: ["Bits", "weights, activations"],
+  bits: ["Bits", "auto: each layer's own"],
+  fidelity: ["Fidelity to keep", "auto: as one grey level"],
   policy: ["Policy", "paper: for comparison"],
   calibration: ["Calibration", "gaussian: plain noise"],
   iterations: ["Iterations", "300 quick, 1500 best"],
@@ -18,10 +19,11 @@ const OPTION_WORDS = {
 };
 const LEAST = { seed: 0 };  // other numbers begin at 1
 const STAGES = {
-  synthesis: "Synthesis", calibration: "Calibration", compensation: "Compensation", quantization: "Quantization",
-  labels: "Labels", learning: "Fine-tuning", fidelity: "Fidelity", writing: "Writing",
+  synthesis: "Synthesis", calibration: "Calibration", compensation: "Compensation", precision: "Precision",
+  search: "Search", labels: "Labels", learning: "Fine-tuning", fidelity: "Fidelity", writing: "Writing",
 };
-const OF_QUANTIZATION = ["synthesis", "calibration", "compensation", "quantization", "fidelity", "writing"];
+const OF_QUANTIZATION = ["synthesis", "fidelity", "calibration", "compensation", "writing"];
+const TO_A_FIDELITY = ["synthesis", "fidelity", "precision", "search", "writing"];
 const OF_FINE_TUNING = ["labels", "learning", "fidelity", "writing"];
 const TITLES = { dfqsam: "Quantizing", dfqsam_qat: "Fine-tuning" };
 const OUTCOMES = {
@@ -31,6 +33,7 @@ const OUTCOMES = {
 const CALIBRATION_WORDS = {
   synthetic: "Images synthesized out of the model's own weights. They show no patient: no image was read.",
   gaussian: "Plain noise, the baseline that synthesis has to be better than.",
+  none: "Drawn pictures: phantoms, scattered shapes and clouds. They show no patient: no image was read.",
   folder: "Images of a folder, which are not shown, since they may show a patient.",
 };
 
@@ -223,7 +226,7 @@ function showFields(options) {
 function showRun({ run, lines: printed }) {
   at("asked").textContent = described(run);
   const names = run.trainer !== "dfqsam" ? OF_FINE_TUNING :
-    OF_QUANTIZATION.filter((name) => name !== "synthesis" || run.options.calibration === "synthetic");
+    (run.options.bits === "auto" ? TO_A_FIDELITY : OF_QUANTIZATION).filter((name) => name !== "synthesis" || run.options.calibration === "synthetic");
   const now = names.indexOf(run.stage);
   at("stages").replaceChildren(...names.map((name, index) => {
     const item = make("li", { className: index < now ? "done" : "" }, STAGES[name]);
@@ -296,7 +299,8 @@ function cell(label, ...content) {
 
 function described({ trainer, options }, own = null) {
   const { bits, policy, calibration, iterations, images, seed, checkpoint, sampling, labels } = options;
-  const tuned = trainer !== "dfqsam", words = tuned ? [`${bits} bit`, "fine-tuned on labels", sampling] : [`${bits} bit`, policy, calibration];
+  const tuned = trainer !== "dfqsam", precision = bits === "auto" ? "each layer's own bits" : `${bits} bit`;
+  const words = tuned ? [precision, "fine-tuned on labels", sampling] : [precision, policy, calibration];
   if (labels) words.push(labels === 1 ? "1 image" : `${labels} images`);
   if (!tuned && calibration === "synthetic") words.push(`${iterations} iterations`, images === 1 ? "1 image" : `${images} images`);
   words.push(`seed ${seed}`);

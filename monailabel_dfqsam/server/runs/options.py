@@ -27,7 +27,9 @@ _ADDED_BY_CLIENTS = frozenset({"model", "client_id", "device", "gpus", "multi_gp
 class _Quantize(QuantizingOptions):
     policy: Policy | None = None
     # Images of a folder are not among them: a request names no path.
-    calibration: Annotated[Literal["synthetic", "gaussian", "none"], AfterValidator(Calibration)] | None = None
+    calibration: Annotated[Literal["synthetic", "gaussian", "none"], AfterValidator(Calibration)] | None = (
+        None
+    )
     seed: Whole | None = None
     checkpoint: str | None = None
 
