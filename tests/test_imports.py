@@ -29,7 +29,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "engines",
         "segmentation",
         "export phantom_study",
-        "fidelity",
+        "faithful fidelity",
         "pipeline",
         "finetuning",
         "server",

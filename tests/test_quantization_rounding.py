@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from monailabel_dfqsam.ops.layer import spread
 from monailabel_dfqsam.quantization.quantizer import round_weight, weight_scale
-from monailabel_dfqsam.quantization.rounding import DAMPING, round_compensating
+from monailabel_dfqsam.quantization.rounding import DAMPING, round_compensating, round_in_groups
 
 
 def _layer(outputs: int, inputs: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -76,3 +79,35 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     assert torch.isfinite(round_compensating(weight, gram, scale, 4).float()).all()
     zeros = round_compensating(weight, torch.zeros(12, 12), scale, 4)
     assert torch.equal(zeros, round_weight(weight, scale, 4).to(torch.int8))
+
+
+@settings(deadline=None, max_examples=25)
+@given(outputs=st.integers(1, 9), inputs=st.integers(1, 100), seed=st.integers(0, 1000))
+def test_groups_hold_what_4_bits_can(outputs: int, inputs: int, seed: int) -> None:
+    weight, gram = _layer(outputs, inputs, seed)
+    integers, scale, groups = round_in_groups(weight, gram)
+    assert integers.dtype == torch.int8
+    assert int(groups.multiplier.min()) >= 1
+    assert int(groups.multiplier.max()) <= 16
+    levels = groups.levels(integers)
+    assert int(levels.max()) <= 15
+    assert torch.equal(groups.weight(levels), integers)
+    # With independent inputs there is nothing to make up for: within half a step, or cut off at the ends.
+    integers, scale, groups = round_in_groups(weight, torch.eye(inputs))
+    step = spread(groups.multiplier, inputs) * scale[:, None]
+    inner = (
+        (groups.levels(integers) > 0) & (groups.levels(integers) < 15) & (integers > -112) & (integers < 112)
+    )
+    off = (integers * scale[:, None] - weight).abs()
+    assert bool((off <= step * 0.5001)[inner].all())
+
+
+def test_groups_are_nearer_than_one_scale_a_channel() -> None:
+    weight, gram = _layer(40, 128, seed=1)
+    weight[:, 5] *= 20  # an outlier in one group of each channel
+    integers, scale, _ = round_in_groups(weight, gram)
+    channel = weight_scale(weight, 4)
+    ours = _error(weight, gram, integers, scale).sum()
+    assert ours < 0.5 * _error(weight, gram, round_compensating(weight, gram, channel, 4), channel).sum()
+    simple, scale, _ = round_in_groups(weight, torch.eye(128))
+    assert ours < 0.5 * _error(weight, gram, simple, scale).sum()

@@ -84,9 +84,10 @@ def calibrate(
         blocks = encoder.attention_blocks()
         names = [f"{place}.{part}" for place, block in blocks.items() for part in block.linears]
         layers = compensate(encoder, {name: Wish(bits, ranges[name]) for name in names}, images, progress)
-    for name, module in quantizable(encoder).items():
-        if name not in layers:
-            layers[name] = quantize_layer(module, ranges[name], _bits(module, bits, policy))
+    layers = {
+        name: layers.get(name) or quantize_layer(module, ranges[name], _bits(module, bits, policy))
+        for name, module in quantizable(encoder).items()
+    }
     return QuantizedEncoder(layers, attention, bits if attention else 0, float_tensors(encoder, layers))
 
 

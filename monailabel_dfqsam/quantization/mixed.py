@@ -73,9 +73,12 @@ def quantize_mixed(
         if form != KEPT and _by_pixel(modules[name])
     }
     layers = compensate(encoder, wishes, images, progress) if len(images) else {}
-    for name, form in forms.items():
-        if form != KEPT and name not in layers:
-            layers[name] = quantize_layer(modules[name], RunTime(form.activation_bits), form.weight_bits)
+    layers = {
+        name: layers.get(name)
+        or quantize_layer(modules[name], RunTime(form.activation_bits), form.weight_bits)
+        for name, form in forms.items()
+        if form != KEPT
+    }
     return QuantizedEncoder(layers, {}, 0, float_tensors(encoder, layers))
 
 
