@@ -95,6 +95,7 @@ def test_its_phantoms_are_no_others_and_go_the_way_of_images(sam: Sam, test: Fid
         assert len({mask.tobytes() for mask in masks}) == len(masks)
 
 
+@pytest.mark.slow
 def test_a_model_that_never_saw_clicks_is_asked_by_boxes(lite_medsam: Path) -> None:
     test = FidelityTest(build(read_checkpoint(lite_medsam)))
     assert {one.prompts.box is None for one in test._asked} == {False}

@@ -284,6 +284,11 @@ def test_the_history_is_bounded_and_survives_damage(tmp_path: Path) -> None:
     assert len(model.runs()) == HISTORY - 1
 
 
+def test_a_record_of_an_earlier_version_has_a_fidelity_without_its_yardstick() -> None:
+    earlier = {**Run("dfqsam", {}).as_json(), "fidelity": 0.9}
+    assert run_from_json(earlier).fidelity is None
+
+
 @pytest.mark.parametrize("wrong", [None, [], {}, {"id": "x"}, {"state": "unknown"}, {"more": 1}])
 def test_what_is_no_record_is_refused(wrong: object) -> None:
     whole = Run("dfqsam", {}).as_json()
