@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from monailabel_dfqsam.artifact import label
+from monailabel_dfqsam.artifact import Header, label, layer_forms
 from monailabel_dfqsam.config import Calibration, Policy
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
+from monailabel_dfqsam.ops import Form
+from monailabel_dfqsam.quantization.cost import KEPT, LayerCost, layer_costs
 from monailabel_dfqsam.report.charts import Chart, line_chart, range_strip
 from monailabel_dfqsam.report.pictures import calibration_pictures, class_key, class_names, evolution_strips
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.sam.variants import Variant
 from monailabel_dfqsam.synthesis.measures import Measures, mean_overlap, overlap
 
 if TYPE_CHECKING:
@@ -34,8 +38,11 @@ if TYPE_CHECKING:
 REAL_IMAGES = EMBEDDED.with_name("dfqsam-tiny-real-images.json")
 MARKED_LAYERS = 3
 # The same kind of image has the same colour wherever it appears.
-_COLOURS = {"synthetic": 0, "gaussian": 1, "real": 2, "folder": 3}
-_KIND_NAMES = {"synthetic": "synthetic", "gaussian": "Gaussian noise", "folder": "from the folder"}
+_COLOURS = {"synthetic": 0, "gaussian": 1, "real": 2, "folder": 3, "drawn": 3}
+_KIND_NAMES = {
+    "synthetic": "synthetic", "drawn": "drawn", "gaussian": "Gaussian noise", "folder": "from the folder",
+}  # fmt: skip
+_FORM_COLOURS = {(4, 4): 2, (4, 8): 0, (8, 8): 3, (16, 16): 1}
 
 LOSS_NAMES = {
     "total": "Total",
@@ -72,7 +79,7 @@ def _context(result: QuantizationResult, checkpoint: Checkpoint) -> dict[str, An
     header = result.artifact.header
     config = header["config"]
     calibration = Calibration(config["calibration"])
-    synthesis = result.synthesis
+    synthesis, drawn = result.synthesis, config["recipe"]["drawn"]
     classes = class_names(checkpoint.variant)
     return {
         **_headline(header),
@@ -80,13 +87,15 @@ def _context(result: QuantizationResult, checkpoint: Checkpoint) -> dict[str, An
         "precision": label(header),
         "policy": Policy(config["policy"]).value,
         "policy_words": POLICY_WORDS[Policy(config["policy"])],
-        **_calibration_words(calibration, len(result.calibration_images)),
-        "images": calibration_pictures(result.calibration_images, checkpoint.variant, calibration),
+        **_calibration_words(calibration, len(result.calibration_images) - drawn, drawn),
+        "images": calibration_pictures(result.calibration_images, drawn, checkpoint.variant, calibration),
         "evolution": evolution_strips(synthesis, classes) if synthesis else [],
         "class_key": class_key(synthesis, classes) if synthesis else [],
         "losses": _loss_charts(synthesis) if synthesis else [],
         **_seen(result.measures, checkpoint.sha256),
-        "layers": _layer_rows(result.layer_errors),
+        "four_bit": f"{100 * header.get('four_bit', 0.0):.0f} %",
+        "forms": _form_rows(header, checkpoint.variant),
+        "layers": _layer_rows(result.layer_errors, layer_costs(checkpoint.variant, layer_forms(header))),
         "provenance": _provenance(header, config),
     }
 
@@ -117,25 +126,34 @@ def _headline(header: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _calibration_words(calibration: Calibration, count: int) -> dict[str, str]:
+def _calibration_words(calibration: Calibration, count: int, drawn: int) -> dict[str, str]:
     images = "one image" if count == 1 else f"{count} images"
+    beside = f", and on {drawn} drawn pictures" if drawn else ""
     if calibration is Calibration.SYNTHETIC:
         return {
-            "story": "No data was used. The ranges of the low-bit arithmetic were set on "
-            f"{images} synthesized out of the model's own weights.",
+            "story": "No data was used. The low-bit arithmetic was fitted on "
+            f"{images} synthesized out of the model's own weights{beside}.",
             "images_title": "Synthetic images",
             "images_words": "Made from noise by gradient steps until the model finds distinct objects in "
             "them. They show no patient, since no image was ever read.",
         }
     if calibration is Calibration.GAUSSIAN:
         return {
-            "story": f"No data was used. The ranges of the low-bit arithmetic were set on {images} of plain "
-            "noise, the baseline that synthesis has to be better than.",
+            "story": f"No data was used. The low-bit arithmetic was fitted on {images} of plain "
+            f"noise, the baseline that synthesis has to be better than{beside}.",
             "images_title": "Calibration images: plain noise",
             "images_words": "Gaussian noise in the model's input range.",
         }
+    if calibration is Calibration.NONE:
+        return {
+            "story": f"No data was used. The low-bit arithmetic was fitted on {drawn} drawn pictures."
+            if drawn
+            else "No data was used, and no image: each weight was rounded to the nearest.",
+            "images_title": "Drawn pictures",
+            "images_words": "Phantoms, scattered shapes and clouds, drawn at random. They show no patient.",
+        }
     return {
-        "story": f"The ranges of the low-bit arithmetic were set on {images} from a folder.",
+        "story": f"The low-bit arithmetic was fitted on {images} from a folder{beside}.",
         "images_title": "Calibration images",
         "images_words": "They came from a folder and are not shown here, because they may show a patient and "
         "this page may be passed on.",
@@ -159,13 +177,38 @@ def _provenance(header: Mapping[str, Any], config: Mapping[str, Any]) -> list[tu
     return [(name.replace("_", " "), str(value)) for name, value in rows]
 
 
-def _layer_rows(errors: Mapping[str, float]) -> list[dict[str, Any]]:
+def _form_rows(header: Header, variant: Variant) -> list[tuple[str, int, str]]:
+    """Each form that layers have, its colour, and its share of their multiplications, the largest first."""
+    macs: Counter[str] = Counter()
+    colours: dict[str, int] = {}
+    for cost in layer_costs(variant, layer_forms(header)).values():
+        words = _form_words(cost.form)
+        macs[words] += cost.macs
+        colours[words] = _form_colour(cost.form)
+    total = sum(macs.values())
+    return [(form, colours[form], f"{100 * count / total:.0f} %") for form, count in macs.most_common()]
+
+
+def _form_words(form: Form) -> str:
+    return "16-bit floats" if form == KEPT else str(form)
+
+
+def _form_colour(form: Form) -> int:
+    return _FORM_COLOURS.get((form.weight_bits, form.activation_bits), 0)
+
+
+def _layer_rows(errors: Mapping[str, float], costs: Mapping[str, LayerCost]) -> list[dict[str, Any]]:
     finite = [value for value in errors.values() if math.isfinite(value)]
     largest = max(finite, default=0.0) or 1.0
+    most = max(cost.bytes for cost in costs.values())
     marked = sorted(errors, key=lambda name: errors[name], reverse=True)[:MARKED_LAYERS]
     return [
         {
             "name": name,
+            "form": _form_words(costs[name].form),
+            "colour": _form_colour(costs[name].form),
+            "bytes": in_bytes(costs[name].bytes),
+            "bytes_width": round(100 * costs[name].bytes / most, 1),
             "text": f"{100 * value:.2f} %",
             "width": round(100 * min(value / largest, 1.0), 1) if math.isfinite(value) else 100,
             "high": name in marked,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from monailabel_dfqsam.synthesis.synthesize import Synthesis
 
 MAX_IMAGES = 8
+MAX_DRAWN = 5
 MAX_STRIPS = 4
 MAX_STEPS = 6  # of one row of the page
 PICTURE_SIDE = 448  # pixels, twice what the page shows, for dense screens
@@ -33,16 +34,21 @@ STRIP_SIDE = 256
 TINT = 0.35  # of a label's colour over the image; its outline is the colour itself
 
 
-def calibration_pictures(images: Tensor, variant: Variant, calibration: Calibration) -> list[dict[str, str]]:
-    """{src, caption} of the first images [N, 3, S, S]; none of a folder's, which may show a patient."""
-    if calibration is Calibration.FOLDER:
-        return []
-    shown = _to_rgb(images[:MAX_IMAGES], variant)
-    total = len(images)
-    kind = "synthetic image" if calibration is Calibration.SYNTHETIC else "noise image"
+def calibration_pictures(
+    images: Tensor, drawn: int, variant: Variant, calibration: Calibration
+) -> list[dict[str, str]]:
+    """{src, caption} of the first of some images [N, 3, S, S], the last `drawn` of which were drawn.
+
+    None is of a folder, which may show a patient.
+    """
+    count = len(images) - drawn
+    kinds = {Calibration.SYNTHETIC: "synthetic image", Calibration.GAUSSIAN: "noise image"}
+    shown = [(kinds[calibration], images[:count], MAX_IMAGES)] if calibration in kinds else []
+    shown.append(("drawn picture", images[count:], MAX_DRAWN))
     return [
-        {"src": _png(pixels), "caption": f"{kind} {index} of {total}"}
-        for index, pixels in enumerate(shown, start=1)
+        {"src": _png(pixels), "caption": f"{kind} {index} of {len(own)}"}
+        for kind, own, most in shown
+        for index, pixels in enumerate(_to_rgb(own[:most], variant), start=1)
     ]
 
 
