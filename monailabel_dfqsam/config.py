@@ -200,18 +200,20 @@ class QuantizationConfig:
         """The same with what is chosen.
 
         Args:
-            preset: brings its own of all but seed and calibration; policy `paper` brings the preset `paper`.
+            preset: brings its own of all but seed and calibration.
             bits: `AUTO` leaves each layer's to the fidelity to keep.
             fidelity: of no account where `bits` is a number.
             iterations: of the synthesis.
             fields: of the configuration, by name; None leaves one as it was.
 
+        Without a preset, what the present one cannot do brings the one that can: policy `paper` and 6 bits
+        fixed ranges, `AUTO` ranges at run time.
+
         Raises:
             ValueError: for values that do not go together; the message says what does.
         """
         chosen: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-        if preset is None and chosen.get("policy") is Policy.PAPER and self.recipe.run_time:
-            preset = Preset.PAPER
+        preset = preset or self._needed(bits, chosen.get("policy"))
         base = self
         if preset is not None:
             base = preset.config
@@ -223,6 +225,13 @@ class QuantizationConfig:
         if iterations is not None:
             chosen["synthesis"] = replace(base.synthesis, iterations=iterations)
         return replace(base, **chosen)
+
+    def _needed(self, bits: int | str | None, policy: Policy | None) -> Preset | None:
+        if self.recipe.run_time and policy is Policy.PAPER:
+            return Preset.PAPER
+        if self.recipe.run_time and bits == 6:
+            return Preset.STATIC
+        return Preset.FAST if bits == AUTO and not self.recipe.run_time else None
 
     @property
     def preset(self) -> Preset | None:

@@ -188,7 +188,7 @@ def new_server(folder: Path, volumes: int = 1) -> Server:
 
 
 # The shortest quantization, which random weights pass too.
-QUICK = {"iterations": 2, "min_fidelity": 0}
+QUICK = {"preset": "static", "iterations": 2, "min_fidelity": 0}
 
 
 @dataclass(frozen=True)

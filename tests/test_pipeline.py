@@ -95,7 +95,10 @@ def test_paper_policy_quantizes_attention() -> None:
 def test_quantizes_with_the_network_cut(tmp_path: Path) -> None:
     command = ["unshare", "-n", sys.executable, "-m", "monailabel_dfqsam", "quantize", "--out", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--iterations", "2", "--json"], capture_output=True, text=True, check=False
+        [*command, "--preset", "static", "--iterations", "2", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
@@ -106,6 +109,9 @@ def test_quantizes_with_the_network_cut(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"bits": 5}, "bits must be 4, 6 or 8"),
+        ({"activation_bits": 8}, "activation_bits must be 4 or 8"),
+        ({"fidelity": "auto"}, "bits are not chosen where a fidelity is"),
+        ({"fidelity": "auto", "bits": None}, "presets 'fast' and 'best'"),
         ({"images": 0}, "images must be 1 to 256"),
         ({"seed": -1}, "seed must not be negative"),
         ({"folder": "x"}, "goes with a folder"),
@@ -119,11 +125,44 @@ def test_configuration_is_checked_once(change: dict[str, object], message: str) 
 def test_a_configuration_knows_its_preset() -> None:
     for preset in Preset:
         assert preset.config.preset is preset
-        assert replace(preset.config, seed=5, bits=8).preset is preset
+        assert preset.config.changed(seed=5, bits=8).preset is preset
         assert replace(preset.config, images=9).preset is None
-    assert QuantizationConfig().preset is None
+    assert QuantizationConfig().preset is Preset.PAPER
 
 
 def test_views_are_counted() -> None:
     with pytest.raises(ValueError, match="views must be 0 to 256"):
         Recipe(views=-1)
+
+
+def test_the_cheapest_forms_that_keep_a_fidelity_are_found(tmp_path: Path) -> None:
+    fast = Preset.FAST.config
+    config = fast.changed(calibration=Calibration.NONE, recipe=replace(fast.recipe, drawn=2))
+    stages: list[tuple[str, int, int]] = []
+    result = quantize(read_checkpoint(), config, progress=lambda *step: stages.append(step))
+    header = result.artifact.header
+    fidelity, itself = header["fidelity"], header["fidelity"]["grey_level"]
+    assert fidelity["mean_iou"] >= itself["mean_iou"]
+    assert fidelity["median_iou"] >= itself["median_iou"]
+    assert header["four_bit"] > 0.5
+    assert len(result.calibration_images) == len(header["images_sha256"]) == 2
+    assert {stage for stage, _, _ in stages} == {"fidelity", "precision", "search"}
+    path = tmp_path / "a.safetensors"
+    write_artifact(result.artifact, path)
+    assert read_artifact(path).label == result.artifact.label
+    # A stricter fidelity takes more bits.
+    strict = quantize(read_checkpoint(), config.changed(fidelity=0.9999)).artifact.header
+    assert strict["sizes"]["artifact_bytes"] > header["sizes"]["artifact_bytes"]
+    assert strict["four_bit"] < header["four_bit"]
+
+
+def test_without_images_everything_is_rounded_to_the_nearest() -> None:
+    fast = Preset.FAST.config
+    recipe = replace(fast.recipe, drawn=0, compensate=False)
+    config = replace(
+        fast, bits=4, activation_bits=8, fidelity=None, calibration=Calibration.NONE, recipe=recipe
+    )
+    result = quantize(read_checkpoint(), config)
+    assert result.artifact.label == "W4A8"
+    assert result.artifact.header["images_sha256"] == []
+    assert result.artifact.header["fidelity"]["mean_iou"] > 0.9

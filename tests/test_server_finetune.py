@@ -215,7 +215,7 @@ def test_options_are_checked_first(settings: Settings, options: dict[str, object
 def test_a_server_of_6_bits_fine_tunes_8(settings: Settings) -> None:
     six = replace(settings, quantization=replace(QUICK, bits=6))
     FinetuneTask(six).accepted({})
-    assert FinetuneTask(six).config()["bits"] == ["8", "4"]
+    assert FinetuneTask(six).config()["bits"] == ["8", "auto", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     app.mkdir()
     (app / "main.py").write_text((SAMPLE_APP / "main.py").read_text())
     server = Server(app, str(folder / "studies"), folder / "server.log")
-    server.start({"iterations": 2, "min_fidelity": 0})
+    server.start({"preset": "static", "iterations": 2, "min_fidelity": 0})
     yield server
     server.stop()
 

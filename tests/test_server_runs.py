@@ -22,7 +22,7 @@ from monailabel_dfqsam.server.runs.reporter import SERVER_ENDED
 from monailabel_dfqsam.server.settings import Settings
 from tests.server_fixtures import WORK_SECONDS, checkpoint, process_exists, slow_processes, wait
 
-QUICK = {"calibration": "gaussian", "iterations": 2}
+QUICK = {"preset": "static", "calibration": "gaussian", "iterations": 2}
 LONG = {"iterations": 50_000}
 
 

@@ -18,10 +18,10 @@ from monailabel_dfqsam.server.settings import DEFAULT_LABELS, Settings, read_set
 APP = Path("/app")
 
 
-def test_without_conf_the_embedded_model_is_quantized_to_4_bits() -> None:
+def test_without_conf_each_layer_of_the_embedded_model_has_the_bits_it_needs() -> None:
     settings = read_settings({}, APP)
     assert settings.quantize
-    assert settings.quantization.bits == 4
+    assert (settings.quantization.bits, settings.quantization.fidelity) == (None, "auto")
     assert settings.quantization == Preset.FAST.config
     assert settings.labels == DEFAULT_LABELS
     assert settings.model_dir == APP / "model"
@@ -92,7 +92,23 @@ def test_training_options_as_slicer_and_ohif_send_them() -> None:
     assert checkpoint == settings.checkpoint
     from_ohif = {"model": "dfqsam", "gpus": "all", "dfqsam": {"bits": 6, "seed": "3"}}
     config, _ = read_options(from_ohif, settings, "dfqsam")
-    assert (config.bits, config.seed) == (6, 3)
+    assert (config.bits, config.seed, config.preset) == (6, 3, Preset.STATIC)
+    assert read_options(shown, settings, "dfqsam")[0] == settings.quantization
+
+
+def test_a_number_of_bits_wins_over_the_fidelity_that_viewers_send_beside_it() -> None:
+    settings = Settings(APP)
+    config, _ = read_options({**defaults(settings), "bits": "4"}, settings, "dfqsam")
+    assert (config.bits, config.fidelity) == (4, None)
+    assert config.recipe == Preset.FAST.config.recipe
+    config, _ = read_options({"fidelity": "0.95"}, settings, "dfqsam")
+    assert (config.bits, config.fidelity) == (None, 0.95)
+    fixed = read_settings({"bits": "8"}, APP)
+    assert (fixed.quantization.bits, fixed.quantization.fidelity) == (8, None)
+    assert read_options({"bits": "auto"}, fixed, "dfqsam")[0] == Preset.FAST.config
+    static = read_settings({"preset": "static"}, APP)
+    assert (static.quantization.bits, static.quantization.recipe.run_time) == (4, False)
+    assert read_options({"bits": "auto"}, static, "dfqsam")[0] == Preset.FAST.config
 
 
 def test_a_request_says_only_what_differs() -> None:
@@ -109,7 +125,8 @@ def test_a_request_says_only_what_differs() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("max_epochs", 5), ("bits", 3), ("bits", "many"), ("bits", True), ("bits", 4.0), ("images", 0),
+        ("max_epochs", 5), ("bits", 3), ("bits", "many"), ("fidelity", "high"), ("fidelity", 0),
+        ("fidelity", 1.1), ("fidelity", True), ("fidelity", "nan"), ("bits", True), ("bits", 4.0), ("images", 0),
         ("iterations", 0), ("iterations", 10**9), ("seed", -1), ("policy", "all"), ("calibration", "folder"),
         ("checkpoint", "../weights.pth"), ("checkpoint", "/etc/passwd"),
         ("checkpoint", ".."), ("checkpoint", "not-there.pth"), ("checkpoint", 5),

@@ -45,7 +45,7 @@ def defaults(settings: Settings) -> dict[str, Any]:
     """The options as a viewer shows them: a list is a choice whose first item is taken."""
     config = settings.quantization
     return {
-        "bits": _first(str(config.bits or AUTO), [AUTO, "4", "8"]),
+        "bits": _first(str(config.bits or AUTO), [AUTO, "4", "6", "8"]),
         "fidelity": str(config.fidelity or AUTO),
         "policy": [policy.value for policy in Policy],
         "calibration": [kind.value for kind in Calibration if kind is not Calibration.FOLDER],
