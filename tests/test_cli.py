@@ -24,6 +24,7 @@ from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.sam import VARIANTS, Sam
 from monailabel_dfqsam.sam import checkpoint as checkpoints
 
+SHORT = ("--preset", "static", "--iterations", 3)  # seconds, where a fidelity to keep takes a minute
 HELP_SECONDS = 3.0  # a blink, on a busy machine
 
 PROMISED = {
@@ -31,8 +32,8 @@ PROMISED = {
     "demo": {"studies", "out"},
     "doctor": {"studies", "checkpoint", "json"},
     "quantize": {
-        "checkpoint", "out", "fidelity", "bits", "policy", "calibration", "images", "iterations", "seed", "preset",
-        "json",
+        "checkpoint", "out", "fidelity", "bits", "policy", "calibration", "images", "iterations", "seed",
+        "preset", "json",
     },
     "evaluate": {"data", "model", "engine", "prompts", "json", "html"},
     "export": {"artifact", "out", "format"},
@@ -70,7 +71,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the printed summary of a short quantization."""
     out = tmp_path_factory.mktemp("quantized") / "new" / "folder"
-    result = run("quantize", checkpoint, "--out", out, "--preset", "static", "--iterations", 3, "--json")
+    result = run("quantize", checkpoint, "--out", out, *SHORT, "--json")
     assert result.exit_code == 0, result.output
     assert "synthesis: 3 of 3, 100 %, " in result.stderr  # a line a stage, where no terminal is
     return out, json.loads(result.stdout)
@@ -114,7 +115,7 @@ def test_quantize_writes_an_artifact_and_a_report(quantized: tuple[Path, dict[st
 def test_quantizing_again_does_nothing(checkpoint: Path, quantized: tuple[Path, dict[str, Any]]) -> None:
     out, _ = quantized
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    result = run("quantize", checkpoint, "--out", out, "--preset", "static", "--iterations", 3)
+    result = run("quantize", checkpoint, "--out", out, *SHORT)
     assert result.exit_code == 0
     assert "nothing was to do" in result.stdout
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
@@ -123,17 +124,13 @@ def test_quantizing_again_does_nothing(checkpoint: Path, quantized: tuple[Path, 
 def test_every_artifact_has_its_own_report(checkpoint: Path, quantized: tuple[Path, dict[str, Any]]) -> None:
     """Also in one folder, where the second would once have replaced the first one's."""
     out, first = quantized
-    result = run(
-        "quantize", checkpoint, "--out", out, "--preset", "static", "--iterations", 3, "--seed", 1, "--json"
-    )
+    result = run("quantize", checkpoint, "--out", out, *SHORT, "--seed", 1, "--json")
     second = json.loads(result.stdout)
     assert second["key"] != first["key"]
     for summary in (first, second):
         assert summary["key"] in Path(summary["report"]).read_text(encoding="utf-8")
     Path(second["report"]).unlink()
-    again = run(
-        "quantize", checkpoint, "--out", out, "--preset", "static", "--iterations", 3, "--seed", 1, "--json"
-    )
+    again = run("quantize", checkpoint, "--out", out, *SHORT, "--seed", 1, "--json")
     assert json.loads(again.stdout)["report"] is None
     Path(second["artifact"]).unlink()
 
@@ -146,7 +143,7 @@ def test_a_damaged_artifact_is_made_again(
     content = bytearray(Path(summary["artifact"]).read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    result = run("quantize", checkpoint, "--out", tmp_path, "--preset", "static", "--iterations", 3, "--json")
+    result = run("quantize", checkpoint, "--out", tmp_path, *SHORT, "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["made"] is True
     assert "checksum" in result.stderr

@@ -69,8 +69,8 @@ def test_the_history_has_the_quantization_of_the_first_start(running: Running) -
     assert get(running, f"runs/{row['id']}").json() == row
     assert row["key"] == status(running)["model"]["key"]
     assert row["options"] == {
-        "bits": 4, "fidelity": "auto", "policy": "deploy", "calibration": "synthetic", "iterations": running.conf["iterations"],
-        "images": 1, "seed": 0, "checkpoint": running.weights.name,
+        "bits": 4, "fidelity": "auto", "policy": "deploy", "calibration": "synthetic",
+        "iterations": running.conf["iterations"], "images": 1, "seed": 0, "checkpoint": running.weights.name,
     }  # fmt: skip
     assert 0 < row["seconds"] < 600
     assert row["fidelity"] == status(running)["model"]["fidelity"]

@@ -126,7 +126,8 @@ def test_a_request_says_only_what_differs() -> None:
     ("option", "value"),
     [
         ("max_epochs", 5), ("bits", 3), ("bits", "many"), ("fidelity", "high"), ("fidelity", 0),
-        ("fidelity", 1.1), ("fidelity", True), ("fidelity", "nan"), ("bits", True), ("bits", 4.0), ("images", 0),
+        ("fidelity", 1.1), ("fidelity", True), ("fidelity", "nan"), ("bits", True), ("bits", 4.0),
+        ("images", 0),
         ("iterations", 0), ("iterations", 10**9), ("seed", -1), ("policy", "all"), ("calibration", "folder"),
         ("checkpoint", "../weights.pth"), ("checkpoint", "/etc/passwd"),
         ("checkpoint", ".."), ("checkpoint", "not-there.pth"), ("checkpoint", 5),

@@ -242,8 +242,8 @@ def test_the_history_says_what_was_asked_for_and_how_it_ended(folder: Settings, 
     assert published.fidelity == rejected.fidelity == header["fidelity"]
     assert failed.fidelity is None
     assert published.options == {
-        "bits": 4, "fidelity": "auto", "policy": "deploy", "calibration": "gaussian", "iterations": 2, "images": 1, "seed": 0,
-        "checkpoint": folder.checkpoint.name,
+        "bits": 4, "fidelity": "auto", "policy": "deploy", "calibration": "gaussian", "iterations": 2,
+        "images": 1, "seed": 0, "checkpoint": folder.checkpoint.name,
     }  # fmt: skip
     assert (rejected.state, rejected.key) == (RunState.REJECTED, key_of(folder))
     assert "fidelity" in rejected.error
