@@ -28,6 +28,7 @@ from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam import VARIANTS, build, read_checkpoint
 from monailabel_dfqsam.sam.preprocess import to_input
 from monailabel_dfqsam.segmentation.segmenter import Prompts, load_segmenter
+from tests.models import header
 from tests.test_engines import make_artifact
 
 needs_openvino = pytest.mark.skipif(why_unavailable() is not None, reason=f"{why_unavailable()}")
@@ -146,7 +147,7 @@ def test_the_clients_pixels_are_ours(name: str, shape: tuple[int, int]) -> None:
     names: dict[str, Any] = {}
     exec(compile(source, CLIENT.name, "exec"), names)
     variant = VARIANTS[name]
-    artifact = Artifact({"variant": name, "config": {"bits": 4}}, {})
+    artifact = Artifact(header(variant=name), {})
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
     expected, frame = to_input(variant, image)
     actual, inner = names["prepare"](image, variant.input_size, description(artifact)["pixels"])

@@ -197,7 +197,7 @@ def test_an_artifact_brings_its_own_decoder(
     sam: Sam, segmenter: Segmenter, embedding: Embedding, rgb: np.ndarray
 ) -> None:
     loaded = load_segmenter(unquantized_artifact(sam), EngineKind.REFERENCE)
-    assert loaded.name == "W4A4 (reference)"
+    assert loaded.name == "W16A16 (reference)"
     assert loaded.variant is sam.variant
     found, expected = (s.predict(s.embed(rgb), click()) for s in (loaded, segmenter))
     span = float(expected.low_res_logits.abs().max())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from monailabel_dfqsam.artifact import read_header
+from monailabel_dfqsam.artifact import FORMAT_VERSION, read_header
 from monailabel_dfqsam.config import Calibration, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.server.gate.options import OptionError
 from monailabel_dfqsam.server.runs import quantizing
@@ -187,7 +187,8 @@ def test_a_damaged_artifact_is_refused_in_one_line_and_made_again(
     elif damage == "flipped":
         content[-100] ^= 1
     elif damage == "newer":
-        content = bytearray(bytes(content).replace(b'\\"format_version\\": 1', b'\\"format_version\\": 9'))
+        ours, newer = (b'\\"format_version\\": %d' % number for number in (FORMAT_VERSION, 9))
+        content = bytearray(bytes(content).replace(ours, newer))
     else:
         content = bytearray()
     path.write_bytes(content)

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
+#include <vector>
 
 #include "vector.h"
 
@@ -45,11 +45,23 @@ inline void quantize_8bit(const float* x, int64_t count, const RowRange& to) {
   *to.zero_point = static_cast<int32_t>(levels.zero_point);
 }
 
-inline void quantize_group(const float* x, int64_t count, const Span& span, float unit, uint8_t* q) {
-  const float ratio = std::ceil(span.step(15.0f) / unit);
-  const float multiplier = std::min(std::max(ratio, 1.0f), kLargestMultiplier);
-  const float inverse = 1.0f / (multiplier * unit);
-  const float zero_point = __builtin_rintf(-span.low * inverse);
+// Of a row's groups: first their least values and steps, then how they become levels.
+struct GroupRanges {
+  float *low, *step, *multiplier, *inverse;
+
+  explicit GroupRanges(int64_t groups) {
+    static thread_local std::vector<float> memory;
+    memory.resize(4 * groups);
+    low = memory.data();
+    step = low + groups;
+    multiplier = step + groups;
+    inverse = multiplier + groups;
+  }
+};
+
+inline void quantize_group(const float* x, int64_t count, const GroupRanges& ranges, int64_t group, uint8_t* q) {
+  const float multiplier = ranges.multiplier[group], inverse = ranges.inverse[group];
+  const float zero_point = __builtin_rintf(-ranges.low[group] * inverse);
   for (int64_t i = 0; i < count; ++i) {
     float level = __builtin_rintf(x[i] * inverse) + zero_point;
     level = level < 0.0f ? 0.0f : level;
@@ -59,18 +71,30 @@ inline void quantize_group(const float* x, int64_t count, const Span& span, floa
 }
 
 inline void quantize_4bit(const float* x, int64_t count, const RowRange& to) {
-  float largest = 0.0f;
-  for (int64_t first = 0; first < count; first += kGroup)
-    largest = std::max(largest, Span(x + first, std::min(kGroup, count - first)).step(15.0f));
-  const float unit = std::max(largest / kLargestMultiplier, kSmallestScale);
-  for (int64_t first = 0; first < count; first += kGroup) {
-    const int64_t size = std::min(kGroup, count - first);
+  const int64_t whole = count / kGroup, groups = (count + kGroup - 1) / kGroup, rest = count - whole * kGroup;
+  const GroupRanges ranges(groups);
+  for (int64_t g = 0; g < groups; ++g) {
     // A whole group has a length that the compiler knows.
-    if (size == kGroup)
-      quantize_group(x + first, kGroup, Span(x + first, kGroup), unit, to.q + first);
-    else
-      quantize_group(x + first, size, Span(x + first, size), unit, to.q + first);
+    const Span span = g < whole ? Span(x + g * kGroup, kGroup) : Span(x + g * kGroup, rest);
+    ranges.low[g] = span.low;
+    ranges.step[g] = span.high - span.low;
   }
+  float largest = 0.0f;
+#pragma omp simd reduction(max : largest)
+  for (int64_t g = 0; g < groups; ++g) {
+    ranges.step[g] /= 15.0f;
+    largest = ranges.step[g] > largest ? ranges.step[g] : largest;
+  }
+  const float unit = std::max(largest / kLargestMultiplier, kSmallestScale);
+#pragma omp simd
+  for (int64_t g = 0; g < groups; ++g) {
+    const float ratio = __builtin_ceilf(ranges.step[g] / unit);
+    const float bounded = ratio < 1.0f ? 1.0f : ratio;
+    ranges.multiplier[g] = bounded > kLargestMultiplier ? kLargestMultiplier : bounded;
+    ranges.inverse[g] = 1.0f / (ranges.multiplier[g] * unit);
+  }
+  for (int64_t g = 0; g < whole; ++g) quantize_group(x + g * kGroup, kGroup, ranges, g, to.q + g * kGroup);
+  if (rest != 0) quantize_group(x + whole * kGroup, rest, ranges, whole, to.q + whole * kGroup);
   *to.scale = unit;
 }
 

@@ -15,6 +15,7 @@ from brevitas.core.function_wrapper import Identity
 from brevitas.core.quant import IntQuant
 from brevitas.core.restrict_val import LogFloatRestrictValue
 from brevitas.core.scaling import ParameterScaling
+from brevitas.function.ops import tensor_clamp
 from brevitas.function.ops_ste import round_ste
 from torch import Tensor, nn
 
@@ -83,7 +84,8 @@ class GroupedWeights(Quantizer):
     def integers(self, x: Tensor) -> Tensor:
         """x as float tensor of whole numbers, those that engines multiply."""
         levels: Tensor = round_ste(x / (self.scale() * self.multiplier)) + self.offset
-        return (levels.clamp(self.low, self.high) - self.offset) * self.multiplier
+        levels = tensor_clamp(levels, self.low, self.high)
+        return (levels - self.offset) * self.multiplier
 
     def forward(self, x: Tensor) -> Tensor:
         return self.integers(x) * self.scale()
