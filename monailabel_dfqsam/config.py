@@ -176,7 +176,9 @@ class QuantizationConfig:
             known = self.fidelity == AUTO or (not isinstance(self.fidelity, str) and 0 < self.fidelity <= 1)
             _require(known, "fidelity must be 'auto' or a number above 0, at most 1", self.fidelity)
             _require(self.bits is None, "bits are not chosen where a fidelity is", self.bits)
-            _require(run_time, "a fidelity to keep goes with the presets 'fast' and 'best'", self.fidelity)
+            _require(
+                run_time, "a fidelity to keep goes with preset 'fast' or 'best': choose bits", self.fidelity
+            )
         else:
             allowed = (4, 8) if run_time else (4, 6, 8)
             _require(self.bits in allowed, f"bits must be {_in_words(allowed)}", self.bits)
@@ -221,7 +223,8 @@ class QuantizationConfig:
         if bits is not None and bits != AUTO:
             chosen |= {"bits": bits, "fidelity": None}
         elif bits == AUTO or fidelity is not None:
-            chosen |= {"bits": None, "activation_bits": None, "fidelity": fidelity or base.fidelity or AUTO}
+            kept = (base.fidelity or AUTO) if fidelity is None else fidelity
+            chosen |= {"bits": None, "activation_bits": None, "fidelity": kept}
         if iterations is not None:
             chosen["synthesis"] = replace(base.synthesis, iterations=iterations)
         return replace(base, **chosen)

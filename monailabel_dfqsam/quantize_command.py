@@ -28,13 +28,14 @@ def quantize(
         ),
     ] = None,
     fidelity: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="auto|F",
             help="The agreement with full precision to keep, by the cheapest form of each layer: a mean IoU, "
             "or auto, what full precision has to itself when every pixel moves by one grey level.",
+            show_default="auto",
         ),
-    ] = AUTO,
+    ] = None,
     bits: Annotated[
         int | None,
         typer.Option(help="Of all linear weights and activations instead: 4, 6 or 8.", show_default=False),
@@ -100,7 +101,7 @@ def quantize(
         _print_summary(summary)
 
 
-def _configuration(calibration: str, *, fidelity: str, **chosen: Any) -> QuantizationConfig:
+def _configuration(calibration: str, *, fidelity: str | None, **chosen: Any) -> QuantizationConfig:
     """The options as a configuration; a calibration that is no word for one is a folder."""
     folder = None
     if calibration in (kind.value for kind in Calibration if kind is not Calibration.FOLDER):
@@ -114,9 +115,9 @@ def _configuration(calibration: str, *, fidelity: str, **chosen: Any) -> Quantiz
     return Preset.FAST.config.changed(fidelity=_fidelity(fidelity), calibration=kind, folder=folder, **chosen)
 
 
-def _fidelity(text: str) -> float | str:
+def _fidelity(text: str | None) -> float | str | None:
     try:
-        return AUTO if text == AUTO else float(text)
+        return text if text in (None, AUTO) else float(text)
     except ValueError:
         raise ValueError(f"--fidelity must be auto or a number above 0, at most 1, not '{text}'") from None
 

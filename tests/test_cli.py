@@ -153,7 +153,7 @@ def test_a_damaged_artifact_is_made_again(
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (("--bits", 5), "bits must be 4, 6 or 8"),
+        (("--bits", 5), "bits must be 4 or 8"),
         (("--fidelity", "high"), "auto or a number above 0"),
         (("--fidelity", 2), "auto' or a number above 0"),
         (("--images", 0), "images must be 1 to 256"),

@@ -34,13 +34,18 @@ def test_every_choice_changes_it() -> None:
         "bits": 8, "policy": Policy.PAPER, "calibration": Calibration.GAUSSIAN, "images": 2, "seed": 1,
         "synthesis": SynthesisConfig(iterations=3), "recipe": Recipe(views=2),
     }  # fmt: skip
-    assert {*changes, "folder"} == {field.name for field in fields(QuantizationConfig)}
+    assert {*changes, "folder", "activation_bits", "fidelity"} == {
+        field.name for field in fields(QuantizationConfig)
+    }
     keys = [artifact_key(CONFIG, SHA, "sam_b_1024")]
     keys += [
         artifact_key(replace(CONFIG, **{name: value}), SHA, "sam_b_1024") for name, value in changes.items()
     ]  # type: ignore[arg-type]
     keys += [artifact_key(CONFIG, "b" * 64, "sam_b_1024"), artifact_key(CONFIG, SHA, "medsam")]
-    assert len(set(keys)) == len(keys) == 10
+    run_time = replace(CONFIG, recipe=Recipe(run_time=True))
+    keys += [artifact_key(replace(run_time, activation_bits=bits), SHA, "tiny") for bits in (None, 8)]
+    keys += [artifact_key(run_time.changed(fidelity=kept), SHA, "tiny") for kept in ("auto", 0.9)]
+    assert len(set(keys)) == len(keys) == 14
     assert all(len(key) == 16 for key in keys)
 
 

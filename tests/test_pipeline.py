@@ -111,7 +111,7 @@ def test_quantizes_with_the_network_cut(tmp_path: Path) -> None:
         ({"bits": 5}, "bits must be 4, 6 or 8"),
         ({"activation_bits": 8}, "activation_bits must be 4 or 8"),
         ({"fidelity": "auto"}, "bits are not chosen where a fidelity is"),
-        ({"fidelity": "auto", "bits": None}, "presets 'fast' and 'best'"),
+        ({"fidelity": "auto", "bits": None}, "preset 'fast' or 'best'"),
         ({"images": 0}, "images must be 1 to 256"),
         ({"seed": -1}, "seed must not be negative"),
         ({"folder": "x"}, "goes with a folder"),

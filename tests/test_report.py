@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from monailabel_dfqsam.artifact import layer_forms
 from monailabel_dfqsam.config import Calibration, Policy, QuantizationConfig, SynthesisConfig
 from monailabel_dfqsam.numbers import in_bytes, in_seconds, in_thousands
 from monailabel_dfqsam.pipeline import QuantizationResult, quantize
+from monailabel_dfqsam.quantization.cost import layer_costs
 from monailabel_dfqsam.report import REAL_IMAGES, write_report
 from monailabel_dfqsam.report.charts import range_strip
 from monailabel_dfqsam.report.pictures import MAX_STEPS, STRIP_SIDE, TINT, drawn_over, label_colours
@@ -187,9 +189,20 @@ def test_every_layer_shows_the_ranges_of_every_kind_of_image(page: Page, result:
 
 
 def test_every_layer_has_a_bar_in_proportion(page: Page, result: QuantizationResult) -> None:
-    bars = [a for tag, a in page.tags if tag == "div" and str(a.get("class")).startswith("bar")]
+    found = [a for tag, a in page.tags if tag == "div" and str(a.get("class")).startswith("bar")]
     errors = list(result.layer_errors.values())
-    assert len(bars) == len(errors) > 0
+    sizes, bars = found[::2], found[1::2]
+    assert len(sizes) == len(bars) == len(errors) > 0
+    header = result.artifact.header
+    costs = layer_costs(VARIANTS[header["variant"]], layer_forms(header))
+    widths = [float(str(bar["style"]).removeprefix("width:").removesuffix("%")) for bar in sizes]
+    largest = max(cost.bytes for cost in costs.values())
+    assert widths == pytest.approx(
+        [100 * costs[name].bytes / largest for name in result.layer_errors], abs=0.1
+    )
+    assert {str(cost.form) for cost in costs.values()} == {"W4A4", "W8A8"}
+    assert "W4A4" in page.text
+    assert "W8A8" in page.text
     widths = [float(str(bar["style"]).removeprefix("width:").removesuffix("%")) for bar in bars]
     assert widths == pytest.approx([100 * error / max(errors) for error in errors], abs=0.1)
     marked = [i for i, bar in enumerate(bars) if "high" in str(bar["class"])]
