@@ -12,7 +12,7 @@ from monailabel_dfqsam.config import AUTO, Progress
 from monailabel_dfqsam.engines.rates import seconds
 from monailabel_dfqsam.ops import Form
 from monailabel_dfqsam.quantization.calibrate import QuantizedEncoder
-from monailabel_dfqsam.quantization.cost import KEPT, layer_costs
+from monailabel_dfqsam.quantization.cost import KEPT, encoder_cost, layer_costs
 from monailabel_dfqsam.quantization.mixed import harm, possible_forms, quantize_mixed
 from monailabel_dfqsam.quantization.precision import chosen, farthest, ladder
 from monailabel_dfqsam.sam.encoder import ImageEncoder
@@ -20,8 +20,12 @@ from monailabel_dfqsam.sam.variants import Variant
 
 Measured = TypeVar("Measured")
 
-HARM_IMAGES = 3
-TRIES = 7
+FLOAT_BITS = 16
+
+HARM_IMAGES = 2
+AMPLE = 40e9
+"""Multiplications of an image, up to which a model sees as many images as are asked for."""
+TRIES = 6
 """Quantizations at most; each halves how far the cheapest forms may go."""
 
 
@@ -35,7 +39,8 @@ def quantize_faithfully(
 ) -> tuple[Measured, Fidelity]:
     """Quantizes as cheaply as stays faithful; where nothing else does, layers stay floats.
 
-    Cheap is the sum of two shares: of the bytes, and of this machine's time, of all layers as 16-bit floats.
+    Cheap is the sum of three shares of what all layers take as 16-bit floats: of the bytes, of this machine's
+    time, and of the bit operations, by which engines gain that multiply 4 bits as such.
 
     Args:
         encoder: in full precision; left as it is.
@@ -50,7 +55,8 @@ def quantize_faithfully(
     forms = possible_forms(encoder)
     cost = _costs(variant, forms)
     worthwhile = {name: tuple(cost[name]) for name in forms}
-    steps = ladder(harm(encoder, images[:: -(-len(images) // HARM_IMAGES)], worthwhile, progress), cost)
+    few = images[:: -(-len(images) // affordable(HARM_IMAGES, 1, variant))]
+    steps = ladder(harm(encoder, few, worthwhile, progress), cost)
     start = dict.fromkeys(forms, KEPT)
 
     tried = 0
@@ -72,6 +78,16 @@ def quantize_faithfully(
     return made(0) if found is None else found
 
 
+def affordable(count: int, least: int, variant: Variant) -> int:
+    """How many images a model is calibrated on in a time that does not grow with it beyond `AMPLE`.
+
+    Args:
+        count: of images for a small model.
+        least: of images for the largest.
+    """
+    return min(count, max(least, round(count * AMPLE / encoder_cost(variant, {}, 0).macs)))
+
+
 def _reached(fidelity: Fidelity, target: float | str) -> bool:
     if target != AUTO:
         return fidelity["mean_iou"] >= float(target)
@@ -83,13 +99,14 @@ def _costs(variant: Variant, forms: Mapping[str, tuple[Form, ...]]) -> dict[str,
     """Of each layer's forms but those that are no cheaper than a more precise one."""
     kept = layer_costs(variant, {})
     all_bytes = sum(layer.bytes for layer in kept.values())
-    all_seconds = sum(seconds(KEPT, layer.macs) for layer in kept.values())
+    all_macs = sum(layer.macs for layer in kept.values())
     found: dict[str, dict[Form, float]] = {}
     for name, possible in forms.items():
         found[name] = {}
         for form in possible:
             size = layer_costs(variant, {name: form})[name].bytes if form != KEPT else kept[name].bytes
-            own = size / all_bytes + seconds(form, kept[name].macs) / all_seconds
+            work = seconds(form) / seconds(KEPT) + form.weight_bits * form.activation_bits / FLOAT_BITS**2
+            own = size / all_bytes + work * kept[name].macs / all_macs
             if own < min(found[name].values(), default=float("inf")):
                 found[name][form] = own
     return found

@@ -32,7 +32,7 @@ from monailabel_dfqsam.artifact import (
 )
 from monailabel_dfqsam.config import Calibration, Progress, QuantizationConfig, SynthesisConfig, silent
 from monailabel_dfqsam.engines import layer_by_layer, load_encoder
-from monailabel_dfqsam.faithful import quantize_faithfully
+from monailabel_dfqsam.faithful import affordable, quantize_faithfully
 from monailabel_dfqsam.fidelity import FidelityTest
 from monailabel_dfqsam.identity import ALGORITHM, artifact_key, calibration_pictures
 from monailabel_dfqsam.pretraining.drawings import drawing
@@ -54,6 +54,7 @@ from monailabel_dfqsam.synthesis.synthesize import Synthesis, synthesize, to_mod
 
 _UNKNOWN: Agreement = {"mean_iou": math.nan, "median_iou": math.nan}
 PHANTOMS = 8
+LEAST_DRAWN = 5  # one round of the kinds
 # Far from the seeds of the phantoms that the embedded model was trained on.
 PHANTOM_SEED = 1 << 40
 
@@ -64,7 +65,8 @@ class QuantizationResult:
 
     Attributes:
         synthesis: how the calibration images came to be, for `Calibration.SYNTHETIC`.
-        calibration_images: [N, 3, S, S] float32, normalised.
+        calibration_images: [N, 3, S, S] float32, normalised; after those of the source, drawn pictures.
+        sources: how many are of the source.
         layer_errors: relative error of each quantized layer's output within the quantized encoder.
         measures: what the model in full precision makes of the images, by kind: the calibration's, and noise
             beside them.
@@ -73,6 +75,7 @@ class QuantizationResult:
     artifact: Artifact
     synthesis: Synthesis | None
     calibration_images: Tensor
+    sources: int
     layer_errors: dict[str, float]
     measures: dict[str, Measures]
 
@@ -96,7 +99,8 @@ def quantize(
     started = time.monotonic()
     sam = build(checkpoint)
     images, synthesis = _images(sam, config, device or torch.device("cpu"), progress)
-    drawn = drawn_images(checkpoint.variant, config.recipe.drawn, config.seed)
+    count = affordable(config.recipe.drawn, min(LEAST_DRAWN, config.recipe.drawn), checkpoint.variant)
+    drawn = drawn_images(checkpoint.variant, count, config.seed)
     seen = torch.cat([images, drawn])
     test = FidelityTest(sam, progress)
 
@@ -117,6 +121,7 @@ def quantize(
         artifact=replace(artifact, header=header),
         synthesis=synthesis,
         calibration_images=seen,
+        sources=len(images),
         layer_errors=layer_errors(sam.image_encoder, artifact, (seen if len(seen) else test.images)[:1]),
         measures={
             kind: measure(sam, group, _auxiliary(sam.variant)) for kind, group in kinds.items() if len(group)

@@ -19,12 +19,12 @@ _REPEATS = 15
 _FLOAT_BITS = 16
 
 
-def seconds(form: Form, macs: int) -> float:
-    """Of so many multiplications of a layer in a form, on the CPU and as many threads as torch has.
+def seconds(form: Form) -> float:
+    """Of one multiplication of a layer in a form, on the CPU and as many threads as torch has.
 
     4-bit integers are multiplied in 8-bit containers. Measured once a process.
     """
-    return macs * _rate(form.weight_bits < _FLOAT_BITS, torch.get_num_threads())
+    return _rate(form.weight_bits < _FLOAT_BITS, torch.get_num_threads())
 
 
 @functools.cache

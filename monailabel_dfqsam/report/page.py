@@ -79,7 +79,7 @@ def _context(result: QuantizationResult, checkpoint: Checkpoint) -> dict[str, An
     header = result.artifact.header
     config = header["config"]
     calibration = Calibration(config["calibration"])
-    synthesis, drawn = result.synthesis, config["recipe"]["drawn"]
+    synthesis, drawn = result.synthesis, len(result.calibration_images) - result.sources
     classes = class_names(checkpoint.variant)
     return {
         **_headline(header),

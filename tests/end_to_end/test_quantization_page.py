@@ -215,7 +215,7 @@ def test_a_long_quantization_moves_and_is_stopped(watched: Watched, server: Serv
     wait(lambda: watched.step() > seen, WORK_SECONDS)
     watched.expect("#history tr:first-child", "running")
     assert watched.text("#stages").split() == [
-        "Synthesis", "Calibration", "Compensation", "Quantization", "Fidelity", "Writing",
+        "Synthesis", "Fidelity", "Calibration", "Compensation", "Writing",
     ]  # fmt: skip
     assert re.fullmatch(rf"(synthesis \d+/{LONG}, \d+ s\n?)+", watched.text("#lines"))
     if PICTURES:
