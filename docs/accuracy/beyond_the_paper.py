@@ -30,7 +30,7 @@ from monailabel_dfqsam.quantization import compensate
 HERE = Path(__file__).parent
 LINE = "<!-- written by beyond_the_paper.py from here on -->"
 PHANTOM_SEED = 900_000
-BEST = Preset.BEST.config
+STATIC = replace(Preset.STATIC.config, images=4)
 PAPER = Recipe()
 RIDGES = (0.05, 0.3, 1.0, 3.0)
 
@@ -114,7 +114,7 @@ def main(
         raise typer.BadParameter(f"there is no table '{table}'")
     torch.set_num_threads(1)
     settings = Settings(
-        work / "phantoms", work, tuple(range(1, seeds + 1)), BEST.images, BEST.synthesis.iterations
+        work / "phantoms", work, tuple(range(1, seeds + 1)), STATIC.images, STATIC.synthesis.iterations
     )
     if quick:
         phantoms, settings = 3, Settings(work / "phantoms", work, (1,), 1, 2, limit=3)
@@ -149,7 +149,7 @@ def write_phantoms(folder: Path, count: int) -> None:
 
 def _full(study: Study) -> Recipe:
     """The presets' recipe; of a quick run, with fewer views."""
-    return BEST.recipe if study.settings.limit is None else replace(BEST.recipe, views=2)
+    return STATIC.recipe if study.settings.limit is None else replace(STATIC.recipe, views=2)
 
 
 def _scores(study: Study, take: Take, count: int, recipe: Recipe, bits: int, policy: Policy) -> Row:

@@ -30,7 +30,7 @@ PAPER = Recipe()
 # Name of the recipe, policy, bits, recipe.
 WAYS = [
     *(("paper", policy, bits, PAPER) for policy, bits in product(Policy, (4, 6, 8))),
-    (Preset.BEST.value, Policy.DEPLOY, 4, Preset.BEST.config.recipe),
+    (Preset.STATIC.value, Policy.DEPLOY, 4, Preset.STATIC.config.recipe),
 ]
 ALPHAS = (0.0, 0.5, 2.0)
 BETAS = (0.0, 0.05, 0.2)

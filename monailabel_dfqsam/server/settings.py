@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from monailabel_dfqsam.config import AUTO, Preset, QuantizationConfig
+from monailabel_dfqsam.ops import cuda_library
 from monailabel_dfqsam.sam.checkpoint import EMBEDDED, CheckpointError, find_checkpoint
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.server.answers.request import WINDOWS
@@ -22,6 +23,12 @@ MAX_ITERATIONS = 100_000
 _UPSTREAM_KEYS = frozenset({"server_mode"})
 
 _MEBIBYTES = between(1, 1 << 20)
+
+
+def _usual() -> QuantizationConfig:
+    """How a server quantizes where nobody says: in what its GPU's kernels multiply, where it has some."""
+    preset = Preset.FAST if cuda_library.why_unavailable() is not None else Preset.STATIC
+    return preset.config
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Settings:
     variant: str | None = None
     labels: tuple[str, ...] = DEFAULT_LABELS
     quantize: bool = True
-    quantization: QuantizationConfig = field(default_factory=lambda: Preset.FAST.config)
+    quantization: QuantizationConfig = field(default_factory=_usual)
     min_fidelity: float = 0.9
     cache_mb: int = 512
     window: str | None = None
@@ -133,7 +140,7 @@ def read_settings(conf: Mapping[str, Any], app_dir: Path) -> Settings:
     texts = {key: str(value).strip() for key, value in conf.items() if key not in _UPSTREAM_KEYS}
     try:
         given = read(_Conf, texts)
-        quantization = given.changed(Preset.FAST.config)
+        quantization = given.changed(_usual())
         checkpoint = _checkpoint(given.checkpoint)
     except OptionError as error:
         raise OptionError(f"--conf {error}") from None
