@@ -56,9 +56,7 @@ def chosen(start: Mapping[str, Form], steps: list[Step]) -> dict[str, Form]:
 
 
 def farthest(count: int, reach: Callable[[int], Result | None], tries: int) -> Result | None:
-    """What the most steps that pass give: all of them first, then by halving.
-
-    Passing is taken to end somewhere and not to come back.
+    """What the most steps that pass give, by halving; passing is taken to end somewhere and not to come back.
 
     Args:
         count: of all steps.
@@ -68,14 +66,14 @@ def farthest(count: int, reach: Callable[[int], Result | None], tries: int) -> R
     Returns:
         None when nothing that was tried passed.
     """
-    best, low, high, next_try = None, 0, count, count
+    best, low, high = None, 0, count
     for _ in range(tries):
         if low >= high:
             break
-        found = reach(next_try)
+        middle = (low + high + 1) // 2
+        found = reach(middle)
         if found is None:
-            high = next_try - 1
+            high = middle - 1
         else:
-            best, low = found, next_try
-        next_try = (low + high + 1) // 2
+            best, low = found, middle
     return best
