@@ -56,12 +56,17 @@ class Preset(str, Enum):
         """What it stands for."""
         if self is Preset.PAPER:
             return QuantizationConfig()
-        synthesis = SynthesisConfig(iterations=300)
         if self is Preset.STATIC:
-            return QuantizationConfig(synthesis=synthesis, recipe=Recipe(views=16, compensate=True))
-        images, views, drawn = (1, 4, 20) if self is Preset.FAST else (4, 4, 40)
-        recipe = Recipe(views=views, compensate=True, run_time=True, drawn=drawn)
-        return QuantizationConfig(None, fidelity=AUTO, images=images, synthesis=synthesis, recipe=recipe)
+            recipe = Recipe(views=16, compensate=True)
+            return QuantizationConfig(synthesis=SynthesisConfig(iterations=300), recipe=recipe)
+        images, iterations, drawn = (1, 60, 16) if self is Preset.FAST else (4, 300, 40)
+        return QuantizationConfig(
+            None,
+            fidelity=AUTO,
+            images=images,
+            synthesis=SynthesisConfig(iterations=iterations),
+            recipe=Recipe(views=4, compensate=True, run_time=True, drawn=drawn),
+        )
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def quantize(
         Preset | None,
         typer.Option(
             help="fast: each layer's bits by the fidelity to keep, ranges at run time, on 1 synthesized "
-            "image and 20 drawn ones; best: on 4 and 40; static: fixed ranges, as GPU kernels multiply; "
+            "image and 16 drawn ones; best: on 4 and 40; static: fixed ranges, as GPU kernels multiply; "
             "paper: as published.",
             show_default="fast",
         ),

@@ -39,7 +39,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("slicer")
     server = new_server(folder, volumes=2)
     try:
-        server.start({"quantize": False, "min_fidelity": 0, "checkpoint": checkpoint(folder)})
+        server.start(
+            {"preset": "static", "quantize": False, "min_fidelity": 0, "checkpoint": checkpoint(folder)}
+        )
         yield server
     finally:
         server.stop()

@@ -12,7 +12,7 @@ const OPTION_WORDS = {
   fidelity: ["Fidelity to keep", "auto: as one grey level"],
   policy: ["Policy", "paper: for comparison"],
   calibration: ["Calibration", "gaussian: plain noise"],
-  iterations: ["Iterations", "300 quick, 1500 best"],
+  iterations: ["Iterations", "of synthesis"],
   images: ["Images", "1 to 256"],
   seed: ["Seed", "0 or more"],
   checkpoint: ["Checkpoint", "in the server's model folder"],
