@@ -181,6 +181,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print_rows(
         {
             "model": f"{summary['model']}, {summary['form']}, policy {summary['policy']}",
+            "4-bit weights": f"in {100 * (summary['four_bit'] or 0):.0f} % of the multiplications",
             "fidelity": in_words(fidelity),
             "size": f"{in_bytes(before)} in 32-bit float → {in_bytes(after)} ({before / after:.1f}×)",
             "bit operations": f"{in_thousands(bops_float)} → {in_thousands(bops)} ({bops_float / bops:.0f}×)",
