@@ -83,7 +83,7 @@ def _kill(pid: int) -> None:
     wait(lambda: not process_exists(pid), END_SECONDS)
 
 
-@pytest.mark.parametrize("stage", ["synthesis", "quantization", "writing"])
+@pytest.mark.parametrize("stage", ["synthesis", "compensation", "writing"])
 def test_a_killed_quantization_leaves_everything_as_it_was(server: Server, stage: str) -> None:
     seeds = range(100, 100 + _ATTEMPTS)
     before = kept(server)
