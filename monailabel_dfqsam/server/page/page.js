@@ -217,7 +217,7 @@ function showFields(options) {
     const id = `option-${name}`;
     const input = Array.isArray(value) ?
       make("select", { id, name }, ...value.map((choice) => make("option", { value: choice }, choice))) :
-      make("input", { id, name, type: "number", value, min: LEAST[name] ?? 1, step: 1, required: true });
+      make("input", { id, name, value, required: true, ...(typeof value === "number" && { type: "number", min: LEAST[name] ?? 1, step: 1 }) });
     const label = make("label", { htmlFor: id }, title, make("span", { className: "hint" }, hint));
     return make("div", { className: name === "checkpoint" ? "field wide" : "field" }, label, input);
   }));
