@@ -10,7 +10,6 @@ import pytest
 from monailabel_dfqsam.benchmark.click import ClickError, measure_clicks, summary
 from monailabel_dfqsam.benchmark.phantom import organ, organ_centre, write_phantom
 from monailabel_dfqsam.segmentation.volume import load_volume
-from tests.server_fixtures import QUANTIZED
 
 CASES = [
     "first on the volume", "first on a slice", "cached", "next slice, prepared", "next slice, not prepared",
@@ -54,7 +53,7 @@ def test_a_session_gives_every_row(tmp_path: Path) -> None:
     result = measure_clicks(
         clicks=6, shape=(64, 48, 60), progress=lambda stage, done, total: stages.append(stage)
     )
-    assert result["model"] in QUANTIZED
+    assert result["model"].endswith(("(onednn)", "(openvino)"))  # each layer in the form it needs
     rows = {row["case"]: row for row in result["rows"]}
     assert list(rows) == CASES
     assert rows["cached"]["n"] == rows["MONAI Label"]["n"] == 6
