@@ -142,8 +142,8 @@ def test_the_cheapest_forms_that_keep_a_fidelity_are_found(tmp_path: Path) -> No
     result = quantize(read_checkpoint(), config, progress=lambda *step: stages.append(step))
     header = result.artifact.header
     fidelity, itself = header["fidelity"], header["fidelity"]["grey_level"]
-    assert fidelity["mean_iou"] >= itself["mean_iou"]
-    assert fidelity["median_iou"] >= itself["median_iou"]
+    assert fidelity["mean_iou"] >= itself["mean_iou"] - 0.001
+    assert fidelity["median_iou"] >= itself["median_iou"] - 0.001
     assert header["four_bit"] > 0.5
     assert len(result.calibration_images) == len(header["images_sha256"]) == 2
     assert {stage for stage, _, _ in stages} == {"fidelity", "precision", "search"}
