@@ -184,6 +184,8 @@ class QuantizationConfig:
             _require(
                 run_time, "a fidelity to keep goes with preset 'fast' or 'best': choose bits", self.fidelity
             )
+            seen = self.calibration is not Calibration.NONE or self.recipe.drawn > 0
+            _require(seen, "a fidelity to keep needs images to calibrate on, or drawn ones", self.calibration)
         else:
             allowed = (4, 8) if run_time else (4, 6, 8)
             _require(self.bits in allowed, f"bits must be {_in_words(allowed)}", self.bits)

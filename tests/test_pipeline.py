@@ -12,14 +12,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from monailabel_dfqsam.agreement import Agreement, Fidelity
 from monailabel_dfqsam.artifact import read_artifact, write_artifact
-from monailabel_dfqsam.config import Calibration, Policy, Preset, QuantizationConfig, Recipe, SynthesisConfig
+from monailabel_dfqsam.config import (
+    Calibration,
+    Policy,
+    Preset,
+    QuantizationConfig,
+    Recipe,
+    SynthesisConfig,
+    silent,
+)
+from monailabel_dfqsam.faithful import quantize_faithfully
 from monailabel_dfqsam.identity import artifact_key
 from monailabel_dfqsam.pipeline import QuantizationResult, quantize
-from monailabel_dfqsam.sam import read_checkpoint
+from monailabel_dfqsam.sam import VARIANTS, read_checkpoint
 from monailabel_dfqsam.segmentation.segmenter import Prompts, load_segmenter
+from tests.models import seeded_sam
 
 SHORT = QuantizationConfig(synthesis=SynthesisConfig(iterations=4))
 
@@ -112,6 +124,15 @@ def test_quantizes_with_the_network_cut(tmp_path: Path) -> None:
         ({"activation_bits": 8}, "activation_bits must be 4 or 8"),
         ({"fidelity": "auto"}, "bits are not chosen where a fidelity is"),
         ({"fidelity": "auto", "bits": None}, "preset 'fast' or 'best'"),
+        (
+            {
+                "fidelity": "auto",
+                "bits": None,
+                "recipe": Recipe(run_time=True),
+                "calibration": Calibration.NONE,
+            },
+            "needs images to calibrate on",
+        ),
         ({"images": 0}, "images must be 1 to 256"),
         ({"seed": -1}, "seed must not be negative"),
         ({"folder": "x"}, "goes with a folder"),
@@ -154,6 +175,17 @@ def test_the_cheapest_forms_that_keep_a_fidelity_are_found(tmp_path: Path) -> No
     strict = quantize(read_checkpoint(), config.changed(fidelity=0.9999)).artifact.header
     assert strict["sizes"]["artifact_bytes"] > header["sizes"]["artifact_bytes"]
     assert strict["four_bit"] < header["four_bit"]
+
+
+def test_a_model_that_finds_nothing_is_never_taken_for_faithful() -> None:
+    nothing: Agreement = {"mean_iou": 0.0, "median_iou": 0.0}
+    unknown: Fidelity = {**nothing, "n": 0, "engine": "", "grey_level": nothing}
+    encoder = seeded_sam("tiny").image_encoder
+    images = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    made, _ = quantize_faithfully(
+        encoder, VARIANTS["tiny"], images, "auto", lambda quantized: (quantized, unknown), silent
+    )
+    assert made.layers == {}
 
 
 def test_without_images_everything_is_rounded_to_the_nearest() -> None:
