@@ -20,7 +20,6 @@ from monailabel_dfqsam.sam.variants import Variant
 
 Measured = TypeVar("Measured")
 
-FLOAT_BITS = 16
 
 HARM_IMAGES = 2
 AMPLE = 40e9
@@ -88,6 +87,11 @@ def affordable(count: int, least: int, variant: Variant) -> int:
     return min(count, max(least, round(count * AMPLE / encoder_cost(variant, {}, 0).macs)))
 
 
+def _bit_operations(form: Form) -> int:
+    """Of one multiplication."""
+    return form.weight_bits * form.activation_bits
+
+
 def _reached(fidelity: Fidelity, target: float | str) -> bool:
     if fidelity["n"] == 0:  # nothing is known of a model that finds no object itself
         return False
@@ -109,7 +113,7 @@ def _costs(variant: Variant, forms: Mapping[str, tuple[Form, ...]]) -> dict[str,
         found[name] = {}
         for form in possible:
             size = layer_costs(variant, {name: form})[name].bytes if form != KEPT else kept[name].bytes
-            work = seconds(form) / seconds(KEPT) + form.weight_bits * form.activation_bits / FLOAT_BITS**2
+            work = seconds(form) / seconds(KEPT) + _bit_operations(form) / _bit_operations(KEPT)
             own = size / all_bytes + work * kept[name].macs / all_macs
             if own < min(found[name].values(), default=float("inf")):
                 found[name][form] = own

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from monailabel_dfqsam.engines import onednn
 from monailabel_dfqsam.ops import Form, QuantizedLayer, plain
+from monailabel_dfqsam.quantization.cost import KEPT
 
 _ROWS, _OUTPUTS, _INPUTS = 1024, 640, 320
 _REPEATS = 15
-_FLOAT_BITS = 16
 
 
 def seconds(form: Form) -> float:
@@ -24,7 +24,7 @@ def seconds(form: Form) -> float:
 
     4-bit integers are multiplied in 8-bit containers. Measured once a process.
     """
-    return _rate(form.weight_bits < _FLOAT_BITS, torch.get_num_threads())
+    return _rate(form != KEPT, torch.get_num_threads())
 
 
 @functools.cache
