@@ -53,8 +53,8 @@ LOSS_NAMES = {
 }
 
 POLICY_WORDS = {
-    Policy.DEPLOY: "deploy: linear layers at the bits named above, patch embedding and neck at 8 bit, "
-    "attention products in floating point. Every engine runs it.",
+    Policy.DEPLOY: "deploy: each layer in the form that the table of layers shows, attention products in "
+    "floating point. Ranges found at run time run on the CPU engines, fixed ones on every engine.",
     Policy.PAPER: "paper: everything in the encoder at the bits named above, attention products and softmax "
     "too. For comparison with published figures; the reference engine alone runs it.",
 }
