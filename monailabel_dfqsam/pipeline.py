@@ -326,7 +326,7 @@ def pack(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "fidelity": {**_UNKNOWN, "n": 0, "engine": "", "grey_level": _UNKNOWN},
+        "fidelity": {**_UNKNOWN, "n": 0, "engine": "", "grey_level": _UNKNOWN, "as_near": math.nan},
         "created": "",
         "seconds": 0.0,
     }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from monailabel_dfqsam.agreement import one_grey_level_away
 from monailabel_dfqsam.config import Policy, QuantizationConfig, Recipe, silent
 from monailabel_dfqsam.engines import load_encoder
 from monailabel_dfqsam.evaluation import evaluate
@@ -37,13 +38,20 @@ def test_full_precision_agrees_with_itself_wholly(sam: Sam, test: FidelityTest) 
     found = test.measure(sam.image_encoder, "torch")
     assert (found["mean_iou"], found["median_iou"], found["engine"]) == (1, 1, "torch")
     assert found["n"] > 3 * PHANTOMS
-    assert found["grey_level"] == test.grey_level
+    assert (found["grey_level"], found["as_near"]) == (test.grey_level, 1)
 
 
 def test_the_yardstick_is_below_one_and_the_same_each_time(sam: Sam, test: FidelityTest) -> None:
     assert 0.9 < test.grey_level["mean_iou"] < 1
     assert test.grey_level["mean_iou"] < test.grey_level["median_iou"] < 1
     assert FidelityTest(sam).grey_level == test.grey_level
+
+
+def test_one_grey_level_away_is_as_near_as_itself(sam: Sam, test: FidelityTest) -> None:
+    moved = [one_grey_level_away(rgb, number) for number, (rgb, _) in enumerate(_phantoms(256))]
+    away = iter([to_input(sam.variant, rgb)[0] for rgb in moved])
+    found = test.measure(lambda _: sam.image_encoder(next(away)))
+    assert (found["as_near"], found["mean_iou"]) == (1, pytest.approx(test.grey_level["mean_iou"]))
 
 
 def test_a_destroyed_encoder_is_seen(sam: Sam, test: FidelityTest) -> None:
@@ -53,7 +61,9 @@ def test_a_destroyed_encoder_is_seen(sam: Sam, test: FidelityTest) -> None:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(sam.image_encoder(images).shape, generator=generator)
 
-    assert test.measure(noise)["mean_iou"] < 0.65
+    found = test.measure(noise)
+    assert found["mean_iou"] < 0.65
+    assert found["as_near"] < 0.1
 
 
 def test_damage_is_seen_in_its_order(sam: Sam, test: FidelityTest) -> None:
@@ -85,7 +95,7 @@ def test_a_model_that_finds_nothing_has_no_fidelity() -> None:
     for parameter in blind.mask_decoder.parameters():
         parameter.zero_()
     found = FidelityTest(blind).measure(blind.image_encoder)
-    assert (found["n"], found["mean_iou"], found["grey_level"]["mean_iou"]) == (0, 0, 0)
+    assert (found["n"], found["mean_iou"], found["grey_level"]["mean_iou"], found["as_near"]) == (0, 0, 0, 0)
 
 
 def test_its_phantoms_are_no_others_and_go_the_way_of_images(sam: Sam, test: FidelityTest) -> None:

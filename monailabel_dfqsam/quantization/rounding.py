@@ -16,7 +16,10 @@ from monailabel_dfqsam.ops import GROUP, Groups
 from monailabel_dfqsam.quantization.quantizer import MIN_SCALE, round_weight
 
 DAMPING = 0.01  # of the mean of the Gram matrix' diagonal, added to it
-_COLUMNS = 128  # between two corrections of all columns to the right; whole groups
+# Where 4 bits are all there are, inputs seen seldom are worth more.
+_GROUP_DAMPING = 0.1
+_SWEEPS = 2  # over all columns, after which little changes
+_COLUMNS = 128  # between two corrections of all columns to the right
 # A channel's scale times this is its largest weight: below 127, so that what columns make up for has room.
 _LARGEST = 119
 _LARGEST_MULTIPLIER = 16
@@ -40,11 +43,11 @@ def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -
     order = torch.argsort(gram.diagonal().double() + _damping(gram), descending=True)
     rounded = torch.empty_like(weight)
 
-    def nearest(column: int, left: Tensor) -> Tensor:
-        rounded[:, order[column]] = round_weight(left[:, column, None], scale, bits)[:, 0]
-        return rounded[:, order[column]] * scale
+    def nearest(column: int, value: Tensor) -> Tensor:
+        rounded[:, column] = round_weight(value[:, None], scale, bits)[:, 0]
+        return rounded[:, column] * scale
 
-    _compensate(weight[:, order], _spread(gram, order, weight.dtype), nearest)
+    _compensate(weight, _spread(gram, order, weight.dtype), order, nearest)
     simple = round_weight(weight, scale, bits)
     better = _error(weight, rounded, scale, gram) < _error(weight, simple, scale, gram)
     return torch.where(better[:, None], rounded, simple).to(torch.int8)
@@ -53,7 +56,7 @@ def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -
 def round_in_groups(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Groups]:
     """The same at 4 bit, each group of `GROUP` inputs with a multiplier and a zero-point of its own.
 
-    A group's are found when its turn comes, by what its weights are then, for the inputs it reads.
+    Once all columns are rounded, each is looked at again beside all others (QuantEase, arXiv 2309.01885).
 
     Args:
         weight: [N, K] float.
@@ -64,23 +67,27 @@ def round_in_groups(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Group
     """
     outputs, inputs = weight.shape
     scale = (weight.abs().amax(1) / _LARGEST).clamp_min(MIN_SCALE)
-    q = torch.empty(outputs, inputs, dtype=torch.uint8)
-    multiplier, zero_point = (torch.empty(outputs, -(-inputs // GROUP), dtype=torch.uint8) for _ in range(2))
     importance = gram.diagonal() + _damping(gram)
+    found = [
+        _group(members / scale[:, None], own)
+        for members, own in zip(weight.split(GROUP, 1), importance.split(GROUP), strict=True)
+    ]
+    groups = Groups(*(torch.stack(numbers, 1) for numbers in zip(*found, strict=True)))
+    q = torch.empty(outputs, inputs, dtype=torch.uint8)
 
-    def nearest(column: int, left: Tensor) -> Tensor:
-        group, first = column // GROUP, column % GROUP == 0
-        if first:
-            members = slice(column, column + GROUP)
-            found = _group(left[:, members] / scale[:, None], importance[members])
-            multiplier[:, group], zero_point[:, group] = found
-        own = Groups(multiplier[:, group, None], zero_point[:, group, None])
-        levels = _levels(left[:, column, None] / scale[:, None], own)
+    def nearest(column: int, value: Tensor) -> Tensor:
+        group = column // GROUP
+        own = Groups(groups.multiplier[:, group, None], groups.zero_point[:, group, None])
+        levels = _levels(value[:, None] / scale[:, None], own)
         q[:, column] = levels[:, 0]
         return own.weight(levels)[:, 0] * scale
 
-    _compensate(weight, _spread(gram, torch.arange(inputs), weight.dtype), nearest)
-    groups = Groups(multiplier, zero_point)
+    damped = gram.clone()
+    damped.diagonal().add_(_GROUP_DAMPING * gram.diagonal().mean())
+    order = torch.argsort(damped.diagonal(), descending=True)
+    _compensate(weight, _spread(damped, order, weight.dtype), order, nearest)
+    for _ in range(_SWEEPS):
+        _refine(weight, groups.weight(q) * scale[:, None], damped, nearest)
     return groups.weight(q), scale, groups
 
 
@@ -112,23 +119,48 @@ def _levels(weight: Tensor, group: Groups) -> Tensor:
     return levels
 
 
-def _compensate(weight: Tensor, spread: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> None:
+def _compensate(
+    weight: Tensor, spread: Tensor, order: Tensor, nearest: Callable[[int, Tensor], Tensor]
+) -> None:
     """Rounds column after column; what each is off, later ones make up for.
 
     Args:
         weight: [N, K] float.
-        spread: U [K, K], as `_spread` gives it.
-        nearest: from a column's number, and all columns as they are by then, to the column rounded.
+        spread: U [K, K], as `_spread` gives it of that order.
+        order: [K], the columns as they are rounded.
+        nearest: from a column's number, and what it would best be [N], to the column rounded.
     """
-    left = weight.clone()
+    left = weight[:, order]
     for first in range(0, weight.shape[1], _COLUMNS):
         last = min(first + _COLUMNS, weight.shape[1])
         errors = torch.empty_like(left[:, first:last])
         for column in range(first, last):
-            error = (left[:, column] - nearest(column, left)) / spread[column, column]
+            rounded = nearest(int(order[column]), left[:, column])
+            error = (left[:, column] - rounded) / spread[column, column]
             left[:, column + 1 : last] -= error[:, None] * spread[column, column + 1 : last]
             errors[:, column - first] = error
         left[:, last:] -= errors @ spread[first:last, last:]
+
+
+def _refine(weight: Tensor, rounded: Tensor, gram: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> None:
+    """Rounds each column once more, to the best that it can be beside all others as they are rounded by then.
+
+    Args:
+        weight: [N, K] float.
+        rounded: [N, K] float, the weight as rounded; overwritten.
+        gram: [K, K] float, positive definite.
+        nearest: as for `_compensate`.
+    """
+    slope = (rounded - weight) @ gram
+    for first in range(0, weight.shape[1], _COLUMNS):
+        columns = slice(first, first + _COLUMNS)
+        before, inner = rounded[:, columns].clone(), slope[:, columns].clone()
+        for column, row in enumerate(gram[columns, columns], first):
+            best = rounded[:, column] - inner[:, column - first] / gram[column, column]
+            found = nearest(column, best)
+            inner += (found - rounded[:, column])[:, None] * row
+            rounded[:, column] = found
+        slope += (rounded[:, columns] - before) @ gram[columns]
 
 
 def _spread(gram: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
