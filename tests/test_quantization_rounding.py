@@ -119,7 +119,7 @@ def test_groups_are_nearer_than_one_scale_a_channel() -> None:
 
 
 def test_in_groups_no_column_alone_could_be_rounded_better() -> None:
-    """Once columns stay as they are when looked at again, by the definition: each is tried at all its levels."""
+    """By the definition: each weight is tried at all its levels."""
     weight, gram = _layer(6, 70, seed=2)
     integers, scale, groups = round_in_groups(weight, gram)
     held = gram + torch.eye(70) * _GROUP_DAMPING * gram.diagonal().mean()
