@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 from monailabel_dfqsam.agreement import Agreement, Fidelity, agreement, one_grey_level_away
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.phantom_study import interior_pixel
+from monailabel_dfqsam.pretraining.phantoms import eight_bit
 from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.preprocess import Frame, frame_of, to_input
@@ -54,6 +55,7 @@ class FidelityTest:
     Attributes:
         images: [N, 3, S, S] float32, the phantoms as the model takes them.
         grey_level: how full precision agrees with itself one grey level away.
+        masks: how many are compared; 0 when full precision itself finds nothing.
     """
 
     def __init__(self, sam: Sam, progress: Progress = silent) -> None:
@@ -74,6 +76,7 @@ class FidelityTest:
             seen = (self._full.embed(rgb), self._full.embed(one_grey_level_away(rgb, number)))
             self._asked += _found(self._full, number, seen, masks, least)
         progress("fidelity", len(phantoms), len(phantoms))
+        self.masks = len(self._asked)
         self.grey_level: Agreement = agreement([one.grey_level for one in self._asked])
 
     def measure(
@@ -112,10 +115,9 @@ def _phantoms(size: int) -> tuple[tuple[NDArray[np.uint8], tuple[Mask, ...]], ..
     drawn = []
     for seed in range(SEED, SEED + PHANTOMS):
         example = make_example(Generator().manual_seed(seed), size)
-        rgb = (example.image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
         # Where there are few objects, an example has some of them several times.
         masks = {mask.tobytes(): mask.astype(bool) for mask in example.masks.numpy()}
-        drawn.append((rgb, tuple(masks.values())))
+        drawn.append((eight_bit(example.image), tuple(masks.values())))
     return tuple(drawn)
 
 

@@ -108,7 +108,9 @@ def quantize(
         artifact = pack(checkpoint, config, sam, quantized, seen)
         return artifact, _fidelity(test, artifact)
 
-    artifact, fidelity = _quantized(sam, images, drawn, config, measured, progress)
+    # Where there are no masks to tell one form from another by, 8 bit is what does hardly any harm.
+    possible = config if test.masks or config.fidelity is None else config.changed(bits=8)
+    artifact, fidelity = _quantized(sam, images, drawn, possible, measured, progress)
     header: Header = {
         **artifact.header,
         "fidelity": fidelity,

@@ -41,7 +41,8 @@ def quantize(
         typer.Option(help="Of all linear weights and activations instead: 4, 6 or 8.", show_default=False),
     ] = None,
     policy: Annotated[
-        Policy, typer.Option(help="What is quantized; every engine runs 'deploy'.")
+        Policy,
+        typer.Option(help="'paper' quantizes attention's products too; with the presets static and paper."),
     ] = Policy.DEPLOY,
     calibration: Annotated[
         str,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from monailabel_dfqsam.agreement import Agreement, Fidelity
+from monailabel_dfqsam.agreement import Agreement, Fidelity, shortfall
 from monailabel_dfqsam.artifact import read_artifact, write_artifact
 from monailabel_dfqsam.config import (
     Calibration,
@@ -31,7 +31,7 @@ from monailabel_dfqsam.identity import artifact_key
 from monailabel_dfqsam.pipeline import QuantizationResult, quantize
 from monailabel_dfqsam.sam import VARIANTS, read_checkpoint
 from monailabel_dfqsam.segmentation.segmenter import Prompts, load_segmenter
-from tests.models import seeded_sam
+from tests.models import seeded_checkpoint, seeded_sam
 
 SHORT = QuantizationConfig(synthesis=SynthesisConfig(iterations=4))
 
@@ -186,6 +186,10 @@ def test_a_model_that_finds_nothing_is_never_taken_for_faithful() -> None:
         encoder, VARIANTS["tiny"], images, "auto", lambda quantized: (quantized, unknown), silent
     )
     assert made.layers == {}
+    config = Preset.FAST.config.changed(calibration=Calibration.NONE)
+    result = quantize(seeded_checkpoint("tiny"), replace(config, recipe=replace(config.recipe, drawn=1)))
+    assert result.artifact.label == "W8A8"
+    assert "unknown" in shortfall(result.artifact.header["fidelity"], 0.9)
 
 
 def test_without_images_everything_is_rounded_to_the_nearest() -> None:

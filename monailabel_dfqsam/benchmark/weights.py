@@ -14,7 +14,7 @@ from monailabel_dfqsam.artifact import write_artifact
 from monailabel_dfqsam.benchmark.layout import DECODER_WEIGHTS, FLOAT_WEIGHTS, IMAGES, artifact_path
 from monailabel_dfqsam.config import QuantizationConfig, silent
 from monailabel_dfqsam.pipeline import pack
-from monailabel_dfqsam.pretraining.phantoms import label_map, render
+from monailabel_dfqsam.pretraining.phantoms import eight_bit, label_map, render
 from monailabel_dfqsam.quantization.calibrate import calibrate
 from monailabel_dfqsam.sam.checkpoint import Checkpoint, read_checkpoint
 from monailabel_dfqsam.sam.model import Sam, build
@@ -99,7 +99,5 @@ def phantoms(variant: Variant, count: int) -> Tensor:
     inputs = []
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
-        image = render(generator, label_map(generator))
-        pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-        inputs.append(to_input(variant, pixels)[0])
+        inputs.append(to_input(variant, eight_bit(render(generator, label_map(generator))))[0])
     return torch.cat(inputs)

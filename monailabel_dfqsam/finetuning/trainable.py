@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from brevitas.core.function_wrapper import Identity
 from brevitas.core.quant import IntQuant
 from brevitas.core.restrict_val import LogFloatRestrictValue
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact, encode_layer, stored
 from monailabel_dfqsam.engines.encoder import assemble_modules
-from monailabel_dfqsam.ops import Groups, QuantizedLayer, StaticRange, row_rounded
+from monailabel_dfqsam.ops import Groups, QuantizedLayer, StaticRange, float_product, row_rounded
 from monailabel_dfqsam.ops.layer import spread
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.variants import VARIANTS
@@ -140,17 +139,8 @@ class TrainableLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] or [B, C, H, W] float, to [..., N] or [B, N, H', W'] float."""
-        weight, x = self.weight_quantizer(self.weight), self.input_quantizer(x)
-        geometry = self.geometry
-        if geometry is None:
-            return F.linear(x, weight, self.bias)
-        kernel = (geometry.kernel, geometry.kernel)
-        if geometry.transposed:
-            # Its weight is kept transposed; no family has one with a bias.
-            weight = weight.T.unflatten(1, (-1, *kernel))
-            return F.conv_transpose2d(x, weight, None, geometry.stride, geometry.padding)
-        weight = weight.unflatten(1, (-1, *kernel))
-        return F.conv2d(x, weight, self.bias, geometry.stride, geometry.padding)
+        weight = self.weight_quantizer(self.weight)
+        return float_product(self.input_quantizer(x), weight, self.bias, self.geometry)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedLayer:

@@ -1,7 +1,16 @@
 """Integer ops: packing, quantize, linear; a leaf, importing nothing of the project."""
 
 from monailabel_dfqsam.ops.integer import int_accumulate, multiplied, quantized, row_quantized, row_rounded
-from monailabel_dfqsam.ops.layer import GROUP, Form, Geometry, Groups, QuantizedLayer, Rows, StaticRange
+from monailabel_dfqsam.ops.layer import (
+    GROUP,
+    Form,
+    Geometry,
+    Groups,
+    QuantizedLayer,
+    Rows,
+    StaticRange,
+    float_product,
+)
 from monailabel_dfqsam.ops.packing import pack_int4, unpack_int4
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "QuantizedLayer",
     "Rows",
     "StaticRange",
+    "float_product",
     "int_accumulate",
     "multiplied",
     "pack_int4",

@@ -247,3 +247,23 @@ class QuantizedLayer:
     @property
     def form(self) -> Form:
         return Form(self.weight_bits, self.activation_bits, self.groups is not None)
+
+
+def float_product(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+    """What a layer gives in floating point.
+
+    Args:
+        x: [..., K] float of a Linear, whose geometry is None; [B, C, H, W] of a convolution.
+        weight: [N, K] float, as a `QuantizedLayer` holds its integers.
+        bias: [N], which no transposed convolution has.
+
+    Returns:
+        [..., N], or [B, N, H', W'].
+    """
+    if geometry is None:
+        return F.linear(x, weight, bias)
+    sides = (geometry.kernel, geometry.kernel)
+    if geometry.transposed:
+        weight = weight.T.unflatten(1, (-1, *sides))
+        return F.conv_transpose2d(x, weight, None, geometry.stride, geometry.padding)
+    return F.conv2d(x, weight.unflatten(1, (-1, *sides)), bias, geometry.stride, geometry.padding)

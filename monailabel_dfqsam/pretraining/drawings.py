@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from monailabel_dfqsam.pretraining.phantoms import integer, label_map, render, uniform
+from monailabel_dfqsam.pretraining.phantoms import eight_bit, integer, label_map, render, uniform
 
 Rgb = NDArray[np.uint8]
 
@@ -29,10 +29,9 @@ def drawing(index: int, seed: int, size: int = 256) -> Rgb:
     g = Generator().manual_seed((seed << 20) + index)
     kind = index % 5  # two phantoms, two of shapes, one of clouds
     if kind in (0, 2):
-        phantom = render(g, label_map(g, size))
-        return _eight_bit(phantom.permute(1, 2, 0))
+        return eight_bit(render(g, label_map(g, size)))
     grey = _shapes(g, size) if kind in (1, 3) else _clouds(g, size)
-    return _eight_bit(_appearance(g, grey)[..., None].expand(-1, -1, 3))
+    return eight_bit(_appearance(g, grey).expand(3, -1, -1))
 
 
 def _shapes(g: Generator, size: int) -> Tensor:
@@ -95,9 +94,3 @@ def _grid(size: int) -> tuple[Tensor, Tensor]:
     """Rows [S, 1] and columns [1, S] of pixels."""
     places = torch.arange(size, dtype=torch.float32)
     return places[:, None], places[None]
-
-
-def _eight_bit(image: Tensor) -> Rgb:
-    """[H, W, 3] of 0 … 1 as uint8."""
-    rgb: Rgb = (image * 255).round().to(torch.uint8).contiguous().numpy()
-    return rgb

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 COARSE = 4
@@ -321,3 +323,9 @@ def render(g: Generator, labels: LabelMap) -> Tensor:
         tint = 1 + 0.4 * (torch.rand(len(labels.classes), 3, generator=g) - 0.5)
         rgb = (rgb * tint[labels.regions].permute(2, 0, 1)).clamp(0, 1)
     return rgb.contiguous()
+
+
+def eight_bit(image: Tensor) -> NDArray[np.uint8]:
+    """[3, H, W] of 0 … 1 as [H, W, 3] uint8."""
+    rgb: NDArray[np.uint8] = (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return rgb

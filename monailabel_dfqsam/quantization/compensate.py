@@ -17,11 +17,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monailabel_dfqsam.config import Progress
-from monailabel_dfqsam.ops import Geometry, QuantizedLayer, StaticRange
+from monailabel_dfqsam.ops import Geometry, QuantizedLayer, StaticRange, float_product
 from monailabel_dfqsam.quantization.modules import put_module, read_by, run, shared_copy
 from monailabel_dfqsam.quantization.quantizer import Affine, RunTime, weight_scale
 from monailabel_dfqsam.quantization.rounding import round_compensating, round_in_groups
@@ -57,18 +56,13 @@ class Simulated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], or [B, C, H, W] to [B, N, H', W'], float32."""
-        geometry, bias = self.layer.geometry, self.layer.bias
-        if geometry is None:
-            return F.linear(self.inputs.fake(x), self.weight, bias)
-        if self.layer.by_image:
+        if self.layer.geometry is None:
+            x = self.inputs.fake(x)
+        elif self.layer.by_image:
             x = self.inputs.fake(x.flatten(1)).view_as(x)
         else:
             x = self.inputs.fake(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        sides = (geometry.kernel, geometry.kernel)
-        if geometry.transposed:  # no family has one with a bias
-            weight = self.weight.T.unflatten(1, (-1, *sides))
-            return F.conv_transpose2d(x, weight, None, geometry.stride, geometry.padding)
-        return F.conv2d(x, self.weight.unflatten(1, (-1, *sides)), bias, geometry.stride, geometry.padding)
+        return float_product(x, self.weight, self.layer.bias, self.layer.geometry)
 
 
 def compensate(
