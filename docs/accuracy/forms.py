@@ -39,6 +39,7 @@ WAYS: dict[str, QuantizationConfig] = {
     "W4A8, noise alone": FAST.changed(
         calibration=Calibration.GAUSSIAN, bits=4, activation_bits=8, recipe=replace(FAST.recipe, drawn=0)
     ),
+    "W4A8, one drawn image": DRAWN.changed(bits=4, activation_bits=8, recipe=replace(FAST.recipe, drawn=1)),
     "W4A8, no images": DRAWN.changed(
         bits=4, activation_bits=8, recipe=replace(FAST.recipe, drawn=0, compensate=False)
     ),
@@ -76,9 +77,13 @@ def main(
             name, header = f"{way}, seed {seed}", artifact.header
             scored.append((load_segmenter(artifact, engine), {"model": name, "engine": engine.value}))
             facts[name] = {
-                "form": label(header), "four_bit": header.get("four_bit"), "fidelity": header["fidelity"],
-                "bytes": header["sizes"]["artifact_bytes"], "seconds": header["seconds"],
-            }  # fmt: skip
+                "checkpoint": source.variant.name,
+                "form": label(header),
+                "four_bit": header.get("four_bit"),
+                "fidelity": header["fidelity"],
+                "bytes": header["sizes"]["artifact_bytes"],
+                "seconds": header["seconds"],
+            }
     with progress_bars() as progress:
         rows = evaluate(data, beside_yardstick(reference, scored), reference, prompts.split(","), progress)
     for row in rows:
