@@ -146,7 +146,8 @@ class QuantizationConfig:
             has its own, by `fidelity`.
         activation_bits: of the activations of Linears, where not the same; with ranges at run time alone.
         fidelity: the agreement to keep, mean IoU with full precision, 0 … 1, by the cheapest forms of layers
-            that do; `AUTO` for what full precision has to itself one grey level away, mean and median.
+            that do; `AUTO` for what full precision has to itself one grey level away, on average
+            and on at least half of the masks.
         images: how many calibration images.
         seed: of every random choice.
         folder: images to calibrate on, for `Calibration.FOLDER` alone.

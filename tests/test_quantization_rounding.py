@@ -84,6 +84,13 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     assert torch.isfinite(round_compensating(weight, gram, scale, 4).float()).all()
     zeros = round_compensating(weight, torch.zeros(12, 12), scale, 4)
     assert torch.equal(zeros, round_weight(weight, scale, 4).to(torch.int8))
+    # In groups too, of inputs that are zero in part and throughout.
+    simple, _, _ = round_in_groups(weight, torch.eye(12))
+    integers, scale, groups = round_in_groups(weight, torch.zeros(12, 12))
+    assert torch.equal(integers, simple)
+    integers, scale, groups = round_in_groups(weight, gram)
+    step = spread(groups.multiplier, 12) * scale[:, None]
+    assert bool(((integers * scale[:, None] - weight)[:, 7].abs() <= 2 * step[:, 7]).all())
 
 
 @settings(deadline=None, max_examples=25)

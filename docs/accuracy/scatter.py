@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 LEFT, SIDE, LEAST = 60, 420, 0.3
-COLOURS = ("#1f77b4", "#d62728")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 
 
 def points(files: list[Path], prompt: str) -> list[dict[str, Any]]:
@@ -33,12 +33,6 @@ def points(files: list[Path], prompt: str) -> list[dict[str, Any]]:
                     }
                 )
     return found
-
-
-def rank_correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Spearman's."""
-    ranks = [values.argsort().argsort().astype(float) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def picture(found: list[dict[str, Any]]) -> str:
@@ -85,12 +79,14 @@ def main(
 ) -> None:
     """Prints what both have to do with each other, of all models and of each checkpoint's, and draws them."""
     found = points(rows, prompt)
+    if not found:
+        raise typer.BadParameter(f"no row there is of a quantized model and prompt '{prompt}'")
     for kind in (None, *sorted({point["checkpoint"] for point in found})):
         own = [point for point in found if kind in (None, point["checkpoint"])]
         fidelity, real = (np.array([point[name] for point in own]) for name in ("fidelity", "real"))
-        off = fidelity - real
+        off, rank = fidelity - real, spearmanr(fidelity, real).statistic
         typer.echo(
-            f"{kind or 'all'}: {len(own)} models, rank correlation {rank_correlation(fidelity, real):.3f}, "
+            f"{kind or 'all'}: {len(own)} models, rank correlation {rank:.3f}, "
             f"mean error {np.abs(off).mean():.3f}, mean of fidelity − agreement {off.mean():+.3f}"
         )
     if out is not None:

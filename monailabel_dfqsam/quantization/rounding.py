@@ -40,14 +40,13 @@ def round_compensating(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -
     Returns:
         [N, K] int8 within −2^(bits−1) … 2^(bits−1) − 1.
     """
-    order = torch.argsort(gram.diagonal().double() + _damping(gram), descending=True)
     rounded = torch.empty_like(weight)
 
     def nearest(column: int, value: Tensor) -> Tensor:
         rounded[:, column] = round_weight(value[:, None], scale, bits)[:, 0]
         return rounded[:, column] * scale
 
-    _compensate(weight, _spread(gram, order, weight.dtype), order, nearest)
+    _compensate(weight, gram, nearest)
     simple = round_weight(weight, scale, bits)
     better = _error(weight, rounded, scale, gram) < _error(weight, simple, scale, gram)
     return torch.where(better[:, None], rounded, simple).to(torch.int8)
@@ -83,9 +82,8 @@ def round_in_groups(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Group
         return own.weight(levels)[:, 0] * scale
 
     damped = gram.clone()
-    damped.diagonal().add_(_GROUP_DAMPING * gram.diagonal().mean())
-    order = torch.argsort(damped.diagonal(), descending=True)
-    _compensate(weight, _spread(damped, order, weight.dtype), order, nearest)
+    damped.diagonal().add_(_damping(gram, _GROUP_DAMPING))
+    _compensate(weight, damped, nearest)
     for _ in range(_SWEEPS):
         _refine(weight, groups.weight(q) * scale[:, None], damped, nearest)
     return groups.weight(q), scale, groups
@@ -119,18 +117,16 @@ def _levels(weight: Tensor, group: Groups) -> Tensor:
     return levels
 
 
-def _compensate(
-    weight: Tensor, spread: Tensor, order: Tensor, nearest: Callable[[int, Tensor], Tensor]
-) -> None:
-    """Rounds column after column; what each is off, later ones make up for.
+def _compensate(weight: Tensor, gram: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> None:
+    """Rounds column after column, the largest inputs' first; what each is off, later ones make up for.
 
     Args:
         weight: [N, K] float.
-        spread: U [K, K], as `_spread` gives it of that order.
-        order: [K], the columns as they are rounded.
+        gram: [K, K] float.
         nearest: from a column's number, and what it would best be [N], to the column rounded.
     """
-    left = weight[:, order]
+    order = torch.argsort(gram.diagonal().double(), descending=True)
+    spread, left = _spread(gram, order, weight.dtype), weight[:, order]
     for first in range(0, weight.shape[1], _COLUMNS):
         last = min(first + _COLUMNS, weight.shape[1])
         errors = torch.empty_like(left[:, first:last])
@@ -184,5 +180,5 @@ def _error(weight: Tensor, integers: Tensor, scale: Tensor, gram: Tensor) -> Ten
     return ((off @ gram.to(off.dtype)) * off).sum(1)
 
 
-def _damping(gram: Tensor) -> float:
-    return max(DAMPING * float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)
+def _damping(gram: Tensor, share: float = DAMPING) -> float:
+    return max(share * float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)
