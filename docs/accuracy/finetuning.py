@@ -6,7 +6,7 @@ The data are pictures with a manifest.jsonl. Half of them, whole sources at a ti
 and are labelled by the protocol of Slicer; the others are never shown to it. For each seed and sampling a
 server is started that has nothing but the artifact quantized without data, `POST /train/dfqsam_qat` is sent,
 and what it serves then answers about the other half. A run that was cut off goes on; --quick runs the same
-on next to nothing.
+on next to nothing. With another model than the embedded one, the tables are printed and not recorded.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from PIL import Image
 
 from monailabel_dfqsam.artifact import read_artifact
 from monailabel_dfqsam.benchmark.machine import describe_run
-from monailabel_dfqsam.config import Sampling
+from monailabel_dfqsam.config import AUTO, Sampling
 from monailabel_dfqsam.demo.server import DemoServer
 from monailabel_dfqsam.evaluation import evaluate
 from monailabel_dfqsam.files import replacing
-from monailabel_dfqsam.sam import build, read_checkpoint
-from monailabel_dfqsam.segmentation.segmenter import full_precision_segmenter, load_segmenter
+from monailabel_dfqsam.sam import build, find_checkpoint, read_checkpoint
+from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter, load_segmenter
 from monailabel_dfqsam.server.runs.finetuning import NAME
 from monailabel_dfqsam.slicer_session import SlicerSession
 
@@ -46,13 +46,18 @@ PROMPTS = ("box", "point")
 class Arm:
     """One run: what is asked of the trainer."""
 
-    bits: int
+    bits: str
     sampling: Sampling
     seed: int
 
     @property
     def name(self) -> str:
-        return f"W{self.bits}A{self.bits} {self.sampling.value} {self.seed}"
+        return f"{form(self.bits)} {self.sampling.value} {self.seed}"
+
+
+def form(bits: str) -> str:
+    """Of a model's Linears, as the tables name it."""
+    return bits if bits == AUTO else f"W{bits}A{bits}"
 
 
 def halves(data: Path, limit: int | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -93,7 +98,7 @@ def label_everything(
 
 
 def run_arm(
-    arm: Arm, data: Path, rows: list[dict[str, Any]], work: Path, epochs: int | None
+    arm: Arm, data: Path, rows: list[dict[str, Any]], work: Path, checkpoint: Path | None, epochs: int | None
 ) -> dict[str, Any]:
     """Trains through a server of its own; {bits, sampling, seed, state, key, error, seconds}."""
     home = work / arm.name.replace(" ", "-")
@@ -110,7 +115,7 @@ def run_arm(
     start = work / "start"
     if start.is_dir():
         shutil.copytree(start, app)
-    with DemoServer(studies, app, home / "server.log") as server:
+    with DemoServer(studies, app, home / "server.log", checkpoint) as server:
         session = SlicerSession(server.url)
         for run in session.settled()["runs"]:
             session.ended_run(run["id"])
@@ -134,10 +139,9 @@ def run_arm(
     return result
 
 
-def scored(path: Path, data: Path) -> list[dict[str, Any]]:
+def scored(path: Path, data: Path, reference: Segmenter) -> list[dict[str, Any]]:
     """Rows {prompt, modality, n, iou, dice, agreement, baseline_ellipse} of an artifact."""
     artifact = read_artifact(path)
-    reference = full_precision_segmenter(build(read_checkpoint()))
     names = {"model": artifact.label, "engine": None, "policy": None}
     kept = ("prompt", "modality", "n", "iou", "dice", "agreement", "baseline_ellipse")
     rows = evaluate(data, [(load_segmenter(artifact), names)], reference, PROMPTS)
@@ -164,9 +168,9 @@ def tables(runs: list[dict[str, Any]], before: dict[str, list[dict[str, Any]]]) 
         return f"| {name} | {state} | {figures} | {seconds} |"
 
     for bits, rows in before.items():
-        lines.append(line(f"W{bits}A{bits} without data", "", rows, ""))
+        lines.append(line(f"{form(bits)} without data", "", rows, ""))
     for run in runs:
-        name = f"W{run['bits']}A{run['bits']}, {run['sampling']}, seed {run['seed']}"
+        name = f"{form(run['bits'])}, {run['sampling']}, seed {run['seed']}"
         lines.append(line(name, run["state"], run["rows"], f"{run['seconds']:.0f}"))
     lines += ["", "Gain over no labels, mean and deviation over seeds:", ""]
     lines += ["| | box | point | box, mean of modalities | point, likewise |", "|---|---|---|---|---|"]
@@ -175,11 +179,11 @@ def tables(runs: list[dict[str, Any]], before: dict[str, list[dict[str, Any]]]) 
         cells = []
         for index in (0, 1):
             for prompt in PROMPTS:
-                base = mean(before[str(bits)], prompt)[index]
+                base = mean(before[bits], prompt)[index]
                 gains = [mean(run["rows"], prompt)[index] - base for run in group]
                 deviation = statistics.stdev(gains) if len(gains) > 1 else 0.0
                 cells.append(f"{statistics.mean(gains):+.3f} ± {deviation:.3f}")
-        lines.append(f"| W{bits}A{bits}, {sampling} | {' | '.join(cells)} |")
+        lines.append(f"| {form(bits)}, {sampling} | {' | '.join(cells)} |")
     lines += ["", "IoU by modality, mean over seeds:", ""]
     modalities = sorted({row["modality"] for rows in before.values() for row in rows} - {"all"})
     lines += [
@@ -201,10 +205,10 @@ def tables(runs: list[dict[str, Any]], before: dict[str, list[dict[str, Any]]]) 
         return " | ".join(found)
 
     for bits, rows in before.items():
-        lines.append(f"| W{bits}A{bits} without data | {by_modality([rows])} |")
-        for sampling in dict.fromkeys(run["sampling"] for run in runs if str(run["bits"]) == bits):
-            group = [run["rows"] for run in runs if (str(run["bits"]), run["sampling"]) == (bits, sampling)]
-            lines.append(f"| W{bits}A{bits}, {sampling} | {by_modality(group)} |")
+        lines.append(f"| {form(bits)} without data | {by_modality([rows])} |")
+        for sampling in dict.fromkeys(run["sampling"] for run in runs if run["bits"] == bits):
+            group = [run["rows"] for run in runs if (run["bits"], run["sampling"]) == (bits, sampling)]
+            lines.append(f"| {form(bits)}, {sampling} | {by_modality(group)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -212,7 +216,11 @@ def main(
     data: Annotated[Path, typer.Option(help="Pictures with a manifest.jsonl.")],
     work: Annotated[Path, typer.Option(help="What is slow is kept here.")],
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
-    bits: Annotated[str, typer.Option(help="Of the models, with commas between.")] = "4",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The embedded model without it.", show_default=False)
+    ] = None,
+    bits: Annotated[str, typer.Option(help="4, 8 or auto, with commas between.")] = "4",
+    samplings: Annotated[str, typer.Option(help="With commas between.")] = "balanced,natural",
     epochs: Annotated[
         int | None, typer.Option(help="At most, instead of the trainer's.", show_default=False)
     ] = None,
@@ -223,6 +231,8 @@ def main(
     """Runs every arm and writes finetuning.json and the tables of finetuning.md."""
     work.mkdir(parents=True, exist_ok=True)
     run = describe_run()
+    source = read_checkpoint() if checkpoint is None else read_checkpoint(find_checkpoint(checkpoint))
+    reference = full_precision_segmenter(build(source))
     labelled, unseen = halves(data, 2 if quick else None)
     judged = work / "unseen"
     judged.mkdir(exist_ok=True)
@@ -230,26 +240,26 @@ def main(
         row["image"], row["mask"] = str((data / row["image"]).resolve()), str((data / row["mask"]).resolve())
     (judged / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unseen))
     arms = [
-        Arm(int(width), sampling, seed)
+        Arm(width, sampling, seed)
         for width in bits.split(",")
-        for sampling in Sampling
+        for sampling in map(Sampling, samplings.split(","))
         for seed in range(1 if quick else seeds)
     ]
     runs, before = [], {}
     for arm in arms:
-        found = run_arm(arm, data, labelled, work, 1 if quick else epochs)
+        found = run_arm(arm, data, labelled, work, checkpoint, 1 if quick else epochs)
         models = work / arm.name.replace(" ", "-") / "app" / "model"
         first = next(p for p in sorted(models.glob("*.safetensors")) if _is_start(p, arm.bits))
-        if str(arm.bits) not in before:
-            before[str(arm.bits)] = scored(first, judged)
+        if arm.bits not in before:
+            before[arm.bits] = scored(first, judged, reference)
         served = models / f"{found['key']}.safetensors" if found["state"] == "published" else first
         finetuned = read_artifact(served).header.get("finetuning")
-        runs.append({**found, "rows": scored(served, judged), "finetuning": finetuned})
+        runs.append({**found, "rows": scored(served, judged, reference), "finetuning": finetuned})
         reached = [round(figure, 4) for prompt in PROMPTS for figure in mean(runs[-1]["rows"], prompt)]
         typer.echo(f"{arm.name}: {found['state']}, {reached}")
     page = tables(runs, before)
     typer.echo(page)
-    if quick:
+    if quick or checkpoint is not None:
         return
     record = {
         **run,
@@ -266,9 +276,9 @@ def main(
         partial.write_text(f"{text}{LINE}\n\n{page}")
 
 
-def _is_start(path: Path, bits: int) -> bool:
+def _is_start(path: Path, bits: str) -> bool:
     header = read_artifact(path).header
-    return "finetuning" not in header and header["config"]["bits"] == bits
+    return "finetuning" not in header and str(header["config"]["bits"] or AUTO) == bits
 
 
 if __name__ == "__main__":

@@ -28,6 +28,14 @@ from monailabel_dfqsam.segmentation.segmenter import full_precision_segmenter, l
 FAST = Preset.FAST.config
 # Without synthesis, which takes longest, but where it is what is looked at.
 DRAWN = FAST.changed(calibration=Calibration.NONE)
+ALONE = FAST.changed(bits=4, activation_bits=8, recipe=replace(FAST.recipe, drawn=0))
+
+
+def synthesized(**options: Any) -> QuantizationConfig:
+    """W4A8 on images synthesized with some of `SynthesisConfig`'s options, and no others."""
+    return replace(ALONE, synthesis=replace(ALONE.synthesis, **options))
+
+
 WAYS: dict[str, QuantizationConfig] = {
     "auto": DRAWN,
     "W8A8": DRAWN.changed(bits=8),
@@ -35,10 +43,11 @@ WAYS: dict[str, QuantizationConfig] = {
     "W4A4": DRAWN.changed(bits=4),
     "auto, synthesized too": FAST,
     "W4A8, synthesized too": FAST.changed(bits=4, activation_bits=8),
-    "W4A8, synthesized alone": FAST.changed(bits=4, activation_bits=8, recipe=replace(FAST.recipe, drawn=0)),
-    "W4A8, noise alone": FAST.changed(
-        calibration=Calibration.GAUSSIAN, bits=4, activation_bits=8, recipe=replace(FAST.recipe, drawn=0)
-    ),
+    "W4A8, noise with a random label": synthesized(evolve=False, beta=0.0, bounded=False),
+    "W4A8, labels evolved": synthesized(beta=0.0, bounded=False),
+    "W4A8, patch similarity": synthesized(bounded=False),
+    "W4A8, synthesized alone": ALONE,
+    "W4A8, noise alone": ALONE.changed(calibration=Calibration.GAUSSIAN),
     "W4A8, one drawn image": DRAWN.changed(bits=4, activation_bits=8, recipe=replace(FAST.recipe, drawn=1)),
     "W4A8, no images": DRAWN.changed(
         bits=4, activation_bits=8, recipe=replace(FAST.recipe, drawn=0, compensate=False)

@@ -37,12 +37,18 @@ class DemoServer:
         started: `time.monotonic()` when the process was started.
     """
 
-    def __init__(self, studies: Path, app: Path, log: Path) -> None:
+    def __init__(self, studies: Path, app: Path, log: Path, checkpoint: Path | None = None) -> None:
+        """Nothing is started yet.
+
+        Args:
+            checkpoint: what `--checkpoint` takes; the embedded model without it.
+        """
         self.app = app
         self.url = ""
         self.started = 0.0
         self._studies = studies
         self._log = log
+        self._checkpoint = checkpoint
         self._process: subprocess.Popen[bytes] | None = None
         self._old_handler: object = None
 
@@ -51,6 +57,7 @@ class DemoServer:
         self.url = f"http://127.0.0.1:{port}"
         line = [sys.executable, "-m", "monailabel_dfqsam", "serve", "--studies", str(self._studies)]
         line += ["--host", "127.0.0.1", "--port", str(port), "--app", str(self.app)]
+        line += [] if self._checkpoint is None else ["--checkpoint", str(self._checkpoint)]
         # finally blocks, this one among them, do not run on SIGTERM otherwise.
         if threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
