@@ -30,7 +30,7 @@ from monailabel_dfqsam.config import (
 from monailabel_dfqsam.engines import load_encoder
 from monailabel_dfqsam.pipeline import gaussian_images, pack, phantom_images
 from monailabel_dfqsam.quantization.calibrate import calibrate
-from monailabel_dfqsam.sam import build, read_checkpoint
+from monailabel_dfqsam.sam import VARIANTS, build, read_checkpoint
 from monailabel_dfqsam.segmentation.segmenter import load_segmenter
 from tests.models import relative_error, seeded_checkpoint
 
@@ -305,6 +305,28 @@ def run(
     learned, judged = split(samples)
     config = FinetuneConfig(max_epochs=epochs, patience=patience, learning_rate=2e-3)
     return finetune(start, learned, Judge(judged, Reader()), config, folder)
+
+
+def test_images_teach_the_same_one_at_a_time_and_together(
+    start: Artifact, pictures: list[Labelled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, _ = find_samples(pictures, Reader())
+    judge = Judge(split(samples)[1][:1], Reader())
+    config = FinetuneConfig(batch=3)
+    ask = Ask(VARIANTS[start.header["variant"]]).set_random_state(0)
+    batch = [ask(Reader().read(sample)) for sample in samples[:3]]
+
+    def gradients() -> list[torch.Tensor]:
+        session = learning._Session(
+            start, samples, judge, lambda artifact: True, config, tmp_path, Reader(), None, silent
+        )
+        session._step(session._trainer, batch)
+        return [p.grad for p in session._parameters if p.grad is not None]
+
+    together = gradients()
+    monkeypatch.setattr(learning, "_NUMBERS_AT_ONCE", 1)
+    for alone, of_all in zip(gradients(), together, strict=True):
+        torch.testing.assert_close(alone, of_all, rtol=1e-3, atol=1e-5)
 
 
 @pytest.fixture

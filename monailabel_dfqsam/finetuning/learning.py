@@ -24,7 +24,7 @@ from monai.engines import SupervisedTrainer
 from monai.metrics import compute_iou
 from monai.transforms import Compose, Transform
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, Header, read_artifact, write_artifact
 from monailabel_dfqsam.config import FinetuneConfig, Progress, silent
@@ -38,6 +38,9 @@ from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, load_se
 logger = logging.getLogger(__name__)
 
 _CACHE_BYTES = 1 << 30
+_NUMBERS_AT_ONCE = 1 << 21
+"""In the widest step of an encoder, of images whose gradients are computed together: a large one's of a whole
+batch take more memory than small machines have."""
 _MOMENTUM = 0.02
 """Of the average of the last weights, which is judged and kept: integers flip to and fro while it learns."""
 _CLICKS = 4
@@ -195,17 +198,25 @@ class _Session:
         """One step on a batch, of each image what is asked about it; {loss}."""
         self._sam.train()
         self._optimizer.zero_grad(set_to_none=True)
-        embeddings = self._sam.image_encoder(torch.cat([about[0].image for about in batch]).to(self._device))
+        at_once = max(1, _NUMBERS_AT_ONCE // self._sam.variant.widest)
+        count, total = sum(map(len, batch)), 0.0
+        for first in range(0, len(batch), at_once):
+            loss = self._summed(batch[first : first + at_once]) / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        return {"loss": total}
+
+    def _summed(self, images: list[list[Asked]]) -> Tensor:
+        """The sum of the losses of all that is asked about some images."""
+        embeddings = self._sam.image_encoder(torch.cat([about[0].image for about in images]).to(self._device))
         losses = []
-        for embedding, about in zip(embeddings.split(1), batch, strict=True):
+        for embedding, about in zip(embeddings.split(1), images, strict=True):
             for one in (each.to(self._device) for each in about):
                 logits, scores = answer(self._sam, embedding, one)
                 losses.append(self._loss(logits, scores, one.target))
-        loss = torch.stack(losses).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.step()
-        return {"loss": float(loss.detach())}
+        return torch.stack(losses).sum()
 
     def _begin_epoch(self, engine: Engine) -> None:
         self._ask.set_random_state(self._config.seed * 1_000_003 + engine.state.epoch)
