@@ -170,7 +170,7 @@ class Artifact:
 
 
 def label(header: Header) -> str:
-    """What an artifact is in a few letters: what all Linears of the encoder are, like 'W4A4', or 'mixed'."""
+    """What all Linears of an artifact's encoder are, like 'W4A4'; otherwise 'mixed precision'."""
     forms = layer_forms(header)
     variant = VARIANTS.get(header["variant"])
     if variant is not None:
@@ -178,7 +178,7 @@ def label(header: Header) -> str:
     else:
         names = {name for name, entry in header["layers"].items() if "geometry" not in entry}
     found = {str(forms.get(name, KEPT)) for name in names}
-    return found.pop() if len(found) == 1 else "mixed"
+    return found.pop() if len(found) == 1 else "mixed precision"
 
 
 def layer_forms(header: Header) -> dict[str, Form]:

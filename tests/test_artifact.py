@@ -142,8 +142,8 @@ def test_a_label_is_what_all_linears_are() -> None:
     for layers, label in (
         ({one: entry, **rest}, "W4A8"),
         ({one: entry, **rest, "neck.0": eight}, "W4A8"),
-        ({one: eight, **rest}, "mixed"),
-        (rest, "mixed"),
+        ({one: eight, **rest}, "mixed precision"),
+        (rest, "mixed precision"),
         ({}, "W16A16"),
     ):
         assert Artifact(header(layers=layers), {}).label == label
