@@ -118,10 +118,10 @@ def make_example(g: Generator, size: int = 256) -> Example:
     labels = label_map(g, size)
     image = render(g, labels)
     regions = labels.regions[2::4, 2::4].contiguous()
-    return _prompted(g, image, regions, labels.semantic, _objects(g, labels))
+    return prompted(g, image, regions, labels.semantic, _objects(g, labels))
 
 
-def _prompted(g: Generator, image: Tensor, regions: Tensor, semantic: Tensor, masks: NDArray[Any]) -> Example:
+def prompted(g: Generator, image: Tensor, regions: Tensor, semantic: Tensor, masks: NDArray[Any]) -> Example:
     return Example(
         image=image,
         regions=regions,
@@ -142,7 +142,7 @@ def turned(g: Generator, example: Example) -> Example:
 
     image = move(example.image) ** uniform(g, 0.8, 1.25)
     masks = move(example.masks).numpy().astype(bool)
-    return _prompted(g, image, move(example.regions), move(example.semantic), masks)
+    return prompted(g, image, move(example.regions), move(example.semantic), masks)
 
 
 class PhantomDataset(IterableDataset[dict[str, Tensor]]):
