@@ -22,7 +22,8 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from monailabel_dfqsam.pretraining.phantoms import eight_bit, integer, uniform
-from monailabel_dfqsam.pretraining.targets import MIN_AREA, Example, make_example, prompted
+from monailabel_dfqsam.pretraining.scenes import scene
+from monailabel_dfqsam.pretraining.targets import MIN_AREA, Example, example_of, prompted
 from monailabel_dfqsam.pretraining.train import (
     ROUNDS,
     export,
@@ -159,7 +160,7 @@ def embedded_views(
 @torch.inference_mode()
 def _embedded(sam: Sam, g: Generator, device: torch.device) -> tuple[Tensor, Example]:
     size = sam.variant.input_size
-    example = _cut(g, make_example(g, size))
+    example = _cut(g, example_of(g, *scene(g, size)))
     rows, columns = example.image.shape[1:]
     x, _ = to_input(sam.variant, _disturbed(g, eight_bit(example.image[:, :rows, :columns])))
     return sam.image_encoder(x.to(device)).half().cpu(), example

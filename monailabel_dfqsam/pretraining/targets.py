@@ -116,7 +116,11 @@ def _point(g: Generator, mask: NDArray[Any]) -> list[float]:
 def make_example(g: Generator, size: int = 256) -> Example:
     """One random example; the same generator state gives the same example."""
     labels = label_map(g, size)
-    image = render(g, labels)
+    return example_of(g, labels, render(g, labels))
+
+
+def example_of(g: Generator, labels: LabelMap, image: Tensor) -> Example:
+    """One of a label map and its image [3, S, S] float32 in [0, 1]."""
     regions = labels.regions[2::4, 2::4].contiguous()
     return prompted(g, image, regions, labels.semantic, _objects(g, labels))
 
