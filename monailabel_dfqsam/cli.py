@@ -55,6 +55,7 @@ class Trained(str, Enum):
     """The embedded networks."""
 
     SAM = "sam"
+    LITE = "lite"
     AUXILIARY = "auxiliary"
 
 
@@ -287,7 +288,7 @@ def pretrain(
     start: Annotated[
         Path | None,
         typer.Option(
-            help="Weights of 'tiny' to begin with, unless the folder holds a state to resume from.",
+            help="Weights to begin with, as lite-medsam, unless the folder holds a state to resume from.",
             show_default=False,
         ),
     ] = None,
@@ -311,11 +312,24 @@ def pretrain(
 
 def _trainer(what: Trained, steps: int, start: Path | None, seed: int) -> Callable[..., Path]:
     """(out, device, progress) -> the file written."""
+    from monailabel_dfqsam.sam import read_checkpoint
+
+    begin = None if start is None else read_checkpoint(start)
+    if what is Trained.LITE:
+        if begin is None:
+            raise ValueError("--what lite needs --start: lite-medsam, or weights of an earlier training")
+        from monailabel_dfqsam.pretraining.decoder import DecoderConfig, train_decoder
+
+        return lambda out, device, progress: train_decoder(
+            out,
+            DecoderConfig(steps=steps, seed=seed),
+            device,
+            lambda done, total, text: progress(text, done, total),
+            begin,
+        )
     if what is Trained.SAM:
         from monailabel_dfqsam.pretraining.train import PretrainConfig, train_sam
-        from monailabel_dfqsam.sam import read_checkpoint
 
-        begin = None if start is None else read_checkpoint(start)
         return lambda out, device, progress: train_sam(
             out,
             PretrainConfig(steps=steps, seed=seed),
@@ -324,7 +338,7 @@ def _trainer(what: Trained, steps: int, start: Path | None, seed: int) -> Callab
             begin,
         )
     if start is not None:
-        raise ValueError("--start is for --what sam alone")
+        raise ValueError("--start is for --what sam and --what lite alone")
     from monailabel_dfqsam.pretraining.auxiliary_network import AUXILIARY_CONFIG, train_auxiliary
 
     config = replace(AUXILIARY_CONFIG, steps=steps, seed=AUXILIARY_CONFIG.seed + seed)

@@ -114,7 +114,7 @@ def test_batched_decoding_is_segment_anythings() -> None:
         assert torch.allclose(logits, expected_logits, atol=1e-4)
         assert torch.allclose(iou, expected_iou, atol=1e-5)
         answer = logits[:, 0]
-        before, prompts = prompts, corrected(prompts, answer, target)
+        before, prompts = prompts, corrected(prompts, answer, target, 256)
         assert torch.equal(prompts.places[:, :-1], before.places)
         for i in range(6):
             column, row = (prompts.places[i, -1] / 4).long().tolist()

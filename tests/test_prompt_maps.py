@@ -72,7 +72,9 @@ def test_map_is_what_each_pixel_says(
         kinds += [TOP_LEFT, BOTTOM_RIGHT]
     side = SIZE // 4
     before = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(0)) * 4
-    found = prompt_map(torch.tensor([places]), torch.tensor([kinds]), before if answered else None, SIZE)
+    found = prompt_map(
+        torch.tensor([places]), torch.tensor([kinds]), before if answered else None, SIZE, side
+    )
     flat = [(x, y, kind) for (x, y), kind in clicks]
     for row in range(side):
         for column in range(side):
@@ -84,20 +86,22 @@ def test_map_is_what_each_pixel_says(
 def test_objects_do_not_see_each_others_prompts() -> None:
     places = torch.tensor([[[10.0, 12], [40, 50]], [[30.0, 20], [0, 0]]])
     kinds = torch.tensor([[TOP_LEFT, BOTTOM_RIGHT], [FOREGROUND, NOTHING]])
-    together = prompt_map(places, kinds, None, SIZE)
+    together = prompt_map(places, kinds, None, SIZE, SIZE // 4)
     for i in range(2):
-        assert torch.equal(prompt_map(places[i : i + 1], kinds[i : i + 1], None, SIZE)[0], together[i])
+        assert torch.equal(
+            prompt_map(places[i : i + 1], kinds[i : i + 1], None, SIZE, SIZE // 4)[0], together[i]
+        )
 
 
-def test_only_the_embedded_model_draws_maps() -> None:
+def test_only_our_own_models_draw_maps() -> None:
     torch.manual_seed(0)
     sam = Sam(VARIANTS["tiny"]).eval()
     boxes = torch.tensor([[40.0, 60, 120, 200]])
     places, kinds = boxes.view(1, 2, 2) + 0.5, torch.tensor([[TOP_LEFT, BOTTOM_RIGHT]])
     _, dense = sam.prompt_encoder(None, boxes, None)
-    expected = sam.prompt_encoder.mask_downscaling(prompt_map(places, kinds, None, 256))  # type: ignore[operator]
+    expected = sam.prompt_encoder.mask_downscaling(prompt_map(places, kinds, None, 256, 64))  # type: ignore[operator]
     assert torch.equal(dense, expected)
-    assert {name for name, variant in VARIANTS.items() if variant.prompt_maps} == {"tiny"}
+    assert {name for name, variant in VARIANTS.items() if variant.prompt_maps} == {"tiny", "lite"}
 
 
 def test_nothing_said_is_no_map() -> None:

@@ -95,10 +95,10 @@ def test_a_box_chooses_the_mask_that_fits_it() -> None:
             box = corners.flatten() + torch.tensor([0.0, 0.0, 4.0, 4.0])
             logits, scores = sam.predict(image, boxes=box[None])
             fits = torch.tensor([overlap(mask, box) for mask in logits[0]])
-            torch.testing.assert_close(box_fits(logits[0], box), fits)
+            torch.testing.assert_close(box_fits(logits[0], box, 256), fits)
             best = int((scores[0] + fits).argmax())
             by_box += best != int(scores[0].argmax())
-            found, score = one(image, *sam.prompt_encoder(None, box[None], None), True, box)
+            found, score = one(image, *sam.prompt_encoder(None, box[None], None), True, (box, 256))
             torch.testing.assert_close(found[0, 0], logits[0, best], rtol=0, atol=1e-3)
             assert found.is_contiguous()
             assert score == pytest.approx(float(scores[0, best]), abs=1e-4)
@@ -108,7 +108,7 @@ def test_a_box_chooses_the_mask_that_fits_it() -> None:
 def test_an_empty_mask_fits_no_box() -> None:
     logits = torch.full((2, 8, 8), -1.0)
     logits[1, 2:4, 2:6] = 1.0
-    assert box_fits(logits, torch.tensor([8.0, 8.0, 24.0, 16.0])).tolist() == [0.0, 1.0]
+    assert box_fits(logits, torch.tensor([8.0, 8.0, 24.0, 16.0]), 32).tolist() == [0.0, 1.0]
 
 
 def overlap(logits: torch.Tensor, box: torch.Tensor) -> float:

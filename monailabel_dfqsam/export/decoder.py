@@ -159,5 +159,7 @@ class _Decoder(nn.Module):
             return torch.zeros(1, self.positions.shape[1], 1, 1)
         dense: Tensor = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         if self.mapped:
-            dense = encoder.mask_downscaling(prompt_map(points + _PIXEL_CENTRE, labels, None, self.size))
+            side = encoder.mask_input_size[0]
+            maps = prompt_map(points + _PIXEL_CENTRE, labels, None, self.size, side)
+            dense = encoder.mask_downscaling(maps)
         return dense

@@ -79,12 +79,12 @@ def smooth_field(g: Generator, count: int, cells: int, size: int, columns: int |
     return field / field.std(dim=(1, 2), keepdim=True).clamp_min(1e-6)
 
 
-def _enlarge(field: Tensor) -> Tensor:
+def enlarged(field: Tensor) -> Tensor:
     """[h, w] float to [COARSE·h, COARSE·w]."""
     return F.interpolate(field[None, None], scale_factor=COARSE, mode="bilinear")[0, 0]
 
 
-class _Canvas:
+class Canvas:
     """A label map being painted; coordinates and lengths are in image pixels, fields on the coarse grid."""
 
     def __init__(self, g: Generator, size: int) -> None:
@@ -92,10 +92,10 @@ class _Canvas:
         cells = integer(g, 2, 6)
         fields = smooth_field(g, integer(g, 1, 8), cells, size // COARSE)
         self.regions = torch.zeros(size, size, dtype=torch.int64)
-        highest = _enlarge(fields[0])
+        highest = enlarged(fields[0])
         # Ten times faster than argmax over the first dimension.
         for region, field in enumerate(fields[1:], start=1):
-            field = _enlarge(field)
+            field = enlarged(field)
             self.regions[field > highest] = region
             highest = torch.maximum(highest, field)
         self.classes = [PhantomClass.BACKGROUND] * len(fields)
@@ -134,7 +134,7 @@ def _turned(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float) -> tuple[T
     return math.cos(angle) * dx + math.sin(angle) * dy, math.cos(angle) * dy - math.sin(angle) * dx
 
 
-def _ellipse(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
+def ellipse(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
     """Radius, 1 on a randomly turned ellipse with half axes a and b, less inside."""
     u, v = _turned(g, y, x, cy, cx)
     return ((u / a) ** 2 + (v / b) ** 2).sqrt()
@@ -147,14 +147,14 @@ def _bar(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: 
     return ((u / a).abs() ** power + (v / (b * uniform(g, 0.3, 1))).abs() ** power) ** (1 / power)
 
 
-def _lobes(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
+def lobes(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
     """The same for two or three ellipses grown together."""
-    parts = [_ellipse(g, y, x, cy, cx, a * 0.8, b * 0.8)]
+    parts = [ellipse(g, y, x, cy, cx, a * 0.8, b * 0.8)]
     for _ in range(integer(g, 1, 2)):
         away, angle = uniform(g, 0.4, 0.9) * b, uniform(g, 0, 2 * math.pi)
         share = uniform(g, 0.4, 0.75)
         parts.append(
-            _ellipse(g, y, x, cy + away * math.sin(angle), cx + away * math.cos(angle), a * share, b * share)
+            ellipse(g, y, x, cy + away * math.sin(angle), cx + away * math.cos(angle), a * share, b * share)
         )
     return torch.stack(parts).amin(0)
 
@@ -162,39 +162,39 @@ def _lobes(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b
 def _crescent(g: Generator, y: Tensor, x: Tensor, cy: float, cx: float, a: float, b: float) -> Tensor:
     """The same for an ellipse out of which another takes a bite."""
     angle, away = uniform(g, 0, 2 * math.pi), uniform(g, 0.7, 1.3) * b
-    bite = _ellipse(g, y, x, cy + away * math.sin(angle), cx + away * math.cos(angle), 0.8 * a, 0.8 * b)
-    return torch.maximum(_ellipse(g, y, x, cy, cx, a, b), 2 - bite)
+    bite = ellipse(g, y, x, cy + away * math.sin(angle), cx + away * math.cos(angle), 0.8 * a, 0.8 * b)
+    return torch.maximum(ellipse(g, y, x, cy, cx, a, b), 2 - bite)
 
 
 _SHAPES: tuple[tuple[float, Callable[..., Tensor]], ...] = (
-    (0.55, _ellipse),
-    (0.70, _lobes),
+    (0.55, ellipse),
+    (0.70, lobes),
     (0.85, _bar),
     (1.00, _crescent),
 )
 """Shapes with the cumulative shares in which they occur."""
 
 
-def _paint_tube(c: _Canvas) -> None:
+def _paint_tube(c: Canvas) -> None:
     """A bent tube through the image."""
     g, size = c.g, c.size
     y, x = c.coordinates()
     along, across = _turned(g, y, x, size / 2, size / 2)
     bend = uniform(g, 0, 0.15) * size * torch.sin(along / size * uniform(g, 2, 9) + uniform(g, 0, 6))
     start, length = uniform(g, -0.5, 0.2) * size, uniform(g, 0.3, 1.0) * size
-    distance = _enlarge((across - uniform(g, -0.3, 0.3) * size - bend).abs())
-    position = _enlarge(along)
+    distance = enlarged((across - uniform(g, -0.3, 0.3) * size - bend).abs())
+    position = enlarged(along)
     inside = distance < uniform(g, 0.008, 0.04) * size
     c.paint(inside & (position > start) & (position < start + length), PhantomClass.TUBE)
 
 
-def _paint_body(c: _Canvas) -> None:
+def _paint_body(c: Canvas) -> None:
     """A large outline, often with air around it, something uniform within, and a wall."""
     g, size = c.g, c.size
     y, x = c.coordinates()
     middle = [size / 2 + uniform(g, -0.1, 0.1) * size for _ in range(2)]
     axes = [uniform(g, 0.3, 0.55) * size for _ in range(2)]
-    radius = _enlarge(_ellipse(g, y, x, *middle, *axes))
+    radius = enlarged(ellipse(g, y, x, *middle, *axes))
     if uniform(g, 0, 1) < 0.7:
         c.paint(radius >= 1, PhantomClass.BACKGROUND)
     body = c.paint(radius < 1, PhantomClass.BODY) if uniform(g, 0, 1) < 0.6 else None
@@ -202,7 +202,7 @@ def _paint_body(c: _Canvas) -> None:
         c.paint((radius < 1) & (radius > uniform(g, 0.85, 0.96)), PhantomClass.RING, body)
 
 
-def _paint_object(c: _Canvas) -> None:
+def _paint_object(c: Canvas) -> None:
     """One organ or lesion, some with a wall or an inner part; or a ring with what was there inside it."""
     g, size = c.g, c.size
     y, x = c.coordinates()
@@ -211,12 +211,12 @@ def _paint_object(c: _Canvas) -> None:
     cy, cx = uniform(g, 0.08, 0.92) * size, uniform(g, 0.08, 0.92) * size
     kind = uniform(g, 0, 1)
     if kind < 0.06:
-        radius = _enlarge(_ellipse(g, y, x, cy, cx, *axes))
+        radius = enlarged(ellipse(g, y, x, cy, cx, *axes))
         c.paint((radius < 1) & (radius > uniform(g, 0.55, 0.85)), PhantomClass.RING)
         return
     drawn = uniform(g, 0, 1)
     shape = next(shape for share, shape in _SHAPES if drawn < share)
-    radius = _enlarge(shape(g, y, x, cy, cx, *axes))
+    radius = enlarged(shape(g, y, x, cy, cx, *axes))
     inside = radius < 1
     organ = c.paint(inside, PhantomClass.LESION if scale < 0.04 * size else PhantomClass.ORGAN)
     if organ is None or scale < 0.06 * size:
@@ -226,13 +226,13 @@ def _paint_object(c: _Canvas) -> None:
     for _ in range(integer(g, 1, 3) if uniform(g, 0, 1) < 0.3 else 0):
         reach, away = uniform(g, 0.08, 0.45) * axes[1], uniform(g, 0, 0.6) * axes[1]
         angle = uniform(g, 0, 2 * math.pi)
-        inner = _ellipse(g, y, x, cy + away * math.sin(angle), cx + away * math.cos(angle), reach, reach)
-        c.paint((_enlarge(inner) < 1) & (radius < 0.9), PhantomClass.LESION, organ)
+        inner = ellipse(g, y, x, cy + away * math.sin(angle), cx + away * math.cos(angle), reach, reach)
+        c.paint((enlarged(inner) < 1) & (radius < 0.9), PhantomClass.LESION, organ)
 
 
 def label_map(g: Generator, size: int = 256) -> LabelMap:
     """One random label map of `size`² pixels; `size` is a multiple of 4."""
-    canvas = _Canvas(g, size)
+    canvas = Canvas(g, size)
     if uniform(g, 0, 1) < 0.6:
         _paint_body(canvas)
     for _ in range(integer(g, 2, 12)):
@@ -243,7 +243,7 @@ def label_map(g: Generator, size: int = 256) -> LabelMap:
     return canvas.result()
 
 
-def _blur(image: Tensor, sigma: float) -> Tensor:
+def blurred(image: Tensor, sigma: float) -> Tensor:
     if sigma < 0.3:
         return image
     reach = max(1, math.ceil(2.5 * sigma))
@@ -280,7 +280,7 @@ def _tissue(g: Generator, labels: LabelMap) -> Tensor:
         edge[1:] += regions[1:] != regions[:-1]
         edge[:, 1:] += regions[:, 1:] != regions[:, :-1]
         strength = torch.rand(count, generator=g) * uniform(g, -1.0, 1.5)
-        image = image + _blur(edge[None], uniform(g, 0.7, 2.5))[0] * strength[regions]
+        image = image + blurred(edge[None], uniform(g, 0.7, 2.5))[0] * strength[regions]
     return image
 
 
@@ -289,7 +289,7 @@ def _acoustics(g: Generator, image: Tensor) -> Tensor:
     size = image.shape[0]
     grain = torch.randn(size, max(8, int(size * uniform(g, 0.3, 1))), generator=g)
     grain = F.interpolate(grain[None, None], size=(size, size), mode="bilinear")[0]
-    image = image * (1 + uniform(g, 0.2, 0.7) * _blur(grain, uniform(g, 0, 1.5))[0])
+    image = image * (1 + uniform(g, 0.2, 0.7) * blurred(grain, uniform(g, 0, 1.5))[0])
     depth = torch.linspace(0, 1, size)[:, None]
     image = image * torch.exp(-uniform(g, 0, 1.2) * depth)
     if uniform(g, 0, 1) < 0.5:
@@ -303,14 +303,14 @@ def render(g: Generator, labels: LabelMap) -> Tensor:
     size = labels.regions.shape[0]
     image = _tissue(g, labels)
     # Projections, as X-rays are, have soft outlines.
-    image = _blur(image[None], uniform(g, 0, 1.6) if uniform(g, 0, 1) < 0.9 else uniform(g, 1.6, 4))[0]
+    image = blurred(image[None], uniform(g, 0, 1.6) if uniform(g, 0, 1) < 0.9 else uniform(g, 1.6, 4))[0]
     if uniform(g, 0, 1) < 0.5:
         image = image * torch.exp(uniform(g, 0, 0.35) * smooth_field(g, 1, 2, size)[0])
     if uniform(g, 0, 1) < 0.3:
         image = _acoustics(g, image)
     noise = torch.randn(size, size, generator=g)
     image = image + uniform(g, 0, 0.26) ** 2 * (
-        noise if uniform(g, 0, 1) < 0.7 else _blur(noise[None], 1.0)[0] * 3
+        noise if uniform(g, 0, 1) < 0.7 else blurred(noise[None], 1.0)[0] * 3
     )
     sample = image.flatten()[:: max(1, image.numel() // 4096)].sort().values
     low = sample[int(uniform(g, 0, 0.05) * len(sample))]

@@ -13,7 +13,6 @@ from torch import Tensor
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.prompt_maps import (
     BOTTOM_RIGHT,
-    CELL,
     FOREGROUND,
     NOTHING,
     TOP_LEFT,
@@ -62,19 +61,20 @@ def first_prompts(boxes: Tensor, points: Tensor) -> Prompted:
     return Prompted(places, kinds, boxed)
 
 
-def corrected(prompts: Prompted, logits: Tensor, target: Tensor) -> Prompted:
+def corrected(prompts: Prompted, logits: Tensor, target: Tensor, size: int) -> Prompted:
     """The prompts with one more click each, at a place where the answer was wrong, and mostly that answer.
 
     Args:
         logits: [N, h, w] float, the answer; given back as mask prompt.
         target: [N, h, w] float in [0, 1].
+        size: side of the model's input in pixels.
     """
     w = logits.shape[-1]
     truth = (target > 0.5).flatten(1)
     wrong = (logits > 0).flatten(1) != truth
     # An answer without a fault gets a click somewhere; it does no harm.
     at = torch.multinomial(wrong.float() + 1e-6, 1)
-    centre = torch.cat([at % w, at // w], 1).float() * CELL + CELL / 2
+    centre = (torch.cat([at % w, at // w], 1).float() + 0.5) * (size / w)
     kind = truth.gather(1, at).long()
     return Prompted(
         torch.cat([prompts.places, centre[:, None]], 1),
@@ -96,11 +96,11 @@ def decode(sam: Sam, image: Tensor, prompts: Prompted) -> tuple[Tensor, Tensor]:
     decoder: Any = sam.mask_decoder
     n, c, h, w = image.shape
     kinds = torch.stack([encoder.not_a_point_embed.weight, *(e.weight for e in encoder.point_embeddings)])
-    size = encoder.input_image_size
+    size, side = encoder.input_image_size, encoder.mask_input_size[0]
     positions = encoder.pe_layer.forward_with_coords(prompts.places, size)
     sparse = positions * (prompts.kinds >= 0)[..., None] + kinds[:, 0][prompts.kinds + 1]
     with torch.autocast(image.device.type, enabled=False):
-        maps = prompt_map(prompts.places, prompts.kinds, prompts.masks, size[0])
+        maps = prompt_map(prompts.places, prompts.kinds, prompts.masks, size[0], side)
     dense = encoder.mask_downscaling(maps)
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(n, -1, -1)
     seen, attended = decoder.transformer(

@@ -116,12 +116,16 @@ def _point(g: Generator, mask: NDArray[Any]) -> list[float]:
 def make_example(g: Generator, size: int = 256) -> Example:
     """One random example; the same generator state gives the same example."""
     labels = label_map(g, size)
-    image = render(g, labels)
+    return example_of(g, labels, render(g, labels))
+
+
+def example_of(g: Generator, labels: LabelMap, image: Tensor) -> Example:
+    """One of a label map and its image [3, S, S] float32 in [0, 1]."""
     regions = labels.regions[2::4, 2::4].contiguous()
-    return _prompted(g, image, regions, labels.semantic, _objects(g, labels))
+    return prompted(g, image, regions, labels.semantic, _objects(g, labels))
 
 
-def _prompted(g: Generator, image: Tensor, regions: Tensor, semantic: Tensor, masks: NDArray[Any]) -> Example:
+def prompted(g: Generator, image: Tensor, regions: Tensor, semantic: Tensor, masks: NDArray[Any]) -> Example:
     return Example(
         image=image,
         regions=regions,
@@ -142,7 +146,7 @@ def turned(g: Generator, example: Example) -> Example:
 
     image = move(example.image) ** uniform(g, 0.8, 1.25)
     masks = move(example.masks).numpy().astype(bool)
-    return _prompted(g, image, move(example.regions), move(example.semantic), masks)
+    return prompted(g, image, move(example.regions), move(example.semantic), masks)
 
 
 class PhantomDataset(IterableDataset[dict[str, Tensor]]):

@@ -103,7 +103,10 @@ def mask_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         loss [N, K] and IoU [N, K] (detached).
     """
-    near = F.max_pool2d(target, 15, stride=1, padding=7)
+    # On a grid of 64: at the size of a large mask, a neighbourhood as wide takes longer than all else here.
+    cell = max(1, target.shape[-1] // 64)
+    near = F.max_pool2d(F.max_pool2d(target, cell), 15, stride=1, padding=7)
+    near = near.repeat_interleave(cell, 2).repeat_interleave(cell, 3)
     weight = torch.where(near > 0, 1.0, 0.05)
     t = target.expand_as(logits)
     bce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
@@ -126,7 +129,7 @@ def prompted_loss(
         batch: of `Example`s.
         rounds: at least 1; each further one adds a click where the last answer was wrong.
     """
-    target = F.avg_pool2d(batch["masks"].flatten(0, 1)[:, None].float(), 4)
+    target = F.avg_pool2d(batch["masks"].flatten(0, 1)[:, None].float(), sam.variant.mask_cell)
     image = embedding.repeat_interleave(batch["masks"].shape[1], 0)
     prompts = first_prompts(batch["boxes"].flatten(0, 1), batch["points"].flatten(0, 1))
     loss = embedding.new_zeros((), dtype=torch.float32)
@@ -146,7 +149,9 @@ def prompted_loss(
             iou = ious.gather(1, best[:, None])[:, 0]
             reached = {"box": float(iou[prompts.boxed].mean()), "point": float(iou[~prompts.boxed].mean())}
         if turn + 1 < rounds:
-            prompts = corrected(prompts, logits[torch.arange(len(best)), best].detach(), target[:, 0])
+            prompts = corrected(
+                prompts, logits[torch.arange(len(best)), best].detach(), target[:, 0], sam.variant.input_size
+            )
     return loss / rounds, reached
 
 
@@ -167,7 +172,7 @@ def train_sam(
     Raises:
         ValueError: when `start` is of another model.
     """
-    rank, world = _join()
+    rank, world = join()
     torch.manual_seed(config.seed)
     sam = Sam(VARIANTS["tiny"]).to(device).train()
     _initialise(sam)
@@ -199,7 +204,7 @@ def train_sam(
             )
         optimizer.zero_grad(set_to_none=True)
         (loss + 0.5 * contrast).backward()
-        _share_gradients(parameters, world)
+        share_gradients(parameters, world)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         averaged.update_parameters(sam)
@@ -253,7 +258,7 @@ def export(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
         save_file(tensors, partial, metadata={"format": "pt", **metadata})
 
 
-def _join() -> tuple[int, int]:
+def join() -> tuple[int, int]:
     """Rank and number of the processes that `torchrun` started; (0, 1) without it."""
     if not dist.is_torchelastic_launched():
         return 0, 1
@@ -263,7 +268,7 @@ def _join() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _share_gradients(parameters: list[nn.Parameter], world: int) -> None:
+def share_gradients(parameters: list[nn.Parameter], world: int) -> None:
     """The mean of all processes' gradients to each of them."""
     if world == 1:
         return

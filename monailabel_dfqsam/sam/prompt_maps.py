@@ -15,34 +15,36 @@ from torch import Tensor, nn
 NOTHING, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
 """What a prompt's place means, numbered as segment-anything does."""
 
-CELL = 4
-"""Model-input pixels per pixel of a mask prompt."""
-
 CERTAIN = 4.0
 LIKELY = 2.0
 """Logits of what a prompt says for certain, and at most of what it makes likely."""
 
-_CLICK_CELLS = 2.0
+# Model-input pixels within which a click says something, and over which that fades.
+_CLICK_RADIUS = 8.0
+_CLICK_EDGE = 4.0
 
 
-def prompt_map(places: Tensor, kinds: Tensor, masks: Tensor | None, size: int) -> Tensor:
+def prompt_map(places: Tensor, kinds: Tensor, masks: Tensor | None, size: int, side: int) -> Tensor:
     """What prompts say about each pixel of the low-resolution mask, as logits.
 
     Args:
         places: [N, T, 2] float, (x, y) in model-input pixels, 0 … size.
         kinds: [N, T] int, `NOTHING` … `BOTTOM_RIGHT`; at most one box each.
-        masks: [N, 1, size/4, size/4] float, logits of an earlier answer, which take the place of the
+        masks: [N, 1, side, side] float, logits of an earlier answer, which take the place of the
             likelihood that a box gives; or None.
+        size: side of the model's input in pixels.
+        side: of the map in pixels.
 
     Returns:
-        [N, 1, size/4, size/4] float32 within ±`CERTAIN`.
+        [N, 1, side, side] float32 within ±`CERTAIN`.
     """
-    axis = (torch.arange(size // CELL, device=places.device, dtype=torch.float32) + 0.5) * CELL
+    cell = size / side
+    axis = (torch.arange(side, device=places.device, dtype=torch.float32) + 0.5) * cell
     low, high = (
         (places * (kinds == corner)[..., None]).sum(1) for corner in (TOP_LEFT, BOTTOM_RIGHT)
     )  # [N, 2] each
     boxed = (kinds == TOP_LEFT).any(1)[:, None, None]
-    centre, half = (low + high) / 2, ((high - low) / 2).clamp_min(CELL / 2)
+    centre, half = (low + high) / 2, ((high - low) / 2).clamp_min(cell / 2)
     dx = (axis[None, None, :] - centre[:, 0, None, None]).abs()
     dy = (axis[None, :, None] - centre[:, 1, None, None]).abs()
     wide, tall = half[:, 0, None, None], half[:, 1, None, None]
@@ -51,13 +53,13 @@ def prompt_map(places: Tensor, kinds: Tensor, masks: Tensor | None, size: int) -
         said = torch.where(boxed, ellipse.clamp_min(-LIKELY), 0.0)
     else:
         said = masks[:, 0].float().clamp(-LIKELY, LIKELY)
-    outside = (torch.maximum(dx - wide, dy - tall) / CELL + 0.5).clamp(0, 1) * boxed
+    outside = (torch.maximum(dx - wide, dy - tall) / cell + 0.5).clamp(0, 1) * boxed
     said = said + outside * (-CERTAIN - said)
     away = (
         (axis[None, None, None, :] - places[:, :, 0, None, None]) ** 2
         + (axis[None, None, :, None] - places[:, :, 1, None, None]) ** 2
-    ).sqrt() / CELL
-    near = (_CLICK_CELLS - away).clamp(0, 1)
+    ).sqrt()
+    near = ((_CLICK_RADIUS - away) / _CLICK_EDGE).clamp(0, 1)
     for kind, value in ((FOREGROUND, CERTAIN), (BACKGROUND, -CERTAIN)):
         clicked = (near * (kinds == kind)[..., None, None]).amax(1)
         said = said + clicked * (value - said)
@@ -68,6 +70,7 @@ class PromptMaps(nn.Module):
     """To be put before segment-anything's PromptEncoder among a class's bases: maps join its mask prompts."""
 
     input_image_size: tuple[int, int]
+    mask_input_size: tuple[int, int]
 
     def forward(
         self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
@@ -82,7 +85,8 @@ class PromptMaps(nn.Module):
             corners = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device)
             kinds.append(corners.expand(len(boxes), 2))
         if places:
-            masks = prompt_map(torch.cat(places, 1), torch.cat(kinds, 1), masks, self.input_image_size[0])
+            size, side = self.input_image_size[0], self.mask_input_size[0]
+            masks = prompt_map(torch.cat(places, 1), torch.cat(kinds, 1), masks, size, side)
         parent: Any = super()
         embedded: tuple[Tensor, Tensor] = parent.forward(points, boxes, masks)
         return embedded

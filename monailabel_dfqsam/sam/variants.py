@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 
@@ -155,6 +156,10 @@ VARIANTS: dict[str, Variant] = {
             relative_position=False, one_mask=True,
         ),
         Variant(
+            "lite", 256, stages=_tiny_vit_5m(1), patch_size=4, preprocessing=Preprocessing.LITE_MEDSAM,
+            relative_position=False, prompt_maps=True, chosen_by_box=True,
+        ),
+        Variant(
             "mobile_sam", 1024, stages=_tiny_vit_5m(4), preprocessing=Preprocessing.SAM,
             relative_position=False,
         ),
@@ -170,8 +175,8 @@ VARIANTS: dict[str, Variant] = {
 def detect(shapes: dict[str, tuple[int, ...]], hint: str = "") -> Variant:
     """The variant a state dict belongs to, from its tensor shapes alone.
 
-    SAM ViT-B and MedSAM have the same tensors and differ in preprocessing only; `hint`, a file name, tells
-    them apart ("medsam" anywhere in it).
+    Some have the same tensors, which `hint` tells apart: SAM ViT-B from MedSAM ("medsam" anywhere in it), and
+    our own LiteMedSAM from the published one (a file's name that ends in "lite").
 
     Args:
         shapes: state-dict key -> shape.
@@ -181,7 +186,7 @@ def detect(shapes: dict[str, tuple[int, ...]], hint: str = "") -> Variant:
         ValueError: when the keys are not those of a known model; the message says what was missing.
     """
     if "image_encoder.layers.0.blocks.0.conv1.c.weight" in shapes:
-        return _detect_tiny_vit(shapes)
+        return _detect_tiny_vit(shapes, hint)
     pos = shapes.get("image_encoder.pos_embed")
     if pos is None or len(pos) != 4:
         raise ValueError(
@@ -205,8 +210,8 @@ def detect(shapes: dict[str, tuple[int, ...]], hint: str = "") -> Variant:
     return found[0]
 
 
-def _detect_tiny_vit(shapes: dict[str, tuple[int, ...]]) -> Variant:
-    """As `detect`, by the stages' widths and the kernel of the patch embedding."""
+def _detect_tiny_vit(shapes: dict[str, tuple[int, ...]], hint: str) -> Variant:
+    """As `detect`, by the stages' widths, the kernel of the patch embedding, and the end of the name."""
     numbers = range(len({key.split(".")[2] for key in shapes if key.startswith("image_encoder.layers.")}))
     widths = tuple(
         shapes.get(f"image_encoder.layers.{n}.blocks.0.{last}.weight", (0,))[0]
@@ -214,11 +219,16 @@ def _detect_tiny_vit(shapes: dict[str, tuple[int, ...]]) -> Variant:
         for last in (("mlp.fc2",) if n else ("conv3.c",))
     )
     kernel = shapes.get("image_encoder.patch_embed.seq.0.c.weight", (0,))[-1]
-    for variant in VARIANTS.values():
-        # A patch embedding that keeps the resolution looks at single pixels.
-        of_it = [1 if stage.pixels == 1 else 3 for stage in variant.stages[:1]]
-        if tuple(stage.dim for stage in variant.stages) == widths and of_it == [kernel]:
-            return variant
+    # A patch embedding that keeps the resolution looks at single pixels.
+    found = [
+        v
+        for v in VARIANTS.values()
+        if tuple(stage.dim for stage in v.stages) == widths
+        and [1 if stage.pixels == 1 else 3 for stage in v.stages[:1]] == [kernel]
+    ]
+    if found:
+        name = PurePath(hint).stem.lower()
+        return next((v for v in found if name.endswith(v.name)), found[0])
     raise ValueError(
         f"no known model has a TinyViT encoder with stages of {', '.join(map(str, widths))} channels and a "
         f"patch embedding of {kernel}×{kernel} pixels; known are: {', '.join(VARIANTS)}"

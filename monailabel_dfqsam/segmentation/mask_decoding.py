@@ -34,7 +34,12 @@ class OneMaskDecoder:
         self._first, self._second = _as_product(first), _as_product(second)
 
     def __call__(
-        self, image: Tensor, sparse: Tensor, dense: Tensor, multimask: bool, box: Tensor | None = None
+        self,
+        image: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        multimask: bool,
+        box: tuple[Tensor, int] | None = None,
     ) -> tuple[Tensor, float]:
         """The mask and its predicted IoU.
 
@@ -43,8 +48,8 @@ class OneMaskDecoder:
             sparse: [1, N, C] float32, points and boxes.
             dense: [1, C, h, w] float32, the mask prompt.
             multimask: take the best of outputs 1 to 3, otherwise output 0.
-            box: [4] float32, (x0, y0, x1, y1) on a grid of 16h × 16w pixels: then, of all outputs, take the
-                one with the greatest sum of predicted IoU and `box_fits`.
+            box: [4] float32, (x0, y0, x1, y1), and the side of the input in whose pixels it is: then, of all
+                outputs, take the one with the greatest sum of predicted IoU and `box_fits`.
 
         Returns:
             [1, 1, 4h, 4w] float32 logits, and the IoU that the decoder expects, about 0 … 1.
@@ -62,7 +67,7 @@ class OneMaskDecoder:
         logits = (self._upscaled(keys)[0] @ weights).view(height, width, 2, 2, 2, 2, len(outputs))
         logits = logits.permute(6, 0, 2, 4, 1, 3, 5).reshape(1, len(outputs), 4 * height, 4 * width)
         if box is not None:
-            best = int((scores + box_fits(logits[0], box)).argmax())
+            best = int((scores + box_fits(logits[0], *box)).argmax())
             logits = logits[:, best : best + 1].contiguous()
         return logits, float(scores[best])
 
@@ -106,20 +111,20 @@ class OneMaskDecoder:
         return pixels
 
 
-def box_fits(logits: Tensor, box: Tensor) -> Tensor:
+def box_fits(logits: Tensor, box: Tensor, side: int) -> Tensor:
     """IoU of a box and of the tight boxes of masks, 0 for an empty mask.
 
     Whoever draws a box means that the object reaches its sides; predicted IoUs take little account of that.
 
     Args:
         logits: [K, h, w] float32.
-        box: [4] float32, (x0, y0, x1, y1) on a grid of 4h × 4w pixels, on which the masks are looked at.
+        box: [4] float32, (x0, y0, x1, y1) in pixels of the model's input.
+        side: of that input, at whose size the masks are looked at.
 
     Returns:
         [K] float32.
     """
-    size = (4 * logits.shape[1], 4 * logits.shape[2])
-    masks = F.interpolate(logits[None], size, mode="bilinear")[0] > 0
+    masks = F.interpolate(logits[None], (side, side), mode="bilinear")[0] > 0
     fits = torch.zeros(len(masks))
     for n, mask in enumerate(masks):
         columns, rows = mask.any(0).nonzero().cpu(), mask.any(1).nonzero().cpu()

@@ -165,7 +165,9 @@ class Segmenter:
         sparse, dense = self._prompt_encoder(points, boxes, masks)
         multimask = multimask and not self.variant.one_mask
         by_box = multimask and self.variant.chosen_by_box
-        box = boxes[0] + _PIXEL_CENTRE if by_box and boxes is not None else None
+        box = None
+        if by_box and boxes is not None:
+            box = boxes[0] + _PIXEL_CENTRE, self.variant.input_size
         logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask, box)
         logits = logits.cpu()
         mask = to_image(logits, embedding.frame)[0, 0] > 0

@@ -1,0 +1,200 @@
+"""Phantoms of what `phantoms` does not draw: layers, vessel trees, crowds of cells, and the inside of a body.
+
+For training alone. Fidelity and calibration stay on the phantoms of `phantoms`, so that figures of models can
+be compared whatever a model has learned on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Generator, Tensor
+
+from monailabel_dfqsam.pretraining.phantoms import (
+    Canvas,
+    LabelMap,
+    PhantomClass,
+    blurred,
+    ellipse,
+    enlarged,
+    integer,
+    label_map,
+    lobes,
+    render,
+    smooth_field,
+    uniform,
+)
+
+_LINES = 2
+"""Pixels of a drawing of vessels for each of the image's, along one side."""
+
+
+def scene(g: Generator, size: int = 256) -> tuple[LabelMap, Tensor]:
+    """A label map and its image [3, S, S] float32 in [0, 1]: a third is not of `phantoms`."""
+    drawn = uniform(g, 0, 1)
+    for share, draw, colourful in _SCENES:
+        if drawn < share:
+            labels = draw(g, size)
+            return labels, _coloured(g, render(g, labels), labels, colourful)
+    labels = label_map(g, size)
+    return labels, _coloured(g, render(g, labels), labels, 0.1)
+
+
+def _layers(g: Generator, size: int) -> LabelMap:
+    """Thin layers over one another across the image, as OCT shows a retina."""
+    canvas = Canvas(g, size)
+    rows = torch.arange(size, dtype=torch.float32)[:, None]
+    columns = torch.arange(size, dtype=torch.float32)
+    tilt, bend = uniform(g, -0.25, 0.25), uniform(g, -0.4, 0.4) / size
+    top = uniform(g, 0.2, 0.5) * size + tilt * (columns - size / 2) + bend * (columns - size / 2) ** 2
+    top = top + _wave(g, size, integer(g, 2, 6), uniform(g, 0, 0.03) * size)
+    canvas.paint(rows < top, PhantomClass.BACKGROUND)
+    for _ in range(integer(g, 3, 9)):
+        mean = math.exp(uniform(g, math.log(0.012), math.log(0.08))) * size
+        bottom = top + (mean * (1 + _wave(g, size, integer(g, 1, 5), 0.35))).clamp_min(1)
+        canvas.paint((rows >= top) & (rows < bottom), PhantomClass.ORGAN)
+        if uniform(g, 0, 1) < 0.15:  # fluid within a layer
+            y, x = float(((top + bottom) / 2)[size // 2]), uniform(g, 0.1, 0.9) * size
+            inside = _round(canvas, y, x, uniform(g, 0.02, 0.1) * size, uniform(g, 0.3, 0.9))
+            canvas.paint(inside, PhantomClass.LESION)
+        top = bottom
+    canvas.paint(rows >= top, PhantomClass.BACKGROUND)
+    return canvas.result()
+
+
+def _vessels(g: Generator, size: int) -> LabelMap:
+    """A tree of vessels, with the disc that they come from or without, in a round field or not."""
+    canvas = Canvas(g, size)
+    y, x = uniform(g, 0.15, 0.85) * size, uniform(g, 0.15, 0.85) * size
+    if uniform(g, 0, 1) < 0.6:
+        disc = canvas.paint(_round(canvas, y, x, uniform(g, 0.04, 0.12) * size, 0.9), PhantomClass.ORGAN)
+        if disc is not None and uniform(g, 0, 1) < 0.7:
+            canvas.paint(_round(canvas, y, x, uniform(g, 0.02, 0.05) * size, 0.9), PhantomClass.LESION, disc)
+    drawing = Image.new("1", (_LINES * size, _LINES * size))
+    pen = ImageDraw.Draw(drawing)
+    width = uniform(g, 0.008, 0.025) * size
+    for _ in range(integer(g, 2, 6)):
+        _branch(g, pen, (x, y), uniform(g, 0, 2 * math.pi), width, size)
+    lines = torch.from_numpy(np.array(drawing, dtype=np.float32))
+    canvas.paint(F.avg_pool2d(lines[None], _LINES)[0] >= 0.5, PhantomClass.TUBE)
+    if uniform(g, 0, 1) < 0.5:
+        field = _round(canvas, size / 2, size / 2, uniform(g, 0.42, 0.6) * size, 1.0)
+        canvas.paint(~field, PhantomClass.BACKGROUND)
+    return canvas.result()
+
+
+def _branch(
+    g: Generator, pen: ImageDraw.ImageDraw, at: tuple[float, float], angle: float, width: float, size: int
+) -> None:
+    """A vessel from a place on, and what branches off it until it is thinner than a pixel."""
+    x, y = at
+    length, curve = uniform(g, 0.2, 0.6) * size, uniform(g, -0.04, 0.04)
+    step = 4.0
+    for _ in range(int(length / step)):
+        angle += curve + uniform(g, -0.15, 0.15)
+        further = x + step * math.cos(angle), y + step * math.sin(angle)
+        line = [_LINES * number for number in (x, y, *further)]
+        pen.line(line, fill=1, width=max(1, round(_LINES * width)))
+        x, y = further
+        if not (0 <= x < size and 0 <= y < size):
+            return
+        if width > 2 and uniform(g, 0, 1) < 0.04:
+            side = 1 if integer(g, 0, 1) else -1
+            _branch(g, pen, (x, y), angle + side * uniform(g, 0.4, 1.1), width * uniform(g, 0.5, 0.8), size)
+    if width > 1.2:
+        for side in (-1, 1):
+            _branch(g, pen, (x, y), angle + side * uniform(g, 0.2, 0.7), width * uniform(g, 0.6, 0.85), size)
+
+
+def _cells(g: Generator, size: int) -> LabelMap:
+    """Many alike that lie close together, some with a nucleus, and a few of another kind."""
+    canvas = Canvas(g, size)
+    radius = math.exp(uniform(g, math.log(0.02), math.log(0.1))) * size
+    slender, with_nucleus = uniform(g, 0.4, 1), uniform(g, 0, 1) < 0.4
+    free = torch.ones(size, size, dtype=torch.bool)
+    for _ in range(integer(g, 12, 90)):
+        y, x = uniform(g, 0, 1) * size, uniform(g, 0, 1) * size
+        own = radius * uniform(g, 0.6, 1.4) * (2 if uniform(g, 0, 1) < 0.05 else 1)
+        inside = _round(canvas, y, x, own, slender * uniform(g, 0.8, 1.2)) & free
+        kind = PhantomClass.LESION if own < 0.04 * size else PhantomClass.ORGAN
+        cell = canvas.paint(inside, kind)
+        if cell is None:
+            continue
+        grown = F.max_pool2d(inside[None].float(), 3, stride=1, padding=1)[0] > 0
+        free &= ~grown
+        if with_nucleus:
+            nucleus = _round(canvas, y, x, 0.45 * own, 0.9) & inside
+            canvas.paint(nucleus, PhantomClass.LESION, cell)
+    return canvas.result()
+
+
+def _cavity(g: Generator, size: int) -> LabelMap:
+    """Folds around a dark middle, and what grows out of the wall, as an endoscope sees them."""
+    canvas = Canvas(g, size)
+    y, x = uniform(g, 0.2, 0.8) * size, uniform(g, 0.2, 0.8) * size
+    reach = uniform(g, 0.5, 0.9) * size
+    for share in sorted((uniform(g, 0.1, 1) for _ in range(integer(g, 1, 5))), reverse=True):
+        canvas.paint(_round(canvas, y, x, share * reach, uniform(g, 0.7, 1)), PhantomClass.BACKGROUND)
+    for _ in range(integer(g, 1, 4)):
+        own = math.exp(uniform(g, math.log(0.05), math.log(0.3))) * size
+        dy, dx = uniform(g, 0.1, 0.9) * size, uniform(g, 0.1, 0.9) * size
+        rows, columns = canvas.coordinates()
+        radius = lobes(g, rows, columns, dy, dx, own, own * uniform(g, 0.6, 1))
+        canvas.paint(enlarged(radius) < 1, PhantomClass.ORGAN)
+    if uniform(g, 0, 1) < 0.3:  # an instrument
+        rows_, columns_ = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        angle, offset = uniform(g, 0, 2 * math.pi), uniform(g, -0.3, 0.3) * size
+        along = (columns_ - size / 2) * math.cos(angle) + (rows_ - size / 2) * math.sin(angle)
+        across = (rows_ - size / 2) * math.cos(angle) - (columns_ - size / 2) * math.sin(angle) - offset
+        wide = uniform(g, 0.02, 0.08) * size
+        canvas.paint((across.abs() < wide) & (along > uniform(g, -0.2, 0.2) * size), PhantomClass.TUBE)
+    return canvas.result()
+
+
+# Cumulative shares, and how often such a scene is in colour.
+_SCENES: tuple[tuple[float, Callable[[Generator, int], LabelMap], float], ...] = (
+    (0.08, _layers, 0.0),
+    (0.16, _vessels, 0.6),
+    (0.25, _cells, 0.5),
+    (0.34, _cavity, 0.9),
+)
+
+
+def _coloured(g: Generator, image: Tensor, labels: LabelMap, often: float) -> Tensor:
+    """An image [3, S, S] in one hue that each region leans away from a little, some of it shining."""
+    if uniform(g, 0, 1) >= often:
+        return image
+    size = image.shape[1]
+    hue = 1 - torch.rand(3, generator=g) * uniform(g, 0.1, 0.7)
+    if uniform(g, 0, 1) < 0.6:  # flesh: red most, blue least
+        hue = hue.sort(descending=True).values
+    own = uniform(g, 0.02, 0.3) * (torch.rand(len(labels.classes), 3, generator=g) - 0.5)
+    fields = uniform(g, 0, 0.1) * smooth_field(g, 3, integer(g, 2, 6), size)
+    tint = hue[:, None, None] + own[labels.regions].permute(2, 0, 1) + fields
+    if uniform(g, 0, 1) < 0.3:  # a bright ground, as stained tissue has
+        image = 1 - image
+        seen = 1 - image * (1.2 - tint)
+    else:
+        seen = image * tint
+    if uniform(g, 0, 1) < 0.5:
+        spots = smooth_field(g, 1, integer(g, 10, 40), size)[0]
+        shine = ((spots - uniform(g, 1.8, 2.6)) * 3).clamp(0, 1) * uniform(g, 0.5, 1)
+        seen = seen + blurred(shine[None], 0.8)[0] * (1 - seen)
+    return seen.clamp(0, 1).contiguous()
+
+
+def _wave(g: Generator, size: int, cells: int, height: float) -> Tensor:
+    """[size] float, smooth, of standard deviation `height`."""
+    return smooth_field(g, 1, cells, size)[0, size // 2] * height
+
+
+def _round(canvas: Canvas, y: float, x: float, radius: float, slender: float) -> Tensor:
+    """[S, S] bool, inside an ellipse that is bent a little and turned at random."""
+    rows, columns = canvas.coordinates()
+    radii = ellipse(canvas.g, rows, columns, y, x, radius, radius * min(slender, 1.0))
+    return enlarged(radii) < 1
