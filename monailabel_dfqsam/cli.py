@@ -312,12 +312,15 @@ def pretrain(
 
 def _trainer(what: Trained, steps: int, start: Path | None, seed: int) -> Callable[..., Path]:
     """(out, device, progress) -> the file written."""
+    if what is Trained.AUXILIARY and start is not None:
+        raise ValueError("--start is for --what sam and --what lite alone")
+    if what is Trained.LITE and start is None:
+        raise ValueError("--what lite needs --start: lite-medsam, or weights of an earlier training")
     from monailabel_dfqsam.sam import read_checkpoint
 
     begin = None if start is None else read_checkpoint(start)
     if what is Trained.LITE:
-        if begin is None:
-            raise ValueError("--what lite needs --start: lite-medsam, or weights of an earlier training")
+        assert begin is not None
         from monailabel_dfqsam.pretraining.decoder import DecoderConfig, train_decoder
 
         return lambda out, device, progress: train_decoder(
@@ -337,8 +340,6 @@ def _trainer(what: Trained, steps: int, start: Path | None, seed: int) -> Callab
             lambda done, total, text: progress(text, done, total),
             begin,
         )
-    if start is not None:
-        raise ValueError("--start is for --what sam and --what lite alone")
     from monailabel_dfqsam.pretraining.auxiliary_network import AUXILIARY_CONFIG, train_auxiliary
 
     config = replace(AUXILIARY_CONFIG, steps=steps, seed=AUXILIARY_CONFIG.seed + seed)

@@ -209,7 +209,8 @@ def test_inspect_shows_the_published_lite_medsam_by_its_name(lite_medsam: Path) 
     "command",
     [
         "quantize lite-medsam --out {folder}", "inspect lite-medsam",
-        "pretrain --out {folder} --steps 1 --start lite-medsam --what lite", "benchmark click --checkpoint lite-medsam",
+        "pretrain --out {folder} --steps 1 --start lite-medsam --what lite",
+        "benchmark click --checkpoint lite-medsam",
         "serve --studies {folder} --checkpoint lite-medsam", "evaluate --data {folder} --model lite-medsam",
     ],
 )  # fmt: skip
@@ -279,9 +280,9 @@ def test_pretrain_makes_weights_that_can_be_read(tmp_path: Path) -> None:
         tmp_path / "some.pth",
     )
     assert_refused(run(*begun), "--what sam and --what lite alone")
-    assert_refused(run("pretrain", "--out", tmp_path, "--steps", 1, "--what", "lite"), "needs --start")
-    other = run("pretrain", "--out", tmp_path, "--steps", 1, "--what", "lite", "--start", checkpoints.EMBEDDED)
-    assert_refused(other, "'tiny' cannot start 'lite'")
+    lite = "pretrain", "--out", tmp_path, "--steps", 1, "--what", "lite"
+    assert_refused(run(*lite), "needs --start")
+    assert_refused(run(*lite, "--start", checkpoints.EMBEDDED), "'tiny' cannot start 'lite'")
 
 
 def test_serve_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
