@@ -6,6 +6,7 @@ python docs/accuracy/scatter.py ROWS [ROWS …] --picture docs/pictures/fidelity
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import typer
 from scipy.stats import spearmanr
 
-LEFT, SIDE, LEAST = 60, 420, 0.3
+LEFT, SIDE = 60, 420
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 
 
@@ -36,10 +37,11 @@ def points(files: list[Path], prompt: str) -> list[dict[str, Any]]:
 
 
 def picture(found: list[dict[str, Any]]) -> str:
-    """The points as SVG, both axes from LEAST to 1."""
+    """The points as SVG, both axes from the tenth below all of them to 1."""
+    least = min(math.floor(10 * min(point["fidelity"], point["real"])) for point in found) / 10
 
     def place(value: float) -> float:
-        return (value - LEAST) / (1 - LEAST) * SIDE
+        return (value - least) / (1 - least) * SIDE
 
     kinds = sorted({point["checkpoint"] for point in found})
     lines = [
@@ -49,7 +51,7 @@ def picture(found: list[dict[str, Any]]) -> str:
         f'<rect width="{SIDE}" height="{SIDE}" fill="none" stroke="#888"/>',
         f'<line x1="0" y1="{SIDE}" x2="{SIDE}" y2="0" stroke="#bbb" stroke-dasharray="4"/>',
     ]
-    for tick in np.arange(LEAST, 1.001, 0.1):
+    for tick in np.arange(least, 1.001, 0.1):
         at = place(float(tick))
         lines.append(f'<text x="{at:.0f}" y="{SIDE + 16}" text-anchor="middle">{tick:.1f}</text>')
         lines.append(f'<text x="-8" y="{SIDE - at + 4:.0f}" text-anchor="end">{tick:.1f}</text>')
