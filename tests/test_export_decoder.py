@@ -31,7 +31,7 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["tiny", "sam_med2d_b", "lite_medsam", "efficient_sam_ti"])
+@pytest.fixture(scope="module", params=["tiny", "sam_med2d_b", "lite_medsam", "lite", "efficient_sam_ti"])
 def both(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, Any]:
     """Prompt encoder, mask decoder, and both compiled; the trained weights of 'tiny', else lively ones."""
     if request.param == "tiny":
