@@ -140,7 +140,7 @@ def _on_torch(modules: tuple[Any, Any], variant: Any) -> Decode:
 
     prompt_encoder, mask_decoder = modules
     with torch.inference_mode():
-        one_mask = OneMaskDecoder(mask_decoder, prompt_encoder.get_dense_pe())
+        one_mask = OneMaskDecoder(mask_decoder, prompt_encoder.get_dense_pe(), variant.input_size)
 
     def decode(embedding: Any, box: Any) -> Any:
         sparse, dense = prompt_encoder(None, box[None] - _PIXEL_CENTRE, None)

@@ -53,7 +53,7 @@ def test_it_is_segment_anythings_mask(name: str, prompt: str, best: int) -> None
         multimask_output=multimask,
     )
     chosen = max(0, best - 1)
-    one = OneMaskDecoder(decoder, positions)
+    one = OneMaskDecoder(decoder, positions, 256)
     for layout in (channels_last(image), image):
         found, score = one(layout, sparse, dense, multimask)
         assert found.shape == (1, 1, 4 * variant.grid, 4 * variant.grid)
@@ -76,7 +76,7 @@ def test_the_decoder_that_is_given_stays_segment_anythings() -> None:
     prompt_encoder, decoder = build_decoder(VARIANTS["tiny"])
     tensors = {name: value.data_ptr() for name, value in decoder.state_dict().items()}
     kinds = [type(module) for module in decoder.modules()]
-    one = OneMaskDecoder(decoder.eval(), prompt_encoder.get_dense_pe())
+    one = OneMaskDecoder(decoder.eval(), prompt_encoder.get_dense_pe(), 256)
     assert [type(module) for module in decoder.modules()] == kinds
     own = {name: value.data_ptr() for name, value in one._decoder.state_dict().items()}
     assert own == tensors
@@ -87,7 +87,7 @@ def test_a_box_chooses_the_mask_that_fits_it() -> None:
     sam = build(read_checkpoint())
     with torch.inference_mode():
         image = sam.image_encoder(phantom_images(sam.variant, [900_000]))
-        one = OneMaskDecoder(sam.mask_decoder, sam.prompt_encoder.get_dense_pe())
+        one = OneMaskDecoder(sam.mask_decoder, sam.prompt_encoder.get_dense_pe(), 256)
         generator = torch.Generator().manual_seed(0)
         by_box = 0
         for _ in range(40):
@@ -98,7 +98,7 @@ def test_a_box_chooses_the_mask_that_fits_it() -> None:
             torch.testing.assert_close(box_fits(logits[0], box, 256), fits)
             best = int((scores[0] + fits).argmax())
             by_box += best != int(scores[0].argmax())
-            found, score = one(image, *sam.prompt_encoder(None, box[None], None), True, (box, 256))
+            found, score = one(image, *sam.prompt_encoder(None, box[None], None), True, box)
             torch.testing.assert_close(found[0, 0], logits[0, best], rtol=0, atol=1e-3)
             assert found.is_contiguous()
             assert score == pytest.approx(float(scores[0, best]), abs=1e-4)

@@ -20,13 +20,15 @@ from monailabel_dfqsam.quantization.modules import shared_copy
 class OneMaskDecoder:
     """From an image's and prompts' embeddings to the best mask; stateless between calls."""
 
-    def __init__(self, decoder: nn.Module, positions: Tensor) -> None:
+    def __init__(self, decoder: nn.Module, positions: Tensor, side: int) -> None:
         """Wraps a `MaskDecoder` of segment-anything.
 
         Args:
             decoder: in evaluation mode, on the device it stays on.
             positions: [1, C, h, w] float32, the prompt encoder's `get_dense_pe()`.
+            side: of the model's input in pixels.
         """
+        self._side = side
         self._decoder: Any = _with_own_products(decoder)
         self._positions = channels_last(positions)
         stages: Any = decoder.output_upscaling
@@ -34,12 +36,7 @@ class OneMaskDecoder:
         self._first, self._second = _as_product(first), _as_product(second)
 
     def __call__(
-        self,
-        image: Tensor,
-        sparse: Tensor,
-        dense: Tensor,
-        multimask: bool,
-        box: tuple[Tensor, int] | None = None,
+        self, image: Tensor, sparse: Tensor, dense: Tensor, multimask: bool, box: Tensor | None = None
     ) -> tuple[Tensor, float]:
         """The mask and its predicted IoU.
 
@@ -48,8 +45,8 @@ class OneMaskDecoder:
             sparse: [1, N, C] float32, points and boxes.
             dense: [1, C, h, w] float32, the mask prompt.
             multimask: take the best of outputs 1 to 3, otherwise output 0.
-            box: [4] float32, (x0, y0, x1, y1), and the side of the input in whose pixels it is: then, of all
-                outputs, take the one with the greatest sum of predicted IoU and `box_fits`.
+            box: [4] float32, (x0, y0, x1, y1) in pixels of the model's input: then, of all outputs, take the
+                one with the greatest sum of predicted IoU and `box_fits`.
 
         Returns:
             [1, 1, 4h, 4w] float32 logits, and the IoU that the decoder expects, about 0 … 1.
@@ -67,7 +64,7 @@ class OneMaskDecoder:
         logits = (self._upscaled(keys)[0] @ weights).view(height, width, 2, 2, 2, 2, len(outputs))
         logits = logits.permute(6, 0, 2, 4, 1, 3, 5).reshape(1, len(outputs), 4 * height, 4 * width)
         if box is not None:
-            best = int((scores + box_fits(logits[0], *box)).argmax())
+            best = int((scores + box_fits(logits[0], box, self._side)).argmax())
             logits = logits[:, best : best + 1].contiguous()
         return logits, float(scores[best])
 

@@ -112,7 +112,8 @@ class Segmenter:
         self._device = next(prompt_encoder.parameters()).device
         with torch.inference_mode():
             positions = prompt_encoder.get_dense_pe()  # type: ignore[operator]
-            self._decode = OneMaskDecoder(mask_decoder.eval().requires_grad_(False), positions)
+            decoder = mask_decoder.eval().requires_grad_(False)
+            self._decode = OneMaskDecoder(decoder, positions, variant.input_size)
 
     def embed(self, rgb: NDArray[Any]) -> Embedding:
         """The slow half: image [H, W, 3] uint8 to its embedding.
@@ -165,9 +166,7 @@ class Segmenter:
         sparse, dense = self._prompt_encoder(points, boxes, masks)
         multimask = multimask and not self.variant.one_mask
         by_box = multimask and self.variant.chosen_by_box
-        box = None
-        if by_box and boxes is not None:
-            box = boxes[0] + _PIXEL_CENTRE, self.variant.input_size
+        box = boxes[0] + _PIXEL_CENTRE if by_box and boxes is not None else None
         logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask, box)
         logits = logits.cpu()
         mask = to_image(logits, embedding.frame)[0, 0] > 0
