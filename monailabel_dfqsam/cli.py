@@ -296,7 +296,7 @@ def pretrain(
 ) -> None:
     """Trains an embedded network on phantoms; resumes where the folder's last run stopped.
 
-    On several cores: torchrun --nproc-per-node CORES --no-python dfqsam pretrain …
+    On several cores: torchrun --nproc-per-node CORES --no-python -- dfqsam pretrain …
     """
     with plain_errors():
         import torch
