@@ -319,26 +319,15 @@ def _trainer(what: Trained, steps: int, start: Path | None, seed: int) -> Callab
     from monailabel_dfqsam.sam import read_checkpoint
 
     begin = None if start is None else read_checkpoint(start)
-    if what is Trained.LITE:
-        assert begin is not None
-        from monailabel_dfqsam.pretraining.decoder import DecoderConfig, train_decoder
-
-        return lambda out, device, progress: train_decoder(
-            out,
-            DecoderConfig(steps=steps, seed=seed),
-            device,
-            lambda done, total, text: progress(text, done, total),
-            begin,
-        )
-    if what is Trained.SAM:
+    if what is not Trained.AUXILIARY:
+        from monailabel_dfqsam.pretraining.decoder import DECODER_CONFIG, train_decoder
         from monailabel_dfqsam.pretraining.train import PretrainConfig, train_sam
 
-        return lambda out, device, progress: train_sam(
-            out,
-            PretrainConfig(steps=steps, seed=seed),
-            device,
-            lambda done, total, text: progress(text, done, total),
-            begin,
+        lite = what is Trained.LITE
+        train: Callable[..., Path] = train_decoder if lite else train_sam
+        own = replace(DECODER_CONFIG if lite else PretrainConfig(steps=steps), steps=steps, seed=seed)
+        return lambda out, device, progress: train(
+            out, own, device, lambda done, total, text: progress(text, done, total), begin
         )
     from monailabel_dfqsam.pretraining.auxiliary_network import AUXILIARY_CONFIG, train_auxiliary
 

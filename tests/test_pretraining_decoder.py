@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from monailabel_dfqsam.pretraining import decoder
-from monailabel_dfqsam.pretraining.decoder import DecoderConfig, embedded_views, train_decoder
+from monailabel_dfqsam.pretraining.decoder import DECODER_CONFIG, embedded_views, train_decoder
 from monailabel_dfqsam.pretraining.targets import MIN_AREA
 from monailabel_dfqsam.sam import VARIANTS, build, read_checkpoint
 
@@ -65,7 +66,7 @@ def test_the_encoder_stays_and_what_was_cut_off_goes_on(tmp_path: Path) -> None:
     def trained(folder: Path, *steps: int) -> dict[str, torch.Tensor]:
         folder.mkdir()
         for count in steps:
-            config = DecoderConfig(steps=count, images=1, save_every=1, cooldown=0, warmup=1)
+            config = replace(DECODER_CONFIG, steps=count, batch=1, save_every=1, cooldown=0, warmup=1)
             path = train_decoder(folder, config, CPU, lambda *_: None, start, VARIANTS["tiny"])
         return read_checkpoint(path, "tiny").state_dict
 
@@ -81,4 +82,4 @@ def test_the_encoder_stays_and_what_was_cut_off_goes_on(tmp_path: Path) -> None:
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'tiny' cannot start 'lite'"):
-        train_decoder(tmp_path, DecoderConfig(steps=1), CPU, lambda *_: None, read_checkpoint())
+        train_decoder(tmp_path, replace(DECODER_CONFIG, steps=1), CPU, lambda *_: None, read_checkpoint())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,15 @@ from monailabel_dfqsam.pretraining.phantoms import eight_bit, integer, uniform
 from monailabel_dfqsam.pretraining.scenes import scene
 from monailabel_dfqsam.pretraining.targets import MIN_AREA, Example, example_of, prompted
 from monailabel_dfqsam.pretraining.train import (
-    ROUNDS,
+    PretrainConfig,
     export,
     join,
+    learn,
+    learning_rate,
     load_state,
     prompted_loss,
+    rounds_at,
     save_state,
-    share_gradients,
 )
 from monailabel_dfqsam.sam.checkpoint import Checkpoint
 from monailabel_dfqsam.sam.model import Sam
@@ -42,36 +43,14 @@ GROUP = 48
 """Phantoms embedded together: 100 MB of embeddings of the largest kind."""
 SHOWN = 8
 """Views of each, with other objects and prompts."""
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Training settings.
-
-    Attributes:
-        steps: in all.
-        images: a step and process.
-        objects: of each image.
-        lr: AdamW's, after `warmup` steps; over the last `cooldown` of the steps it falls.
-        average: weight that the exported average keeps at a step.
-        save_every: steps.
-    """
-
-    steps: int
-    images: int = 2
-    objects: int = 2
-    lr: float = 2e-4
-    warmup: int = 50
-    cooldown: float = 0.25
-    weight_decay: float = 0.01
-    average: float = 0.998
-    seed: int = 0
-    save_every: int = 50
+OBJECTS = 2
+"""Of an image, asked about in a step."""
+DECODER_CONFIG = PretrainConfig(steps=40_000, batch=2, lr=2e-4, warmup=50, weight_decay=0.01, save_every=50)
 
 
 def train_decoder(
     out: Path,
-    config: DecoderConfig,
+    config: PretrainConfig,
     device: torch.device,
     progress: Callable[[int, int, str], None],
     start: Checkpoint,
@@ -104,22 +83,16 @@ def train_decoder(
     state_file, weights_file = out / "decoder.pt", out / f"dfqsam-{variant.name}.safetensors"
     first = load_state(state_file, device, parts)
     shown = {"box": 0.0, "point": 0.0}
-    views = embedded_views(sam, config.seed * world + rank, first * config.images, device)
+    views = embedded_views(sam, config.seed * world + rank, first * config.batch, device)
     started = time.monotonic()
     for step in range(first, config.steps):
         torch.manual_seed((config.seed * 1_000_003 + step) * world + rank)
         for group in optimizer.param_groups:
-            group["lr"] = _rate(step, config)
-        draw = float(torch.rand((), generator=Generator().manual_seed(step)))
-        rounds = 1 + next(i for i, share in enumerate(ROUNDS) if draw <= share)
-        embedding, batch = _batch([next(views) for _ in range(config.images)], config.objects, device)
+            group["lr"] = learning_rate(step, config)
+        embedding, batch = _batch([next(views) for _ in range(config.batch)], device)
         with torch.autocast(device.type, torch.bfloat16):
-            loss, reached = prompted_loss(sam, embedding, batch, rounds)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        share_gradients(parameters, world)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+            loss, reached = prompted_loss(sam, embedding, batch, rounds_at(step))
+        learn(loss, optimizer, parameters, world)
         averaged.update_parameters(learning)
         done = step + 1
         for name, value in reached.items():
@@ -197,12 +170,12 @@ def _disturbed(g: Generator, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _batch(
-    views: list[tuple[Tensor, Example, Generator]], objects: int, device: torch.device
+    views: list[tuple[Tensor, Example, Generator]], device: torch.device
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Embeddings [B, C, G, G] float32 and of each image so many objects, newly prompted."""
+    """Embeddings [B, C, G, G] float32 and `OBJECTS` of each image, newly prompted."""
     embeddings, asked = [], []
     for embedding, example, g in views:
-        chosen = torch.randperm(len(example.masks), generator=g)[:objects]
+        chosen = torch.randperm(len(example.masks), generator=g)[:OBJECTS]
         masks = example.masks[chosen].numpy().astype(bool)
         asked.append(prompted(g, example.image, example.regions, example.semantic, masks))
         embeddings.append(embedding.float())
@@ -213,15 +186,10 @@ def _batch(
     return torch.cat(embeddings).to(device), batch
 
 
-def _rate(step: int, config: DecoderConfig) -> float:
-    left = (config.steps - step) / max(1.0, config.cooldown * config.steps)
-    return config.lr * min(1.0, (step + 1) / config.warmup, max(left, 0.02))
-
-
-def _export(sam: Sam, learned: nn.Module, path: Path, steps: int, world: int, config: DecoderConfig) -> None:
+def _export(sam: Sam, learned: nn.Module, path: Path, steps: int, world: int, config: PretrainConfig) -> None:
     whole = nn.Module()
     whole.image_encoder = sam.image_encoder
     whole.prompt_encoder, whole.mask_decoder = learned["prompts"], learned["masks"]  # type: ignore[index]
-    views = steps * config.images * world
+    views = steps * config.batch * world
     export(whole, path, {"made_from": f"LiteMedSAM's encoder; phantoms, {steps} steps, {views} views, "
                                       f"seed {config.seed}"})  # fmt: skip

@@ -37,12 +37,9 @@ _LINES = 2
 def scene(g: Generator, size: int = 256) -> tuple[LabelMap, Tensor]:
     """A label map and its image [3, S, S] float32 in [0, 1]: a third is not of `phantoms`."""
     drawn = uniform(g, 0, 1)
-    for share, draw, colourful in _SCENES:
-        if drawn < share:
-            labels = draw(g, size)
-            return labels, _coloured(g, render(g, labels), labels, colourful)
-    labels = label_map(g, size)
-    return labels, _coloured(g, render(g, labels), labels, 0.1)
+    draw, colourful = next((draw, often) for share, draw, often in _SCENES if drawn < share)
+    labels = draw(g, size)
+    return labels, _coloured(g, render(g, labels), labels, colourful)
 
 
 def _layers(g: Generator, size: int) -> LabelMap:
@@ -162,6 +159,7 @@ _SCENES: tuple[tuple[float, Callable[[Generator, int], LabelMap], float], ...] =
     (0.16, _vessels, 0.6),
     (0.25, _cells, 0.5),
     (0.34, _cavity, 0.9),
+    (1.00, label_map, 0.1),
 )
 
 

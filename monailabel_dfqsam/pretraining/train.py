@@ -194,19 +194,12 @@ def train_sam(
         torch.manual_seed((config.seed * 1_000_003 + step) * world + rank)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        draw = float(torch.rand((), generator=torch.Generator().manual_seed(step)))
         batch = {key: value.to(device) for key, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16):
             embedding = sam.image_encoder(normalize(batch["image"] * 255))
             contrast = contrastive_loss(dense(embedding), batch["regions"])
-            loss, reached = prompted_loss(
-                sam, embedding, batch, 1 + next(i for i, share in enumerate(ROUNDS) if draw <= share)
-            )
-        optimizer.zero_grad(set_to_none=True)
-        (loss + 0.5 * contrast).backward()
-        share_gradients(parameters, world)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+            loss, reached = prompted_loss(sam, embedding, batch, rounds_at(step))
+        learn(loss + 0.5 * contrast, optimizer, parameters, world)
         averaged.update_parameters(sam)
         done = step + 1
         for name, value in {**reached, "contrast": float(contrast.detach())}.items():
@@ -229,6 +222,21 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
     """Linear warm-up, constant, then linear down to 2 % of the peak."""
     left = (config.steps - step) / max(1.0, config.cooldown * config.steps)
     return config.lr * min(1.0, (step + 1) / config.warmup, max(left, 0.02))
+
+
+def rounds_at(step: int) -> int:
+    """Rounds of prompts of a step, the same in all processes."""
+    draw = float(torch.rand((), generator=torch.Generator().manual_seed(step)))
+    return 1 + next(i for i, share in enumerate(ROUNDS) if draw <= share)
+
+
+def learn(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], world: int) -> None:
+    """One step of an optimizer by the gradients of all processes, their norm at most 1."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    _share_gradients(parameters, world)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
 
 
 def load_state(path: Path, device: torch.device, parts: dict[str, Any]) -> int:
@@ -268,7 +276,7 @@ def join() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def share_gradients(parameters: list[nn.Parameter], world: int) -> None:
+def _share_gradients(parameters: list[nn.Parameter], world: int) -> None:
     """The mean of all processes' gradients to each of them."""
     if world == 1:
         return
