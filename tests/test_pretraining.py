@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from monailabel_dfqsam.pretraining import prompting
 from monailabel_dfqsam.pretraining.auxiliary_network import schedule
 from monailabel_dfqsam.pretraining.phantoms import PhantomClass, label_map, render
 from monailabel_dfqsam.pretraining.prompting import Prompted, corrected, decode, first_prompts
 from monailabel_dfqsam.pretraining.targets import GROUP, MASKS_PER_IMAGE, MIN_AREA, SHOWN, PhantomDataset
 from monailabel_dfqsam.pretraining.train import PretrainConfig, contrastive_loss, mask_losses, train_sam
 from monailabel_dfqsam.sam import VARIANTS, Sam, build, read_checkpoint
-from monailabel_dfqsam.sam.prompt_maps import BACKGROUND, FOREGROUND
+from monailabel_dfqsam.sam.prompt_maps import BACKGROUND, BOTTOM_RIGHT, FOREGROUND, NOTHING, TOP_LEFT
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -62,7 +63,7 @@ def test_prompts_fit_their_objects(index: int) -> None:
         ys, xs = torch.nonzero(mask, as_tuple=True)
         tight = [float(xs.min()), float(ys.min()), float(xs.max()) + 1, float(ys.max()) + 1]
         sides = [tight[2] - tight[0], tight[3] - tight[1]] * 2
-        assert all(abs(a - b) <= 0.051 * side for a, b, side in zip(box, tight, sides, strict=True))
+        assert all(abs(a - b) <= 0.201 * side for a, b, side in zip(box, tight, sides, strict=True))
         assert min(box) >= 0
         assert max(box) <= 256
 
@@ -77,49 +78,96 @@ def test_stream_is_the_same_wherever_it_starts() -> None:
 
 
 def _by_segment_anything(sam: Sam, embedding: torch.Tensor, prompts: Prompted) -> tuple[torch.Tensor, ...]:
-    """One object at a time through segment-anything's own modules."""
+    """One object at a time through segment-anything's own modules, which only know whole images."""
     answers = []
+    side = embedding.shape[-1]
     for i in range(len(prompts.kinds)):
+        x, y = prompts.corners[i].tolist()
+
+        def seen(whole: torch.Tensor, x: int = x, y: int = y) -> torch.Tensor:
+            return whole[..., y : y + side, x : x + side]
+
         # Its prompt encoder moves places by half a pixel.
-        places, kinds = prompts.places[i : i + 1] - 0.5, prompts.kinds[i : i + 1]
-        clicks = (kinds[0] == BACKGROUND) | (kinds[0] == FOREGROUND)
+        places, kinds = prompts.places[i : i + 1] + prompts.corners[i] * 16 - 0.5, prompts.kinds[i : i + 1]
+        clicks = ~((kinds[0] == TOP_LEFT) | (kinds[0] == BOTTOM_RIGHT))
+        if not prompts.boxed[i]:  # it ends points with an empty place itself
+            clicks[kinds[0].tolist().index(NOTHING)] = False
+        mask = None
+        if prompts.masks is not None:
+            mask = torch.zeros(1, 1, 64, 64)
+            mask[..., 4 * y : 4 * (y + side), 4 * x : 4 * (x + side)] = prompts.masks[i]
         sparse, dense = sam.prompt_encoder(
             (places[:, clicks], kinds[:, clicks]) if clicks.any() else None,
             places[:, :2].reshape(1, 4) if prompts.boxed[i] else None,
-            None if prompts.masks is None else prompts.masks[i : i + 1],
+            mask,
         )
         answers.append(
             sam.mask_decoder.predict_masks(
                 image_embeddings=embedding[i : i + 1],
-                image_pe=sam.prompt_encoder.get_dense_pe(),
+                image_pe=seen(sam.prompt_encoder.get_dense_pe()),
                 sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
+                dense_prompt_embeddings=seen(dense),
             )
         )
     return tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
 
 
-def test_batched_decoding_is_segment_anythings() -> None:
+@pytest.mark.parametrize("strokes", [0.0, 1.0], ids=["clicks", "strokes"])
+@pytest.mark.parametrize("side", [16, 8], ids=["whole", "part"])
+def test_batched_decoding_is_segment_anythings(
+    side: int, strokes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompting, "STROKE_SHARE", strokes)
     sam = build(read_checkpoint())
-    torch.manual_seed(0)
-    embedding = torch.randn(6, 128, 16, 16)
-    boxes, points = torch.tensor([[10.0, 20, 100, 120]]).repeat(6, 1), torch.rand(6, 2) * 256
-    prompts = first_prompts(boxes, points)
-    assert 0 < int(prompts.boxed.sum()) < 6
-    target = torch.zeros(6, 64, 64)
+    torch.manual_seed(2)
+    embedding = torch.randn(6, 128, side, side)
+    boxes, points = torch.tensor([[10.0, 20, 100, 120]]).repeat(6, 1), torch.rand(6, 2) * 16 * side
+    target = torch.zeros(6, 4 * side, 4 * side)
     target[:, 10:30, 10:30] = 1
+    corners = torch.randint(17 - side, (6, 2))
+    prompts = first_prompts(boxes, points, target, corners, 16 * side)
+    assert (0 < int(prompts.boxed.sum()) < 6) == (not strokes)
     for _ in range(3):
         logits, iou = decode(sam, embedding, prompts)
         expected_logits, expected_iou = _by_segment_anything(sam, embedding, prompts)
         assert torch.allclose(logits, expected_logits, atol=1e-4)
         assert torch.allclose(iou, expected_iou, atol=1e-5)
         answer = logits[:, 0]
-        before, prompts = prompts, corrected(prompts, answer, target, 256)
-        assert torch.equal(prompts.places[:, :-1], before.places)
+        before, prompts = prompts, corrected(prompts, answer, target, 16 * side)
+        told = before.kinds.shape[1]
+        assert torch.equal(prompts.places[:, :told], before.places)
         for i in range(6):
-            column, row = (prompts.places[i, -1] / 4).long().tolist()
-            assert int(prompts.kinds[i, -1]) == int(target[i, row, column])
-            assert (float(answer[i, row, column]) > 0) != bool(target[i, row, column])
+            for place, kind in zip(prompts.places[i, told:], prompts.kinds[i, told:].tolist(), strict=True):
+                column, row = (place / 4).long().tolist()
+                if kind != NOTHING:
+                    assert kind == int(target[i, row, column])
+                    assert (float(answer[i, row, column]) > 0) != bool(target[i, row, column])
+
+
+def test_strokes_lie_in_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their places outside it, where it is not convex, say nothing."""
+    monkeypatch.setattr(prompting, "STROKE_SHARE", 1.0)
+    target = torch.zeros(3, 32, 32)
+    target[:, 4:28, 4:8] = 1
+    target[:, 4:8, 4:28] = 1
+    torch.manual_seed(0)
+    none = torch.zeros(3, 2, dtype=torch.int64)
+    prompts = first_prompts(torch.zeros(3, 4), torch.zeros(3, 2), target, none, 128)
+    inside = target.flatten(1).gather(1, ((prompts.places / 4).long() * torch.tensor([1, 32])).sum(2))
+    assert torch.equal(prompts.kinds[:, :-1], torch.where(inside > 0, FOREGROUND, NOTHING)[:, :-1])
+    assert (prompts.kinds[:, -1] == NOTHING).all()
+    assert not prompts.boxed.any()
+    assert {FOREGROUND, NOTHING} == set(prompts.kinds.flatten().tolist())
+    # What is wrong more, inside or outside, is what a stroke corrects.
+    answer = torch.full_like(target, -1.0)
+    answer[:, 20:24, 20:24] = 1
+    after = corrected(prompts, answer, target, 128)
+    assert set(after.kinds[:, prompting.STROKE + 1 :].flatten().tolist()) <= {FOREGROUND, NOTHING}
+    answer = torch.where(target > 0, 1.0, -1.0)
+    answer[:, 12:28, 12:28] = 1
+    after = corrected(prompts, answer, target, 128)
+    kinds = after.kinds[:, prompting.STROKE + 1 :]
+    assert set(kinds.flatten().tolist()) == {BACKGROUND}
 
 
 def test_mask_loss_is_least_for_the_target() -> None:

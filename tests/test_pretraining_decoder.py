@@ -52,6 +52,28 @@ def test_objects_lie_in_what_is_seen() -> None:
     assert len(shapes) > 1
 
 
+def test_a_part_shows_what_the_whole_shows_there() -> None:
+    sam = build(read_checkpoint())
+    views = list(islice(embedded_views(sam, 2, 0, CPU), 6))
+    again = [(embedding, example, torch.Generator().manual_seed(7)) for embedding, example, _ in views]
+    embedding, batch = decoder._batch(again, 2, CPU)
+    size = batch["masks"].shape[-1]
+    assert embedding.shape[-1] * 16 == size == 128
+    for i, (whole, example, _) in enumerate(views):
+        x, y = batch["corners"][i].tolist()
+        assert torch.equal(embedding[i], whole[0, :, y : y + 8, x : x + 8].float())
+        parts = example.masks[:, 16 * y : 16 * y + size, 16 * x : 16 * x + size]
+        for mask, box, point in zip(batch["masks"][i], batch["boxes"][i], batch["points"][i], strict=True):
+            assert any(torch.equal(mask, part) for part in parts)
+            assert mask.any()
+            assert mask[int(point[1]), int(point[0])] == 1
+            assert float(box.min()) >= 0
+            assert float(box.max()) <= size
+    _, whole = decoder._batch(again, 1, CPU)
+    assert not whole["corners"].any()
+    assert whole["masks"].shape[-1] == 256
+
+
 def test_disturbing_is_slight_and_not_of_every_image() -> None:
     rgb = np.tile(np.linspace(20, 230, 64).astype(np.uint8)[:, None, None], (1, 64, 3))
     seen = [decoder._disturbed(torch.Generator().manual_seed(seed), rgb) for seed in range(20)]

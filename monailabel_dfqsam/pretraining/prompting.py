@@ -4,14 +4,16 @@ time: training lives on batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.prompt_maps import (
+    BACKGROUND,
     BOTTOM_RIGHT,
     FOREGROUND,
     NOTHING,
@@ -20,8 +22,14 @@ from monailabel_dfqsam.sam.prompt_maps import (
 )
 
 BOX_SHARE = 0.5
+STROKE_SHARE = 0.1
+"""Share of rounds in which a stroke is drawn instead of a click."""
+STROKE = 10
+"""Places along a stroke."""
 MASK_SHARE = 0.7
 """Share of corrections that come with the answer they correct."""
+SILENT_SHARE = 0.1
+"""Share of corrections that say nothing more: the answer alone is to be made better."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +37,37 @@ class Prompted:
     """Prompts of N objects, T places each.
 
     Attributes:
-        places: [N, T, 2] float32, (x, y) in model-input pixels.
+        places: [N, T, 2] float32, (x, y) in model-input pixels from the corner.
         kinds: [N, T] int64, `NOTHING` … `BOTTOM_RIGHT`.
         boxed: [N] bool, whether a box is among them.
+        corners: [N, 2] int64, (x, y) of the first cell seen of the image embedding.
         masks: [N, 1, h, w] float, logits of an earlier answer, or None.
     """
 
     places: Tensor
     kinds: Tensor
     boxed: Tensor
+    corners: Tensor
     masks: Tensor | None = None
 
 
-def first_prompts(boxes: Tensor, points: Tensor) -> Prompted:
-    """A box for half of the objects, drawn at random, a point for the others.
+def first_prompts(boxes: Tensor, points: Tensor, target: Tensor, corners: Tensor, size: int) -> Prompted:
+    """A box for half of the objects, drawn at random, a point for the others; or a stroke for each.
+
+    Points without a box end with an empty place, as segment-anything's do.
 
     Args:
         boxes: [N, 4] float32 (x0, y0, x1, y1).
         points: [N, 2] float32.
+        target: [N, h, w] float in [0, 1].
+        corners: [N, 2] int64, as of `Prompted`.
+        size: side of what is seen of the model's input, in pixels.
     """
+    if _chance(STROKE_SHARE):
+        places, drawn = _stroke(target > 0.5, size)
+        kinds = F.pad(torch.where(drawn, FOREGROUND, NOTHING), (0, 1), value=NOTHING)
+        unboxed = torch.zeros(len(kinds), dtype=torch.bool, device=kinds.device)
+        return Prompted(F.pad(places, (0, 0, 0, 1)), kinds, unboxed, corners)
     boxed = torch.rand(len(boxes), device=boxes.device) < BOX_SHARE
     places = torch.where(
         boxed[:, None, None], boxes.view(-1, 2, 2), torch.stack([points, torch.zeros_like(points)], 1)
@@ -55,57 +75,94 @@ def first_prompts(boxes: Tensor, points: Tensor) -> Prompted:
     kinds = torch.where(
         boxed[:, None],
         torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device),
-        # Points without a box end with an empty place.
         torch.tensor([FOREGROUND, NOTHING], device=boxes.device),
     )
-    return Prompted(places, kinds, boxed)
+    return Prompted(places, kinds, boxed, corners)
 
 
 def corrected(prompts: Prompted, logits: Tensor, target: Tensor, size: int) -> Prompted:
-    """The prompts with one more click each, at a place where the answer was wrong, and mostly that answer.
+    """The prompts with a click or a stroke more each, where the answer was wrong, and mostly that answer.
 
     Args:
         logits: [N, h, w] float, the answer; given back as mask prompt.
         target: [N, h, w] float in [0, 1].
-        size: side of the model's input in pixels.
+        size: side of what is seen of the model's input, in pixels.
     """
-    w = logits.shape[-1]
-    truth = (target > 0.5).flatten(1)
-    wrong = (logits > 0).flatten(1) != truth
-    # An answer without a fault gets a click somewhere; it does no harm.
-    at = torch.multinomial(wrong.float() + 1e-6, 1)
-    centre = (torch.cat([at % w, at // w], 1).float() + 0.5) * (size / w)
-    kind = truth.gather(1, at).long()
-    return Prompted(
-        torch.cat([prompts.places, centre[:, None]], 1),
-        torch.cat([prompts.kinds, kind], 1),
-        prompts.boxed,
-        logits[:, None] if float(torch.rand(())) < MASK_SHARE else None,
+    truth = target > 0.5
+    wrong = (logits > 0) != truth
+    if _chance(SILENT_SHARE):
+        return replace(prompts, masks=logits[:, None])
+    if _chance(STROKE_SHARE):
+        missing = wrong & truth
+        more = (2 * missing.sum((1, 2)) >= wrong.sum((1, 2)))[:, None]
+        places, drawn = _stroke(torch.where(more[..., None], missing, wrong & ~truth), size)
+        kinds = torch.where(drawn, torch.where(more, FOREGROUND, BACKGROUND), NOTHING)
+    else:
+        at = _pixels(wrong, 1)
+        places = _places(at, logits.shape[-1], size)
+        kinds = truth.flatten(1).gather(1, at).long()
+    return replace(
+        prompts,
+        places=torch.cat([prompts.places, places], 1),
+        kinds=torch.cat([prompts.kinds, kinds], 1),
+        masks=logits[:, None] if _chance(MASK_SHARE) else None,
     )
+
+
+def _chance(share: float) -> bool:
+    return float(torch.rand(())) < share
+
+
+def _pixels(region: Tensor, count: int) -> Tensor:
+    """[N, count] int64, flat indices of random pixels of regions [N, h, w] bool, or of any where none is."""
+    return torch.multinomial(region.flatten(1).float() + 1e-6, count, replacement=True)
+
+
+def _places(at: Tensor, w: int, size: int) -> Tensor:
+    """[N, T, 2] float32, (x, y) of the middles of pixels by their flat indices [N, T]."""
+    return (torch.stack([at % w, at // w], 2).float() + 0.5) * (size / w)
+
+
+def _stroke(region: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Places [N, STROKE, 2] along a line through two random pixels of a region, and which lie in it.
+
+    Args:
+        region: [N, h, w] bool.
+        size: side of h and w in model-input pixels.
+    """
+    w = region.shape[-1]
+    ends = _places(_pixels(region, 2), w, size)
+    along = torch.linspace(0, 1, STROKE, device=region.device)[:, None]
+    places = ends[:, :1] + along * (ends[:, 1:] - ends[:, :1])
+    x, y = (places * (w / size)).long().clamp(0, w - 1).unbind(2)
+    return places, region.flatten(1).gather(1, y * w + x)
 
 
 def decode(sam: Sam, image: Tensor, prompts: Prompted) -> tuple[Tensor, Tensor]:
     """Masks of N objects, each with an embedding of its own: logits [N, 4, 4h, 4w], predicted IoU [N, 4].
 
-    Output 0 is the single answer, 1 to 3 are the candidates.
+    Output 0 is the single answer, 1 to 3 are the candidates. Of an embedding a part is enough: it costs as
+    much less as it is smaller.
 
     Args:
-        image: [N, C, h, w] float.
+        image: [N, C, h, w] float, of each embedding what begins at its corner; a square.
     """
     encoder: Any = sam.prompt_encoder
     decoder: Any = sam.mask_decoder
     n, c, h, w = image.shape
     kinds = torch.stack([encoder.not_a_point_embed.weight, *(e.weight for e in encoder.point_embeddings)])
-    size, side = encoder.input_image_size, encoder.mask_input_size[0]
-    positions = encoder.pe_layer.forward_with_coords(prompts.places, size)
+    size, grid = encoder.input_image_size, encoder.image_embedding_size[0]
+    seen_size, seen_side = size[0] * h // grid, encoder.mask_input_size[0] * h // grid
+    corners = prompts.corners * (size[0] // grid)
+    positions = encoder.pe_layer.forward_with_coords(prompts.places + corners[:, None], size)
     sparse = positions * (prompts.kinds >= 0)[..., None] + kinds[:, 0][prompts.kinds + 1]
     with torch.autocast(image.device.type, enabled=False):
-        maps = prompt_map(prompts.places, prompts.kinds, prompts.masks, size[0], side)
+        maps = prompt_map(prompts.places, prompts.kinds, prompts.masks, seen_size, seen_side)
     dense = encoder.mask_downscaling(maps)
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(n, -1, -1)
-    seen, attended = decoder.transformer(
-        image + dense, encoder.get_dense_pe().expand(n, -1, -1, -1), torch.cat([outputs, sparse], 1)
-    )
+    everywhere = encoder.get_dense_pe()[0]
+    where = torch.stack([everywhere[:, y : y + h, x : x + w] for x, y in prompts.corners.tolist()])
+    seen, attended = decoder.transformer(image + dense, where, torch.cat([outputs, sparse], 1))
     pixels = decoder.output_upscaling(attended.transpose(1, 2).reshape(n, c, h, w))
     weights = torch.stack([mlp(seen[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
     logits = torch.einsum("nkc,nchw->nkhw", weights, pixels)

@@ -33,8 +33,10 @@ from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.preprocess import normalize
 from monailabel_dfqsam.sam.variants import VARIANTS
 
-ROUNDS = (0.55, 0.85, 1.0)
-"""Cumulative shares of steps with one, two and three rounds of prompts."""
+ROUNDS = (0.5, 0.78, 0.9, 0.94, 0.96, 0.97, 0.98, 0.99, 1.0)
+"""Cumulative shares of steps with one, two, … rounds of prompts: the first and up to eight corrections."""
+LEARNED_ROUNDS = 2
+"""The last of a step's rounds, from which it learns; those before them only lead there."""
 ESTIMATE = 5.0
 """Weight of the predicted IoUs' error: by them one of three candidates is chosen, where most of a click's
 quality is won or lost."""
@@ -125,34 +127,45 @@ def prompted_loss(
     """Loss over all objects of a batch, prompted at random and then corrected, and IoUs of the first round.
 
     Args:
-        embedding: [B, C, h, w] float.
-        batch: of `Example`s.
-        rounds: at least 1; each further one adds a click where the last answer was wrong.
+        embedding: [B, C, h, w] float; whole, or of each image a square that begins at its corner.
+        batch: of `Example`s, in pixels from the corners; with `corners` [B, 2] int64, (x, y) in cells of the
+            embedding, where they are not the whole's.
+        rounds: at least 1; each further one corrects where the last answer was wrong.
     """
-    target = F.avg_pool2d(batch["masks"].flatten(0, 1)[:, None].float(), sam.variant.mask_cell)
-    image = embedding.repeat_interleave(batch["masks"].shape[1], 0)
-    prompts = first_prompts(batch["boxes"].flatten(0, 1), batch["points"].flatten(0, 1))
+    masks = batch["masks"]
+    objects, size = masks.shape[1], masks.shape[-1]
+    target = F.avg_pool2d(masks.flatten(0, 1)[:, None].float(), sam.variant.mask_cell)
+    image = embedding.repeat_interleave(objects, 0)
+    corners = batch.get("corners", torch.zeros(len(masks), 2, dtype=torch.int64, device=masks.device))
+    prompts = first_prompts(
+        batch["boxes"].flatten(0, 1),
+        batch["points"].flatten(0, 1),
+        target[:, 0],
+        corners.repeat_interleave(objects, 0),
+        size,
+    )
     loss = embedding.new_zeros((), dtype=torch.float32)
     reached: dict[str, float] = {}
     for turn in range(rounds):
-        logits, predicted = decode(sam, image, prompts)
+        learned = turn >= rounds - LEARNED_ROUNDS
+        with torch.set_grad_enabled(learned):
+            logits, predicted = decode(sam, image, prompts)
         logits = logits.float()
         losses, ious = mask_losses(logits, target)
         # One click may mean a part or the whole: only the best of the three candidates learns much from it.
         open_to_doubt = ~prompts.boxed if turn == 0 else torch.zeros_like(prompts.boxed)
         all_three = torch.where(open_to_doubt, 0.05, 0.3) * losses[:, 1:].mean(1)
         single = torch.where(open_to_doubt, 0.5, 1.0) * losses[:, 0]
-        loss = loss + (losses[:, 1:].min(1).values + all_three + single).mean()
-        loss = loss + ESTIMATE * F.mse_loss(predicted.float(), ious)
+        if learned:
+            loss = loss + (losses[:, 1:].min(1).values + all_three + single).mean()
+            loss = loss + ESTIMATE * F.mse_loss(predicted.float(), ious)
         best = predicted[:, 1:].argmax(1) + 1
         if turn == 0:
             iou = ious.gather(1, best[:, None])[:, 0]
             reached = {"box": float(iou[prompts.boxed].mean()), "point": float(iou[~prompts.boxed].mean())}
         if turn + 1 < rounds:
-            prompts = corrected(
-                prompts, logits[torch.arange(len(best)), best].detach(), target[:, 0], sam.variant.input_size
-            )
-    return loss / rounds, reached
+            prompts = corrected(prompts, logits[torch.arange(len(best)), best].detach(), target[:, 0], size)
+    return loss / min(rounds, LEARNED_ROUNDS), reached
 
 
 def train_sam(
