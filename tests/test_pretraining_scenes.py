@@ -46,3 +46,13 @@ def test_vessels_branch_and_are_thin() -> None:
         grown = torch.nn.functional.max_pool2d((~tree)[None].float(), 15, stride=1, padding=7)[0] > 0
         assert tree.sum() > 200
         assert grown[tree].float().mean() > 0.95  # hardly a place farther than 7 pixels from the outside
+
+
+def test_what_lies_over_an_image_leaves_most_of_it_as_it_was() -> None:
+    image = torch.full((3, 128, 128), 0.5)
+    for seed in range(8):
+        seen = scenes._overlaid(torch.Generator().manual_seed(seed), image)
+        changed = (seen - image).abs()
+        assert 0 < float(changed.max()) <= 0.5
+        assert float(changed.median()) < 0.15
+        assert torch.equal(seen[0], seen[2])

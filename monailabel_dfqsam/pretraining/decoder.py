@@ -45,7 +45,7 @@ SHOWN = 8
 """Views of each, with other objects and prompts."""
 OBJECTS = 2
 """Of an image, asked about in a step."""
-PART_SHARE = 0.65
+PART_SHARE = 0.5
 """Of the steps that see a square of half the image's side only, at a quarter of the cost."""
 DECODER_CONFIG = PretrainConfig(steps=40_000, batch=2, lr=2e-4, warmup=50, weight_decay=0.01, save_every=50)
 

@@ -1,4 +1,5 @@
-"""Phantoms of what `phantoms` does not draw: layers, vessel trees, crowds of cells, and the inside of a body.
+"""Phantoms of what `phantoms` does not draw: layers, vessel trees, crowds of cells, the inside of a body, and
+what lies over an object in a projection.
 
 For training alone. Fidelity and calibration stay on the phantoms of `phantoms`, so that figures of models can
 be compared whatever a model has learned on.
@@ -39,7 +40,10 @@ def scene(g: Generator, size: int = 256) -> tuple[LabelMap, Tensor]:
     drawn = uniform(g, 0, 1)
     draw, colourful = next((draw, often) for share, draw, often in _SCENES if drawn < share)
     labels = draw(g, size)
-    return labels, _coloured(g, render(g, labels), labels, colourful)
+    image = render(g, labels)
+    if uniform(g, 0, 1) < 0.2:
+        image = _overlaid(g, image)
+    return labels, _coloured(g, image, labels, colourful)
 
 
 def _layers(g: Generator, size: int) -> LabelMap:
@@ -184,6 +188,24 @@ def _coloured(g: Generator, image: Tensor, labels: LabelMap, often: float) -> Te
         shine = ((spots - uniform(g, 1.8, 2.6)) * 3).clamp(0, 1) * uniform(g, 0.5, 1)
         seen = seen + blurred(shine[None], 0.8)[0] * (1 - seen)
     return seen.clamp(0, 1).contiguous()
+
+
+def _overlaid(g: Generator, image: Tensor) -> Tensor:
+    """An image [3, S, S] with soft bands over it, as ribs lie over a lung; its objects go on beneath them."""
+    size = image.shape[1]
+    axis = torch.arange(size, dtype=torch.float32)
+    for _ in range(integer(g, 1, 3)):
+        angle, bend = uniform(g, 0, math.pi), uniform(g, 0, 0.06) * size
+        across = axis[:, None] * math.cos(angle) + axis * math.sin(angle)
+        across = across + bend * smooth_field(g, 1, integer(g, 1, 3), size)[0]
+        spacing = math.exp(uniform(g, math.log(0.06), math.log(0.8))) * size
+        width = uniform(g, 0.1, 0.3) * spacing
+        away = ((across / spacing + uniform(g, 0, 1)) % 1 - 0.5).abs() * spacing
+        band = ((width - away) / (uniform(g, 0.1, 0.8) * width)).clamp(0, 1)
+        # Some begin and end within the image.
+        band = band * (smooth_field(g, 1, 2, size)[0] * 4 + uniform(g, 0, 4)).clamp(0, 1)
+        image = image + uniform(g, -0.15, 0.3) * band
+    return image.clamp(0, 1)
 
 
 def _wave(g: Generator, size: int, cells: int, height: float) -> Tensor:
