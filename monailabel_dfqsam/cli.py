@@ -75,7 +75,7 @@ def serve(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to serve, a file or lite-medsam; the embedded model without it.", show_default=False
+            help="Weights to serve: a file, tiny, lite or lite-medsam; tiny without it.", show_default=False
         ),
     ] = None,
     app_dir: Annotated[
@@ -104,7 +104,7 @@ def doctor(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to serve, a file or lite-medsam; the embedded model without it.", show_default=False
+            help="Weights to serve: a file, tiny, lite or lite-medsam; tiny without it.", show_default=False
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -162,7 +162,7 @@ def evaluate(
     model: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A checkpoint, lite-medsam or an artifact, may be repeated; without it, the embedded model "
+            help="A checkpoint, tiny, lite, lite-medsam or an artifact, may be repeated; without it, tiny "
             "in full precision and as W4A4.",
             show_default=False,
         ),
@@ -221,7 +221,8 @@ def evaluate(
 @app.command()
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="A checkpoint, lite-medsam or an artifact of `dfqsam quantize`.")
+        Path,
+        typer.Argument(help="A checkpoint, tiny, lite, lite-medsam or an artifact of `dfqsam quantize`."),
     ],
     as_json: JsonFlag = False,
 ) -> None:

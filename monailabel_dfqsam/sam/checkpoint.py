@@ -27,10 +27,15 @@ from monailabel_dfqsam.sam.variants import VARIANTS, Variant, detect
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = Path(__file__).parent / "weights" / "dfqsam-tiny.safetensors"
+_WEIGHTS = Path(__file__).parent / "weights"
+
+EMBEDDED = _WEIGHTS / "dfqsam-tiny.safetensors"
+
+NAMED = {"tiny": EMBEDDED, "lite": _WEIGHTS / "dfqsam-lite.safetensors"}
+"""The package's own weights, by what they are called wherever a file can be named."""
 
 LITE_MEDSAM = "lite-medsam"
-"""What the published LiteMedSAM checkpoint is called wherever a file can be named."""
+"""What the published LiteMedSAM checkpoint is called likewise."""
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 
@@ -76,15 +81,15 @@ class Source:
 
 
 def find_checkpoint(given: str | Path) -> Path:
-    """The file that a person means: at the path given, or the published one called `LITE_MEDSAM`.
+    """The file that a person means: at the path given, one of `NAMED`, or the one called `LITE_MEDSAM`.
 
-    That one lies in a package of its own, of which nothing is imported.
+    The last lies in a package of its own, of which nothing is imported.
 
     Raises:
         CheckpointError: when that package is not installed, or holds another file; a path is only returned.
     """
     if str(given) != LITE_MEDSAM:
-        return Path(given).expanduser()
+        return NAMED.get(str(given)) or Path(given).expanduser()
     spec = importlib.util.find_spec(_LITE_MEDSAM_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     path = next(
