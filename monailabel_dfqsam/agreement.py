@@ -43,6 +43,9 @@ def agreement(ious: Sequence[float]) -> Agreement:
     return {"mean_iou": statistics.fmean(ious), "median_iou": statistics.median(ious)}
 
 
+_UNKNOWN = "unknown, for full precision itself finds none of the objects it is measured on"
+
+
 def shortfall(fidelity: Fidelity, least: float) -> str:
     """Why a model is not faithful enough, a sentence without its end; "" where it is.
 
@@ -55,7 +58,7 @@ def shortfall(fidelity: Fidelity, least: float) -> str:
     if least == 0 or (fidelity["n"] > 0 and mean >= least * itself):
         return ""
     if fidelity["n"] == 0:
-        return "fidelity is unknown, for full precision itself finds none of the objects it is measured on"
+        return f"fidelity is {_UNKNOWN}"
     return (
         f"fidelity {mean:.3f} is below {least * itself:.3f}, which is {least:g} of what full precision "
         f"agrees with itself one grey level away, {itself:.3f}"
@@ -64,6 +67,8 @@ def shortfall(fidelity: Fidelity, least: float) -> str:
 
 def in_words(fidelity: Fidelity) -> str:
     """Fidelity beside its yardstick, in words."""
+    if fidelity["n"] == 0:
+        return _UNKNOWN
     itself = fidelity["grey_level"]
     return (
         f"{fidelity['mean_iou']:.3f} (median {fidelity['median_iou']:.3f}) mean IoU with full precision on "

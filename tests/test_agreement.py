@@ -50,6 +50,8 @@ def test_without_a_mask_nothing_is_known() -> None:
 def test_the_words_hold_every_figure() -> None:
     for figure in ("0.930", "0.970", "7 masks", "0.950", "0.990", "40%"):
         assert figure in in_words(FIDELITY)
+    assert "0.0" not in in_words(fidelity(0.0, 0.0, n=0))
+    assert "finds none" in in_words(fidelity(0.0, 0.0, n=0))
 
 
 def test_one_grey_level_moves_every_pixel_by_at_most_one() -> None:
