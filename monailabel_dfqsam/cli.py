@@ -322,7 +322,8 @@ def _trainer(what: Trained, steps: int, start: Path | None, seed: int) -> Callab
     begin = None if start is None else read_checkpoint(start)
     if what is not Trained.AUXILIARY:
         from monailabel_dfqsam.pretraining.decoder import DECODER_CONFIG, train_decoder
-        from monailabel_dfqsam.pretraining.train import PretrainConfig, train_sam
+        from monailabel_dfqsam.pretraining.loop import PretrainConfig
+        from monailabel_dfqsam.pretraining.train import train_sam
 
         lite = what is Trained.LITE
         train: Callable[..., Path] = train_decoder if lite else train_sam

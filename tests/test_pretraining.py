@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from monailabel_dfqsam.pretraining import prompting
-from monailabel_dfqsam.pretraining.auxiliary_network import schedule
+from monailabel_dfqsam.pretraining.loop import PretrainConfig, learning_rate
+from monailabel_dfqsam.pretraining.losses import contrastive_loss, mask_losses
 from monailabel_dfqsam.pretraining.phantoms import PhantomClass, label_map, render
 from monailabel_dfqsam.pretraining.prompting import Prompted, corrected, decode, first_prompts
 from monailabel_dfqsam.pretraining.targets import GROUP, MASKS_PER_IMAGE, MIN_AREA, SHOWN, PhantomDataset
-from monailabel_dfqsam.pretraining.train import PretrainConfig, contrastive_loss, mask_losses, train_sam
+from monailabel_dfqsam.pretraining.train import train_sam
 from monailabel_dfqsam.sam import VARIANTS, Sam, build, read_checkpoint
 from monailabel_dfqsam.sam.prompt_maps import BACKGROUND, BOTTOM_RIGHT, FOREGROUND, NOTHING, TOP_LEFT
 
@@ -190,12 +191,13 @@ def test_contrast_prefers_features_that_follow_regions() -> None:
     assert contrastive_loss(aligned, regions) < contrastive_loss(mixed, regions)
 
 
-def test_learning_rate_rises_then_falls() -> None:
-    config = PretrainConfig(steps=100, warmup=10, lr=1.0)
-    rates = [schedule(step, config) for step in range(100)]
-    assert rates.index(max(rates)) in (9, 10)
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[-1] < 0.03
+def test_learning_rate_rises_stays_and_falls() -> None:
+    config = PretrainConfig(steps=100, warmup=10, lr=1.0, cooldown=0.25)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert set(rates[10:75]) == {1.0}
+    assert rates[76:] == sorted(rates[76:], reverse=True)
+    assert rates[-1] == pytest.approx(0.04)
 
 
 def test_training_begins_with_weights(tmp_path: Path) -> None:

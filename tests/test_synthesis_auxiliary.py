@@ -11,9 +11,9 @@ from monai.networks.nets import UNet
 from safetensors.torch import load_file, save_file
 
 from monailabel_dfqsam.pretraining.auxiliary_network import mean_recall, train_auxiliary
+from monailabel_dfqsam.pretraining.loop import PretrainConfig
 from monailabel_dfqsam.pretraining.phantoms import PhantomClass
 from monailabel_dfqsam.pretraining.targets import PhantomDataset
-from monailabel_dfqsam.pretraining.train import PretrainConfig
 from monailabel_dfqsam.sam.preprocess import normalize
 from monailabel_dfqsam.synthesis.auxiliary import (
     Auxiliary,

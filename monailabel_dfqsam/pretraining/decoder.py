@@ -9,8 +9,8 @@ asked about several times, other objects by other prompts. Half of the images ar
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +18,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from monailabel_dfqsam.pretraining.loop import PretrainConfig, Progress, export, run
+from monailabel_dfqsam.pretraining.losses import prompted_loss, rounds_at
 from monailabel_dfqsam.pretraining.phantoms import eight_bit, integer, uniform
 from monailabel_dfqsam.pretraining.scenes import scene
 from monailabel_dfqsam.pretraining.targets import MIN_AREA, Example, example_of, prompted
-from monailabel_dfqsam.pretraining.train import (
-    PretrainConfig,
-    export,
-    join,
-    learn,
-    learning_rate,
-    load_state,
-    prompted_loss,
-    rounds_at,
-    save_state,
-)
 from monailabel_dfqsam.sam.checkpoint import Checkpoint
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.preprocess import to_input
@@ -54,7 +44,7 @@ def train_decoder(
     out: Path,
     config: PretrainConfig,
     device: torch.device,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
     start: Checkpoint,
     variant: Variant = VARIANTS["lite"],
 ) -> Path:
@@ -62,14 +52,12 @@ def train_decoder(
 
     Args:
         out: folder for `decoder.pt` (everything needed to resume) and the weights.
-        progress: called with (step, steps, text).
         start: weights to begin with, when there is nothing to resume; its encoder is kept.
         variant: whose shapes `start` has.
 
     Raises:
         ValueError: when `start` does not fit the variant.
     """
-    rank, world = join()
     sam = Sam(variant)
     try:
         sam.load_state_dict(start.state_dict)
@@ -78,39 +66,31 @@ def train_decoder(
     sam.requires_grad_(False).eval()
     sam.to(device)
     learning = nn.ModuleDict({"prompts": sam.prompt_encoder, "masks": sam.mask_decoder}).requires_grad_(True)
-    parameters = list(learning.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    averaged = AveragedModel(learning, multi_avg_fn=get_ema_multi_avg_fn(config.average))  # type: ignore[no-untyped-call]
-    parts = {"learning": learning, "optimizer": optimizer, "averaged": averaged}
-    state_file, weights_file = out / "decoder.pt", out / f"dfqsam-{variant.name}.safetensors"
-    first = load_state(state_file, device, parts)
-    shown = {"box": 0.0, "point": 0.0}
-    views = embedded_views(sam, config.seed * world + rank, first * config.batch, device)
-    started = time.monotonic()
-    for step in range(first, config.steps):
-        torch.manual_seed((config.seed * 1_000_003 + step) * world + rank)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        part = 2 if float(torch.rand((), generator=Generator().manual_seed(~step))) < PART_SHARE else 1
-        embedding, batch = _batch([next(views) for _ in range(config.batch)], part, device)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss, reached = prompted_loss(sam, embedding, batch, rounds_at(step))
-        learn(loss, optimizer, parameters, world)
-        averaged.update_parameters(learning)
-        done = step + 1
-        for name, value in reached.items():
-            if value == value:  # a step may have no box, or boxes alone
-                shown[name] += (value - shown[name]) * max(0.02, 1 / (done - first))
-        if rank:
-            continue
-        if done % 10 == 0:
-            seconds = (time.monotonic() - started) / (done - first)
-            text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
-            progress(done, config.steps, f"{text} loss {float(loss.detach()):.3f} {seconds:.2f} s/step")
-        if done % config.save_every == 0 or done == config.steps:
-            save_state(state_file, done, parts)
-            _export(sam, averaged.module, weights_file, done, world, config)
+    weights_file = out / f"dfqsam-{variant.name}.safetensors"
+
+    def losses(seed: int, first: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        views = embedded_views(sam, seed, first * config.batch, device)
+        for step in count(first):
+            batch_of = [next(views) for _ in range(config.batch)]
+            embedding, batch = _batch(batch_of, _part(step), device)
+            with torch.autocast(device.type, torch.bfloat16):
+                yield prompted_loss(sam, embedding, batch, rounds_at(step))
+
+    def write(average: nn.Module, steps: int, views: int) -> None:
+        whole = nn.Module()
+        whole.image_encoder = sam.image_encoder
+        whole.prompt_encoder, whole.mask_decoder = average["prompts"], average["masks"]  # type: ignore[index]
+        made_from = f"LiteMedSAM's encoder; phantoms, {steps} steps, {views} views, seed {config.seed}"
+        export(whole, weights_file, {"made_from": made_from})
+
+    run({"learning": learning}, out / "decoder.pt", config, device, progress, losses, write)
     return weights_file
+
+
+def _part(step: int) -> int:
+    """Of a step, the same in all processes: 1 for whole images, 2 for squares of half the side."""
+    draw = float(torch.rand((), generator=Generator().manual_seed(~step)))
+    return 2 if draw < PART_SHARE else 1
 
 
 def embedded_views(
@@ -204,12 +184,3 @@ def _batch(
         for key in ("masks", "boxes", "points")
     }
     return torch.cat(embeddings).to(device), {**batch, "corners": torch.stack(corners).to(device)}
-
-
-def _export(sam: Sam, learned: nn.Module, path: Path, steps: int, world: int, config: PretrainConfig) -> None:
-    whole = nn.Module()
-    whole.image_encoder = sam.image_encoder
-    whole.prompt_encoder, whole.mask_decoder = learned["prompts"], learned["masks"]  # type: ignore[index]
-    views = steps * config.batch * world
-    export(whole, path, {"made_from": f"LiteMedSAM's encoder; phantoms, {steps} steps, {views} views, "
-                                      f"seed {config.seed}"})  # fmt: skip
