@@ -254,7 +254,7 @@ def blurred(image: Tensor, sigma: float) -> Tensor:
     return F.conv2d(x, kernel.transpose(2, 3), groups=image.shape[0])[0]
 
 
-def _tissue(g: Generator, labels: LabelMap) -> Tensor:
+def _tissue(g: Generator, labels: LabelMap, grain: float) -> Tensor:
     """[S, S] float, mean and texture of each region, rims along some outlines; about 0 … 1."""
     regions, count = labels.regions, len(labels.classes)
     size = regions.shape[0]
@@ -274,7 +274,7 @@ def _tissue(g: Generator, labels: LabelMap) -> Tensor:
     fine, rough = integer(g, 16, 96), integer(g, 6, 24)
     texture = torch.cat([smooth_field(g, 1, fine, size), smooth_field(g, 1, rough, size, integer(g, 6, 60))])
     amount = torch.rand(2, count, generator=g) ** 2 * uniform(g, 0, 0.25 if uniform(g, 0, 1) < 0.4 else 0.1)
-    image = mean[regions] + (amount[:, regions] * texture).sum(0)
+    image = mean[regions] + grain * (amount[:, regions] * texture).sum(0)
     if uniform(g, 0, 1) < 0.25:
         edge = torch.zeros(size, size)
         edge[1:] += regions[1:] != regions[:-1]
@@ -284,12 +284,12 @@ def _tissue(g: Generator, labels: LabelMap) -> Tensor:
     return image
 
 
-def _acoustics(g: Generator, image: Tensor) -> Tensor:
+def _acoustics(g: Generator, image: Tensor, grain: float) -> Tensor:
     """Ultrasound's own: speckle stretched sideways, attenuation downwards, shadows."""
     size = image.shape[0]
-    grain = torch.randn(size, max(8, int(size * uniform(g, 0.3, 1))), generator=g)
-    grain = F.interpolate(grain[None, None], size=(size, size), mode="bilinear")[0]
-    image = image * (1 + uniform(g, 0.2, 0.7) * blurred(grain, uniform(g, 0, 1.5))[0])
+    speckle = torch.randn(size, max(8, int(size * uniform(g, 0.3, 1))), generator=g)
+    speckle = F.interpolate(speckle[None, None], size=(size, size), mode="bilinear")[0]
+    image = image * (1 + grain * uniform(g, 0.2, 0.7) * blurred(speckle, uniform(g, 0, 1.5))[0])
     depth = torch.linspace(0, 1, size)[:, None]
     image = image * torch.exp(-uniform(g, 0, 1.2) * depth)
     if uniform(g, 0, 1) < 0.5:
@@ -298,18 +298,22 @@ def _acoustics(g: Generator, image: Tensor) -> Tensor:
     return image
 
 
-def render(g: Generator, labels: LabelMap) -> Tensor:
-    """One appearance of a label map: [3, S, S] float32 in [0, 1]."""
+def render(g: Generator, labels: LabelMap, grain: float = 1.0) -> Tensor:
+    """One appearance of a label map: [3, S, S] float32 in [0, 1].
+
+    Args:
+        grain: how much of texture, speckle and noise there is, 0 … 1.
+    """
     size = labels.regions.shape[0]
-    image = _tissue(g, labels)
+    image = _tissue(g, labels, grain)
     # Projections, as X-rays are, have soft outlines.
     image = blurred(image[None], uniform(g, 0, 1.6) if uniform(g, 0, 1) < 0.9 else uniform(g, 1.6, 4))[0]
     if uniform(g, 0, 1) < 0.5:
         image = image * torch.exp(uniform(g, 0, 0.35) * smooth_field(g, 1, 2, size)[0])
     if uniform(g, 0, 1) < 0.3:
-        image = _acoustics(g, image)
+        image = _acoustics(g, image, grain)
     noise = torch.randn(size, size, generator=g)
-    image = image + uniform(g, 0, 0.26) ** 2 * (
+    image = image + grain * uniform(g, 0, 0.26) ** 2 * (
         noise if uniform(g, 0, 1) < 0.7 else blurred(noise[None], 1.0)[0] * 3
     )
     sample = image.flatten()[:: max(1, image.numel() // 4096)].sort().values

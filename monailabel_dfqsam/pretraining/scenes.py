@@ -40,7 +40,7 @@ def scene(g: Generator, size: int = 256) -> tuple[LabelMap, Tensor]:
     drawn = uniform(g, 0, 1)
     draw, colourful = next((draw, often) for share, draw, often in _SCENES if drawn < share)
     labels = draw(g, size)
-    image = render(g, labels)
+    image = render(g, labels, 1.0 if uniform(g, 0, 1) < 0.4 else uniform(g, 0, 0.6))
     if uniform(g, 0, 1) < 0.2:
         image = _overlaid(g, image)
     return labels, _coloured(g, image, labels, colourful)
