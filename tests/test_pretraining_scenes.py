@@ -56,3 +56,15 @@ def test_what_lies_over_an_image_leaves_most_of_it_as_it_was() -> None:
         assert 0 < float(changed.max()) <= 0.5
         assert float(changed.median()) < 0.15
         assert torch.equal(seen[0], seen[2])
+
+
+def test_depth_shows_within_regions_and_not_in_what_is_flat() -> None:
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        labels = scenes._chest(g, 128)
+        image = torch.full((3, 128, 128), 0.5)
+        seen = scenes._shaded(g, image, labels)
+        assert torch.equal(seen[0], seen[1])
+        assert float(seen.min()) >= 0
+        assert float(seen.max()) <= 1
+        assert float((seen - image).abs().max()) > 0

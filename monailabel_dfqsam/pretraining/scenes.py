@@ -1,5 +1,5 @@
-"""Phantoms of what `phantoms` does not draw: layers, vessel trees, crowds of cells, the inside of a body, and
-what lies over an object in a projection.
+"""Phantoms of what `phantoms` does not draw: layers, vessel trees, crowds of cells, the inside of a body,
+limbs and chests; and appearances: colour, depth that shows, and what lies over an object in a projection.
 
 For training alone. Fidelity and calibration stay on the phantoms of `phantoms`, so that figures of models can
 be compared whatever a model has learned on.
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from scipy import ndimage
 from torch import Generator, Tensor
 
 from monailabel_dfqsam.pretraining.phantoms import (
@@ -41,6 +42,8 @@ def scene(g: Generator, size: int = 256) -> tuple[LabelMap, Tensor]:
     draw, colourful = next((draw, often) for share, draw, often in _SCENES if drawn < share)
     labels = draw(g, size)
     image = render(g, labels, 1.0 if uniform(g, 0, 1) < 0.4 else uniform(g, 0, 0.6))
+    if uniform(g, 0, 1) < 0.4:
+        image = _shaded(g, image, labels)
     if uniform(g, 0, 1) < 0.2:
         image = _overlaid(g, image)
     return labels, _coloured(g, image, labels, colourful)
@@ -157,12 +160,72 @@ def _cavity(g: Generator, size: int) -> LabelMap:
     return canvas.result()
 
 
+def _limb(g: Generator, size: int) -> LabelMap:
+    """One or two long bones in the flesh around them, each with a head at its end or none."""
+    canvas = Canvas(g, size)
+    y, x = canvas.coordinates()
+    angle, place = uniform(g, 0, 2 * math.pi), [uniform(g, 0.3, 0.7) * size for _ in range(2)]
+    dy, dx = y - place[0], x - place[1]
+    along = math.cos(angle) * dx + math.sin(angle) * dy
+    across = math.cos(angle) * dy - math.sin(angle) * dx
+    flesh = uniform(g, 0.15, 0.6) * size
+    canvas.paint(enlarged(across.abs() / flesh) >= 1, PhantomClass.BACKGROUND)
+    canvas.paint(enlarged(across.abs() / flesh) < 1, PhantomClass.BODY)
+    if uniform(g, 0, 1) < 0.5:  # what the bone is joined to
+        other = lobes(g, y, x, *place, uniform(g, 0.1, 0.3) * size, uniform(g, 0.08, 0.2) * size)
+        canvas.paint(enlarged(other) < 1, PhantomClass.ORGAN)
+    width, end = uniform(g, 0.03, 0.11) * size, uniform(g, -0.3, 0.3) * size
+    for offset in [0.0] if uniform(g, 0, 1) < 0.6 else [-0.5, 0.5]:
+        beside = across - offset * flesh
+        wider = 1 + uniform(g, 0, 0.6) * ((along - end) / size) ** 2
+        radius = torch.maximum(beside.abs() / (width * wider), (along - end) / width)
+        for _ in range(integer(g, 0, 3)):
+            reach = uniform(g, 0.8, 2.2) * width
+            aside = uniform(g, -1.5, 1.5) * width
+            knob = torch.hypot(along - end - uniform(g, -1, 1.5) * width, beside - aside) / reach
+            radius = torch.minimum(radius, knob)
+        canvas.paint(enlarged(radius) < 1, PhantomClass.ORGAN)
+    return canvas.result()
+
+
+def _chest(g: Generator, size: int) -> LabelMap:
+    """Two lungs above a diaphragm with a heart between them, seen from the front."""
+    canvas = Canvas(g, size)
+    y, x = (axis / size for axis in canvas.coordinates())
+    body = torch.hypot((x - 0.5) / uniform(g, 0.4, 0.6), (y - 0.55) / uniform(g, 0.5, 0.8))
+    canvas.paint(enlarged(body) < 1, PhantomClass.BODY)
+    half, tall, floor = uniform(g, 0.1, 0.17), uniform(g, 0.25, 0.42), uniform(g, 0.65, 0.85)
+    for side in (-1, 1):
+        middle = 0.5 + side * (half + uniform(g, 0.02, 0.08))
+        tilt = side * uniform(g, 0, 0.25) * (y - 0.5)
+        power = uniform(g, 2, 3.5)
+        u, v = ((x - middle - tilt) / half).abs(), ((y - 0.45) / tall).abs()
+        dome = (y - floor - uniform(g, -0.5, 2.5) * (x - middle) ** 2) / 0.05 + 1
+        radius = torch.maximum((u**power + v**power) ** (1 / power), dome)
+        lung = canvas.paint(enlarged(radius) < 1, PhantomClass.ORGAN)
+        if lung is not None and uniform(g, 0, 1) < 0.4:
+            reach = uniform(g, 0.03, 0.12) * size
+            spot = lobes(
+                g, y * size, x * size, uniform(g, 0.3, 0.6) * size, middle * size, reach, 0.7 * reach
+            )
+            canvas.paint((enlarged(spot) < 1) & (enlarged(radius) < 1), PhantomClass.LESION, lung)
+    if uniform(g, 0, 1) < 0.8:
+        heart = lobes(
+            g, y * size, x * size, uniform(g, 0.55, 0.7) * size, uniform(g, 0.45, 0.6) * size,
+            uniform(g, 0.1, 0.18) * size, uniform(g, 0.08, 0.14) * size,
+        )  # fmt: skip
+        canvas.paint(enlarged(heart) < 1, PhantomClass.ORGAN)
+    return canvas.result()
+
+
 # Cumulative shares, and how often such a scene is in colour.
 _SCENES: tuple[tuple[float, Callable[[Generator, int], LabelMap], float], ...] = (
-    (0.08, _layers, 0.0),
-    (0.16, _vessels, 0.6),
-    (0.25, _cells, 0.5),
-    (0.34, _cavity, 0.9),
+    (0.06, _layers, 0.0),
+    (0.12, _vessels, 0.6),
+    (0.20, _cells, 0.5),
+    (0.28, _cavity, 0.9),
+    (0.36, _limb, 0.0),
+    (0.44, _chest, 0.0),
     (1.00, label_map, 0.1),
 )
 
@@ -188,6 +251,22 @@ def _coloured(g: Generator, image: Tensor, labels: LabelMap, often: float) -> Te
         shine = ((spots - uniform(g, 1.8, 2.6)) * 3).clamp(0, 1) * uniform(g, 0.5, 1)
         seen = seen + blurred(shine[None], 0.8)[0] * (1 - seen)
     return seen.clamp(0, 1).contiguous()
+
+
+def _shaded(g: Generator, image: Tensor, labels: LabelMap) -> Tensor:
+    """An image [3, S, S] whose regions are brighter or darker in their depth and, as bones, at their rims."""
+    wholes = labels.wholes
+    edge = torch.zeros_like(wholes, dtype=torch.bool)
+    edge[1:] |= wholes[1:] != wholes[:-1]
+    edge[:, 1:] |= wholes[:, 1:] != wholes[:, :-1]
+    depth = torch.from_numpy(ndimage.distance_transform_edt(~edge.numpy())).float()
+    count = len(labels.classes)
+    deepest = torch.zeros(count).scatter_reduce(0, wholes.flatten(), depth.flatten(), "amax").clamp_min(1)
+    inner = (depth / deepest[wholes]) ** uniform(g, 0.4, 1.5)
+    rim = torch.exp(-depth / uniform(g, 1, 6))
+    core = uniform(g, 0, 0.5) * (torch.rand(count, generator=g) - 0.5)
+    bright = uniform(g, 0, 0.5) * (torch.rand(count, generator=g) - 0.3)
+    return (image + core[wholes] * inner + bright[wholes] * rim).clamp(0, 1)
 
 
 def _overlaid(g: Generator, image: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ from monailabel_dfqsam.pretraining.phantoms import LabelMap, PhantomClass, integ
 
 MASKS_PER_IMAGE = 6
 MIN_AREA = 24
-_BOX_OFF = ((0.6, (0.0, 0.0)), (0.85, (-0.05, 0.05)), (1.0, (-0.08, 0.2)))
-"""Cumulative shares of boxes, and how far outwards their sides are drawn, in shares of the object's."""
+_BOX_OFF = ((0.5, (0.0, 0.0)), (0.7, (-0.05, 0.05)), (0.85, (-0.08, 0.2)), (1.0, (0.0, 0.0)))
+"""Cumulative shares of boxes, and how far outwards their sides are drawn, in shares of the object's. The last
+are moved as a whole, by at most `_MOST_MOVED` pixels and half of the shorter side."""
+_MOST_MOVED = 5
 GROUP = 24
 """Phantoms that are drawn together and shown `SHOWN` times each, in random order."""
 SHOWN = 4
@@ -96,14 +98,16 @@ def _outlined(g: Generator, mask: NDArray[Any]) -> NDArray[Any]:
 
 
 def _box(g: Generator, mask: NDArray[Any]) -> list[float]:
-    """Tight, a few percent off at each side, or loose, as people draw boxes in a hurry."""
+    """Tight, a few percent off at each side, loose as people draw boxes in a hurry, or moved."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x0, x1, y0, y1 = xs[0], xs[-1] + 1, ys[0], ys[-1] + 1
     w, h, size = x1 - x0, y1 - y0, mask.shape[0]
     drawn = uniform(g, 0, 1)
     low, high = next(off for share, off in _BOX_OFF if drawn < share)
     out = [uniform(g, low, high) for _ in range(4)]
-    box = [x0 - out[0] * w, y0 - out[1] * h, x1 + out[2] * w, y1 + out[3] * h]
+    most = min(_MOST_MOVED, min(w, h) / 2) if drawn >= _BOX_OFF[-2][0] else 0
+    dx, dy = uniform(g, -most, most), uniform(g, -most, most)
+    box = [x0 - out[0] * w + dx, y0 - out[1] * h + dy, x1 + out[2] * w + dx, y1 + out[3] * h + dy]
     return [min(max(float(v), 0.0), float(size)) for v in box]
 
 
