@@ -164,15 +164,15 @@ def _limb(g: Generator, size: int) -> LabelMap:
     """One or two long bones in the flesh around them, each with a head at its end or none."""
     canvas = Canvas(g, size)
     y, x = canvas.coordinates()
-    angle, place = uniform(g, 0, 2 * math.pi), [uniform(g, 0.3, 0.7) * size for _ in range(2)]
-    dy, dx = y - place[0], x - place[1]
+    angle, cy, cx = uniform(g, 0, 2 * math.pi), uniform(g, 0.3, 0.7) * size, uniform(g, 0.3, 0.7) * size
+    dy, dx = y - cy, x - cx
     along = math.cos(angle) * dx + math.sin(angle) * dy
     across = math.cos(angle) * dy - math.sin(angle) * dx
     flesh = uniform(g, 0.15, 0.6) * size
     canvas.paint(enlarged(across.abs() / flesh) >= 1, PhantomClass.BACKGROUND)
     canvas.paint(enlarged(across.abs() / flesh) < 1, PhantomClass.BODY)
     if uniform(g, 0, 1) < 0.5:  # what the bone is joined to
-        other = lobes(g, y, x, *place, uniform(g, 0.1, 0.3) * size, uniform(g, 0.08, 0.2) * size)
+        other = lobes(g, y, x, cy, cx, uniform(g, 0.1, 0.3) * size, uniform(g, 0.08, 0.2) * size)
         canvas.paint(enlarged(other) < 1, PhantomClass.ORGAN)
     width, end = uniform(g, 0.03, 0.11) * size, uniform(g, -0.3, 0.3) * size
     for offset in [0.0] if uniform(g, 0, 1) < 0.6 else [-0.5, 0.5]:
@@ -204,16 +204,12 @@ def _chest(g: Generator, size: int) -> LabelMap:
         radius = torch.maximum((u**power + v**power) ** (1 / power), dome)
         lung = canvas.paint(enlarged(radius) < 1, PhantomClass.ORGAN)
         if lung is not None and uniform(g, 0, 1) < 0.4:
-            reach = uniform(g, 0.03, 0.12) * size
-            spot = lobes(
-                g, y * size, x * size, uniform(g, 0.3, 0.6) * size, middle * size, reach, 0.7 * reach
-            )
+            reach = uniform(g, 0.03, 0.12)
+            spot = lobes(g, y, x, uniform(g, 0.3, 0.6), middle, reach, 0.7 * reach)
             canvas.paint((enlarged(spot) < 1) & (enlarged(radius) < 1), PhantomClass.LESION, lung)
     if uniform(g, 0, 1) < 0.8:
-        heart = lobes(
-            g, y * size, x * size, uniform(g, 0.55, 0.7) * size, uniform(g, 0.45, 0.6) * size,
-            uniform(g, 0.1, 0.18) * size, uniform(g, 0.08, 0.14) * size,
-        )  # fmt: skip
+        cy, cx = uniform(g, 0.55, 0.7), uniform(g, 0.45, 0.6)
+        heart = lobes(g, y, x, cy, cx, uniform(g, 0.1, 0.18), uniform(g, 0.08, 0.14))
         canvas.paint(enlarged(heart) < 1, PhantomClass.ORGAN)
     return canvas.result()
 
