@@ -144,7 +144,7 @@ def _on_torch(modules: tuple[Any, Any], variant: Any) -> Decode:
 
     def decode(embedding: Any, box: Any) -> Any:
         sparse, dense = prompt_encoder(None, box[None] - _PIXEL_CENTRE, None)
-        by_box = box if variant.chosen_by_box else None
+        by_box = box if variant.taught_here else None
         return one_mask(channels_last(embedding), sparse, dense, not variant.one_mask, by_box)[0]
 
     return decode

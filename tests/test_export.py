@@ -165,17 +165,19 @@ def test_the_decoder_chooses_as_the_segmenter_does(exported: Path, artifact_file
     embedding = segmenter.embed(np.pad(image, ((0, 56), (0, 0), (0, 0))))
     chosen = set()
     for x, y in np.mgrid[30:230:50, 30:230:50].reshape(2, -1).T:
-        for box in (None, np.array([x - 20.0, y - 25.0, x + 22.0, y + 24.0])):
-            points, labels = np.array([[x, y]], dtype=np.float64), np.ones(1, dtype=np.int64)
-            prompts = Prompts(points=points, labels=labels) if box is None else Prompts(box=box)
+        box = np.array([x - 20.0, y - 25.0, x + 22.0, y + 24.0])
+        for clicks, with_box in ((1, False), (2, False), (0, True), (2, True)):
+            points, labels = np.array([[x, y], [x + 60.0, y + 9.0]])[:clicks], np.array([1, 0])[:clicks]
+            prompts = Prompts(points=points, labels=labels, box=box if with_box else None)
             expected = segmenter.predict(embedding, prompts)
-            places = points if box is None else box.reshape(2, 2)
-            kinds = [[1.0]] if box is None else [[2.0, 3.0]]
+            places = np.concatenate([points, box.reshape(2, 2)[: 2 * with_box]])
+            kinds = [[*labels, *(2, 3)[: 2 * with_box]]]
             answer = decoder(
                 [embedding.tensor.numpy(), (places[None] - 0.5).astype(np.float32), np.float32(kinds)]
             )
             best = int(answer["best"][0])
-            chosen.add((box is None, best))
+            chosen.add((with_box, best))
+            assert best > 0 or with_box or clicks > 1
             assert answer["iou"][0, best] == pytest.approx(expected.score, abs=1e-4)
             assert np.allclose(answer["masks"][0, best], expected.low_res_logits[0, 0].numpy(), atol=1e-3)
     assert len(chosen) > 2

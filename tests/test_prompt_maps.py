@@ -101,7 +101,7 @@ def test_only_our_own_models_draw_maps() -> None:
     _, dense = sam.prompt_encoder(None, boxes, None)
     expected = sam.prompt_encoder.mask_downscaling(prompt_map(places, kinds, None, 256, 64))  # type: ignore[operator]
     assert torch.equal(dense, expected)
-    assert {name for name, variant in VARIANTS.items() if variant.prompt_maps} == {"tiny", "lite"}
+    assert {name for name, variant in VARIANTS.items() if variant.taught_here} == {"tiny", "lite"}
 
 
 def test_nothing_said_is_no_map() -> None:

@@ -121,6 +121,17 @@ def test_where_one_mask_alone_was_trained_it_is_the_answer(
     assert float(scores[0]) == pytest.approx(expected.score, abs=EXACT)
 
 
+def test_several_points_leave_little_in_doubt(sam: Sam, segmenter: Segmenter, embedding: Embedding) -> None:
+    """In what was taught here candidates are for one click alone."""
+    two = Prompts(points=np.array([[20.5, 30.5], [70.5, 50.5]]), labels=np.array([1, 0]))
+    single = segmenter.predict(embedding, two, multimask=False)
+    assert torch.equal(segmenter.predict(embedding, two).low_res_logits, single.low_res_logits)
+    foreign = full_precision_segmenter(sam)
+    foreign.variant = replace(foreign.variant, taught_here=False)
+    answers = [foreign.predict(embedding, two, multimask).low_res_logits for multimask in (False, True)]
+    assert not torch.equal(*answers)
+
+
 def test_the_previous_mask_changes_the_answer(segmenter: Segmenter, embedding: Embedding) -> None:
     first = segmenter.predict(embedding, click())
     assert first.low_res_logits.shape == (1, 1, 64, 64)

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.ops.openvino_library import converted
 from monailabel_dfqsam.sam import efficient_sam
-from monailabel_dfqsam.sam.prompt_maps import BOTTOM_RIGHT, NOTHING, TOP_LEFT, PromptMaps, prompt_map
+from monailabel_dfqsam.sam.prompt_maps import (
+    BACKGROUND,
+    BOTTOM_RIGHT,
+    FOREGROUND,
+    NOTHING,
+    TOP_LEFT,
+    PromptMaps,
+    prompt_map,
+)
 from monailabel_dfqsam.sam.variants import Variant
 
 _PIXEL_CENTRE = 0.5
@@ -72,8 +80,10 @@ class _Choosing(nn.Module):
             return masks, scores, torch.zeros(1, dtype=torch.int64)
         # The single answer is no candidate, unless a box has its say.
         values = torch.cat([scores[:, :1] - _NEVER, scores[:, 1:]], 1)
-        if self.variant.chosen_by_box:
+        if self.variant.taught_here:
             boxed = (labels == TOP_LEFT).any(1, keepdim=True)
+            several = ((labels == BACKGROUND) | (labels == FOREGROUND)).sum(1, keepdim=True) > 1
+            values = torch.where(several, torch.cat([scores[:, :1], scores[:, 1:] - _NEVER], 1), values)
             low, high = (
                 (points * (labels == corner)[..., None]).sum(1)[0] + _PIXEL_CENTRE
                 for corner in (TOP_LEFT, BOTTOM_RIGHT)

@@ -14,7 +14,7 @@ from torch import Tensor
 from monailabel_dfqsam.pretraining.prompting import corrected, decode, first_prompts
 from monailabel_dfqsam.sam.model import Sam
 
-ROUNDS = (0.5, 0.78, 0.9, 0.94, 0.96, 0.97, 0.98, 0.99, 1.0)
+ROUNDS = (0.3, 0.55, 0.7, 0.8, 0.86, 0.9, 0.94, 0.97, 1.0)
 """Cumulative shares of steps with one, two, … rounds of prompts: the first and up to eight corrections."""
 LEARNED_ROUNDS = 2
 """The last of a step's rounds, from which it learns; those before them only lead there."""
@@ -114,7 +114,9 @@ def prompted_loss(
             iou = ious.gather(1, best[:, None])[:, 0]
             reached = {"box": float(iou[prompts.boxed].mean()), "point": float(iou[~prompts.boxed].mean())}
         if turn + 1 < rounds:
-            prompts = corrected(prompts, logits[torch.arange(len(best)), best].detach(), target[:, 0], size)
+            # As it is used: a candidate for what comes first, the single answer once it was corrected.
+            shown = logits[torch.arange(len(best)), best] if turn == 0 else logits[:, 0]
+            prompts = corrected(prompts, shown.detach(), target[:, 0], size)
     return loss / min(rounds, LEARNED_ROUNDS), reached
 
 

@@ -126,7 +126,7 @@ def _prompt_encoder(modeling: ModuleType, variant: Variant) -> nn.Module:
     if variant.gelu_decoder:
         return efficient_sam.PromptEncoder(modeling, variant)
     kind = modeling.PromptEncoder
-    if variant.prompt_maps:
+    if variant.taught_here:
         kind = type("MappedPromptEncoder", (PromptMaps, kind), {})
     prompt_encoder: nn.Module = kind(
         embed_dim=variant.embed_channels,

@@ -51,10 +51,11 @@ class Variant:
     `input_size` is the side S of the square model input in pixels; the embedding has side S // `patch_size`
     and `embed_channels` channels. A ViT has `depth` blocks of width `embed_dim`, and `window_size` 0 means
     that every block attends globally; `relative_position` is SAM's, computed from queries. A TinyViT has
-    `stages` in place of all these. With `prompt_maps`, prompts are also drawn into the mask prompt. With
-    `chosen_by_box`, the answer to a box is chosen out of all the decoder's masks, and also by how well they
-    fit the box; otherwise as the family's own evaluation chooses. With `one_mask`, the decoder's single
-    answer alone was trained. A `gelu_decoder` is EfficientSAM's, which differs from segment-anything's.
+    `stages` in place of all these. What was `taught_here` has prompts also drawn into its mask prompt; it
+    answers a box with the one of all the decoder's masks that also fits the box, one click with a candidate,
+    several with the single answer; other families as their own evaluation chooses. With `one_mask`, the
+    decoder's single answer alone was trained. A `gelu_decoder` is EfficientSAM's, which differs from
+    segment-anything's.
     """
 
     name: str
@@ -72,8 +73,7 @@ class Variant:
     mlp_ratio: int = 4
     embed_channels: int = 256
     decoder_mlp_dim: int = 2048
-    prompt_maps: bool = False
-    chosen_by_box: bool = False
+    taught_here: bool = False
     one_mask: bool = False
     gelu_decoder: bool = False
 
@@ -137,7 +137,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "tiny", 256, embed_dim=144, depth=6, num_heads=4, global_blocks=tuple(range(6)), window_size=0,
             preprocessing=Preprocessing.TINY, relative_position=False, embed_channels=128,
-            decoder_mlp_dim=256, prompt_maps=True, chosen_by_box=True,
+            decoder_mlp_dim=256, taught_here=True,
         ),
         Variant("sam_b_256", 256, preprocessing=Preprocessing.SAM_MED2D, **_SAM_B),
         Variant("sam_med2d_b", 256, preprocessing=Preprocessing.SAM_MED2D, adapters=True, **_SAM_B),
@@ -157,7 +157,7 @@ VARIANTS: dict[str, Variant] = {
         ),
         Variant(
             "lite", 256, stages=_tiny_vit_5m(1), patch_size=4, preprocessing=Preprocessing.LITE_MEDSAM,
-            relative_position=False, prompt_maps=True, chosen_by_box=True,
+            relative_position=False, taught_here=True,
         ),
         Variant(
             "mobile_sam", 1024, stages=_tiny_vit_5m(4), preprocessing=Preprocessing.SAM,

@@ -155,8 +155,9 @@ class Segmenter:
             embedding: from `embed` of the same model.
             prompts: at least a point or a box; `mask_logits` only refines.
             multimask: take the one with the best predicted IoU of the decoder's three candidates (outputs
-                1 to 3), or for a box to a variant that is `chosen_by_box`, as `OneMaskDecoder` says;
-                otherwise, and where nothing else was trained, its single answer (output 0).
+                1 to 3); otherwise, and where nothing else was trained, its single answer (output 0). A
+                variant that was `taught_here` takes that for several points, which leave little in doubt, and
+                for a box what `OneMaskDecoder` says.
 
         Raises:
             ValueError: for prompts that are empty, misshapen or outside the image.
@@ -164,8 +165,9 @@ class Segmenter:
         _check(prompts, embedding.frame)
         points, boxes, masks = self._model_prompts(prompts, embedding.frame)
         sparse, dense = self._prompt_encoder(points, boxes, masks)
-        multimask = multimask and not self.variant.one_mask
-        by_box = multimask and self.variant.chosen_by_box
+        several = len(prompts.points) > 1 and prompts.box is None
+        multimask = multimask and not (self.variant.one_mask or (self.variant.taught_here and several))
+        by_box = multimask and self.variant.taught_here
         box = boxes[0] + _PIXEL_CENTRE if by_box and boxes is not None else None
         logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask, box)
         logits = logits.cpu()
