@@ -289,7 +289,7 @@ def pretrain(
     start: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to begin with, as lite-medsam, unless the folder holds a state to resume from.",
+            help="Weights to begin with, as lite or lite-medsam, unless the folder holds a state to resume from.",
             show_default=False,
         ),
     ] = None,
@@ -316,7 +316,7 @@ def _trainer(what: Trained, steps: int, start: Path | None, seed: int) -> Callab
     if what is Trained.AUXILIARY and start is not None:
         raise ValueError("--start is for --what sam and --what lite alone")
     if what is Trained.LITE and start is None:
-        raise ValueError("--what lite needs --start: lite-medsam, or weights of an earlier training")
+        raise ValueError("--what lite needs --start: lite, lite-medsam, or weights of an earlier training")
     from monailabel_dfqsam.sam import read_checkpoint
 
     begin = None if start is None else read_checkpoint(start)

@@ -133,6 +133,15 @@ def test_the_published_lite_medsam_is_read_strictly(lite_medsam: Path) -> None:
     build(found)  # raises for a tensor too many or too few
 
 
+def test_the_encoder_of_lite_is_the_published_one(lite_medsam: Path) -> None:
+    """What was trained of it is the decoder alone: what the encoder knows of real images is still there."""
+    own, published = read_checkpoint("lite").state_dict, read_checkpoint(lite_medsam).state_dict
+    assert set(own) == set(published)
+    encoder = {name for name in published if name.startswith("image_encoder.")}
+    assert all(torch.equal(own[name], published[name].half().float()) for name in encoder)
+    assert any(not torch.equal(own[name], published[name].half().float()) for name in set(own) - encoder)
+
+
 @pytest.fixture
 def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file where the published one would lie, in a package that must not be imported."""
