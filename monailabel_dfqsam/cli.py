@@ -289,7 +289,7 @@ def pretrain(
     start: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to begin with, as lite or lite-medsam, unless the folder holds a state to resume from.",
+            help="Weights to begin with, as lite-medsam or lite, unless the folder holds a state to go on from.",
             show_default=False,
         ),
     ] = None,
