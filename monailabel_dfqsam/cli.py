@@ -289,7 +289,7 @@ def pretrain(
     start: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to begin with, as lite-medsam or lite, unless the folder holds a state to go on from.",
+            help="Weights to begin with, as lite-medsam, unless the folder holds a state to resume from.",
             show_default=False,
         ),
     ] = None,
