@@ -8,7 +8,7 @@ steps: its rate then rises again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from monailabel_dfqsam.files import replacing
 Progress = Callable[[int, int, str], None]
 """Told (step, steps, text)."""
 
+SLOW = 0.25
+"""Rate of what learns slowly, of the others'."""
 _TOLD = 0.02
 """Weight of a step in the averages that are told."""
 
@@ -55,6 +57,7 @@ def run(
     progress: Progress,
     losses: Callable[[int, int], Iterator[tuple[Tensor, dict[str, float]]]],
     write: Callable[[nn.Module, int, int], None],
+    slow: Sequence[nn.Parameter] = (),
 ) -> None:
     """Trains modules until `config.steps` are done, from where the state file stands.
 
@@ -63,12 +66,16 @@ def run(
         losses: (seed of this process's phantoms, steps done) -> for each further step its loss and what to
             tell of it, NaN for nothing; a step's is computed when it is asked for, after torch was seeded.
         write: called with (average, steps done, phantoms seen) wherever the state is saved.
+        slow: those of the modules' parameters that learn at a smaller rate.
     """
     rank, world = _join()
     state_file.parent.mkdir(parents=True, exist_ok=True)
     model = next(iter(modules.values()))
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    few = {id(parameter) for parameter in slow}
+    shares = ((1.0, [p for p in parameters if id(p) not in few]), (SLOW, list(slow)))
+    groups: list[dict[str, Any]] = [{"params": some, "share": share} for share, some in shares if some]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average))  # type: ignore[no-untyped-call]
     parts: dict[str, Any] = {**modules, "optimizer": optimizer, "averaged": averaged}
     first = _load(state_file, device, parts)
@@ -78,7 +85,7 @@ def run(
     for done in range(first + 1, config.steps + 1):
         torch.manual_seed((config.seed * 1_000_003 + done - 1) * world + rank)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(done - 1, config)
+            group["lr"] = learning_rate(done - 1, config) * group.get("share", 1.0)
         loss, told = next(steps)
         _learn(loss, optimizer, parameters, world)
         averaged.update_parameters(model)

@@ -14,13 +14,19 @@ from torch import Tensor
 from monailabel_dfqsam.pretraining.prompting import corrected, decode, first_prompts
 from monailabel_dfqsam.sam.model import Sam
 
-ROUNDS = (0.3, 0.55, 0.7, 0.8, 0.86, 0.9, 0.94, 0.97, 1.0)
+ROUNDS = (0.2, 0.45, 0.62, 0.75, 0.84, 0.9, 0.94, 0.97, 1.0)
 """Cumulative shares of steps with one, two, … rounds of prompts: the first and up to eight corrections."""
 LEARNED_ROUNDS = 2
 """The last of a step's rounds, from which it learns; those before them only lead there."""
 ESTIMATE = 5.0
 """Weight of the predicted IoUs' error: by them one of three candidates is chosen, where most of a click's
 quality is won or lost."""
+
+
+POINTED = 1.0
+"""Weight of the error in the regions that a correction points at: few pixels, but what it was made for."""
+_FEW = 50
+"""Pixels of a mask, of which a region pointed at has to have some for its error to count in full."""
 
 
 def contrastive_loss(
@@ -45,12 +51,13 @@ def contrastive_loss(
     return per_pixel[positives > 0].mean()
 
 
-def mask_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def mask_losses(logits: Tensor, target: Tensor, pointed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Per-mask loss 2·BCE + Dice and the IoU reached.
 
     Args:
         logits: [N, K, h, w] float, K candidate masks.
         target: [N, 1, h, w] float in [0, 1].
+        pointed: [N, h, w] bool, where the BCE counts once more.
 
     Returns:
         loss [N, K] and IoU [N, K] (detached).
@@ -62,19 +69,25 @@ def mask_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     weight = torch.where(near > 0, 1.0, 0.05)
     t = target.expand_as(logits)
     bce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
-    bce = (bce * weight).sum((2, 3)) / weight.sum((2, 3))
+    mean = (bce * weight).sum((2, 3)) / weight.sum((2, 3))
+    if pointed is not None:
+        there = pointed[:, None]
+        mean = mean + POINTED * (bce * there).sum((2, 3)) / (there.sum((2, 3)) + _FEW)
     p = logits.sigmoid()
     dice = 1 - (2 * (p * t).sum((2, 3)) + 1) / (p.sum((2, 3)) + t.sum((2, 3)) + 1)
-    with torch.no_grad():
-        hit, truth = logits > 0, t > 0.5
-        iou = (hit & truth).sum((2, 3)) / (hit | truth).sum((2, 3)).clamp_min(1)
-    return 2 * bce + dice, iou
+    return 2 * mean + dice, _ious(logits, t)
+
+
+def _ious(logits: Tensor, target: Tensor) -> Tensor:
+    """[...] float, of masks [..., h, w]."""
+    hit, truth = logits > 0, target > 0.5
+    return (hit & truth).sum((-2, -1)) / (hit | truth).sum((-2, -1)).clamp_min(1)
 
 
 def prompted_loss(
     sam: Sam, embedding: Tensor, batch: dict[str, Tensor], rounds: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss over all objects of a batch, prompted at random and then corrected, and IoUs of the first round.
+    """Loss over all objects of a batch, prompted at random and then corrected; IoUs of first and last rounds.
 
     Args:
         embedding: [B, C, h, w] float; whole, or of each image a square that begins at its corner.
@@ -101,18 +114,20 @@ def prompted_loss(
         with torch.set_grad_enabled(learned):
             logits, predicted = decode(sam, image, prompts)
         logits = logits.float()
-        losses, ious = mask_losses(logits, target)
-        # One click may mean a part or the whole: only the best of the three candidates learns much from it.
-        open_to_doubt = ~prompts.boxed if turn == 0 else torch.zeros_like(prompts.boxed)
-        all_three = torch.where(open_to_doubt, 0.05, 0.3) * losses[:, 1:].mean(1)
-        single = torch.where(open_to_doubt, 0.5, 1.0) * losses[:, 0]
+        best = predicted[:, 1:].argmax(1) + 1
         if learned:
+            losses, ious = mask_losses(logits, target, prompts.pointed)
+            # One click may mean a part or the whole: only the best of the candidates learns much from it.
+            open_to_doubt = (prompts.kinds >= 0).sum(1) == 1
+            all_three = torch.where(open_to_doubt, 0.05, 0.3) * losses[:, 1:].mean(1)
+            single = torch.where(open_to_doubt, 0.5, 1.0) * losses[:, 0]
             loss = loss + (losses[:, 1:].min(1).values + all_three + single).mean()
             loss = loss + ESTIMATE * F.mse_loss(predicted.float(), ious)
-        best = predicted[:, 1:].argmax(1) + 1
         if turn == 0:
-            iou = ious.gather(1, best[:, None])[:, 0]
+            iou = _ious(logits[torch.arange(len(best)), best], target[:, 0])
             reached = {"box": float(iou[prompts.boxed].mean()), "point": float(iou[~prompts.boxed].mean())}
+        elif turn == rounds - 1:
+            reached["corrected"] = float(ious[:, 0].mean())
         if turn + 1 < rounds:
             # As it is used: a candidate for what comes first, the single answer once it was corrected.
             shown = logits[torch.arange(len(best)), best] if turn == 0 else logits[:, 0]

@@ -7,8 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from monailabel_dfqsam.sam.model import Sam
@@ -28,6 +30,8 @@ STROKE = 10
 """Places along a stroke."""
 MASK_SHARE = 0.7
 """Share of corrections that come with the answer they correct."""
+DEEP_SHARE = 0.5
+"""Share of corrections that click in the middle of what is wrong, as people do; others on any wrong pixel."""
 SILENT_SHARE = 0.1
 """Share of corrections that say nothing more: the answer alone is to be made better."""
 
@@ -42,6 +46,7 @@ class Prompted:
         boxed: [N] bool, whether a box is among them.
         corners: [N, 2] int64, (x, y) of the first cell seen of the image embedding.
         masks: [N, 1, h, w] float, logits of an earlier answer, or None.
+        pointed: [N, h, w] bool, the wrong regions of that answer which the last correction lies in, or None.
     """
 
     places: Tensor
@@ -49,6 +54,7 @@ class Prompted:
     boxed: Tensor
     corners: Tensor
     masks: Tensor | None = None
+    pointed: Tensor | None = None
 
 
 def first_prompts(boxes: Tensor, points: Tensor, target: Tensor, corners: Tensor, size: int) -> Prompted:
@@ -64,7 +70,7 @@ def first_prompts(boxes: Tensor, points: Tensor, target: Tensor, corners: Tensor
         size: side of what is seen of the model's input, in pixels.
     """
     if _chance(STROKE_SHARE):
-        places, drawn = _stroke(target > 0.5, size)
+        places, _, drawn = _stroke(target > 0.5, size)
         kinds = F.pad(torch.where(drawn, FOREGROUND, NOTHING), (0, 1), value=NOTHING)
         unboxed = torch.zeros(len(kinds), dtype=torch.bool, device=kinds.device)
         return Prompted(F.pad(places, (0, 0, 0, 1)), kinds, unboxed, corners)
@@ -91,14 +97,14 @@ def corrected(prompts: Prompted, logits: Tensor, target: Tensor, size: int) -> P
     truth = target > 0.5
     wrong = (logits > 0) != truth
     if _chance(SILENT_SHARE):
-        return replace(prompts, masks=logits[:, None])
+        return replace(prompts, masks=logits[:, None], pointed=None)
     if _chance(STROKE_SHARE):
         missing = wrong & truth
         more = (2 * missing.sum((1, 2)) >= wrong.sum((1, 2)))[:, None]
-        places, drawn = _stroke(torch.where(more[..., None], missing, wrong & ~truth), size)
+        places, at, drawn = _stroke(torch.where(more[..., None], missing, wrong & ~truth), size)
         kinds = torch.where(drawn, torch.where(more, FOREGROUND, BACKGROUND), NOTHING)
     else:
-        at = _pixels(wrong, 1)
+        at = _deepest(wrong) if _chance(DEEP_SHARE) else _pixels(wrong, 1)
         places = _places(at, logits.shape[-1], size)
         kinds = truth.flatten(1).gather(1, at).long()
     return replace(
@@ -106,6 +112,7 @@ def corrected(prompts: Prompted, logits: Tensor, target: Tensor, size: int) -> P
         places=torch.cat([prompts.places, places], 1),
         kinds=torch.cat([prompts.kinds, kinds], 1),
         masks=logits[:, None] if _chance(MASK_SHARE) else None,
+        pointed=_regions(wrong, truth, at, kinds),
     )
 
 
@@ -118,13 +125,38 @@ def _pixels(region: Tensor, count: int) -> Tensor:
     return torch.multinomial(region.flatten(1).float() + 1e-6, count, replacement=True)
 
 
+def _deepest(region: Tensor) -> Tensor:
+    """[N, 1] int64, as `_pixels`: pixels of regions that are farthest from their borders."""
+    depths = [ndimage.distance_transform_edt(np.pad(one, 1))[1:-1, 1:-1] for one in region.cpu().numpy()]
+    return torch.as_tensor([[int(depth.argmax())] for depth in depths], device=region.device)
+
+
+def _regions(wrong: Tensor, truth: Tensor, at: Tensor, kinds: Tensor) -> Tensor:
+    """[N, h, w] bool: of what is wrong as a prompt says, the connected regions that it lies in.
+
+    Args:
+        wrong: [N, h, w] bool.
+        truth: [N, h, w] bool.
+        at: [N, T] int64, flat indices of its places.
+        kinds: [N, T] int64, `NOTHING`, `BACKGROUND` or `FOREGROUND`, the same for all of an object's.
+    """
+    said = wrong & (truth == (kinds == FOREGROUND).any(1)[:, None, None])
+    found = np.zeros(said.shape, dtype=bool)
+    for one, region, places, kind in zip(found, said.cpu(), at.cpu(), kinds.cpu(), strict=True):
+        numbered, _ = ndimage.label(region.numpy())
+        hit = np.unique(numbered.flat[places[kind != NOTHING].numpy()])
+        one[:] = np.isin(numbered, hit[hit > 0])
+    return torch.from_numpy(found).to(wrong.device)
+
+
 def _places(at: Tensor, w: int, size: int) -> Tensor:
     """[N, T, 2] float32, (x, y) of the middles of pixels by their flat indices [N, T]."""
     return (torch.stack([at % w, at // w], 2).float() + 0.5) * (size / w)
 
 
-def _stroke(region: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Places [N, STROKE, 2] along a line through two random pixels of a region, and which lie in it.
+def _stroke(region: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places [N, STROKE, 2] along a line through two random pixels of a region, their pixels' flat indices
+    [N, STROKE], and which lie in it.
 
     Args:
         region: [N, h, w] bool.
@@ -135,7 +167,8 @@ def _stroke(region: Tensor, size: int) -> tuple[Tensor, Tensor]:
     along = torch.linspace(0, 1, STROKE, device=region.device)[:, None]
     places = ends[:, :1] + along * (ends[:, 1:] - ends[:, :1])
     x, y = (places * (w / size)).long().clamp(0, w - 1).unbind(2)
-    return places, region.flatten(1).gather(1, y * w + x)
+    at = y * w + x
+    return places, at, region.flatten(1).gather(1, at)
 
 
 def decode(sam: Sam, image: Tensor, prompts: Prompted) -> tuple[Tensor, Tensor]:

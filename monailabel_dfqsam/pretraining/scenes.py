@@ -169,8 +169,9 @@ def _limb(g: Generator, size: int) -> LabelMap:
     along = math.cos(angle) * dx + math.sin(angle) * dy
     across = math.cos(angle) * dy - math.sin(angle) * dx
     flesh = uniform(g, 0.15, 0.6) * size
-    canvas.paint(enlarged(across.abs() / flesh) >= 1, PhantomClass.BACKGROUND)
-    canvas.paint(enlarged(across.abs() / flesh) < 1, PhantomClass.BODY)
+    beyond = enlarged(across.abs() / flesh)
+    canvas.paint(beyond >= 1, PhantomClass.BACKGROUND)
+    canvas.paint(beyond < 1, PhantomClass.BODY)
     if uniform(g, 0, 1) < 0.5:  # what the bone is joined to
         other = lobes(g, y, x, cy, cx, uniform(g, 0.1, 0.3) * size, uniform(g, 0.08, 0.2) * size)
         canvas.paint(enlarged(other) < 1, PhantomClass.ORGAN)
@@ -202,11 +203,12 @@ def _chest(g: Generator, size: int) -> LabelMap:
         u, v = ((x - middle - tilt) / half).abs(), ((y - 0.45) / tall).abs()
         dome = (y - floor - uniform(g, -0.5, 2.5) * (x - middle) ** 2) / 0.05 + 1
         radius = torch.maximum((u**power + v**power) ** (1 / power), dome)
-        lung = canvas.paint(enlarged(radius) < 1, PhantomClass.ORGAN)
+        inside = enlarged(radius) < 1
+        lung = canvas.paint(inside, PhantomClass.ORGAN)
         if lung is not None and uniform(g, 0, 1) < 0.4:
             reach = uniform(g, 0.03, 0.12)
             spot = lobes(g, y, x, uniform(g, 0.3, 0.6), middle, reach, 0.7 * reach)
-            canvas.paint((enlarged(spot) < 1) & (enlarged(radius) < 1), PhantomClass.LESION, lung)
+            canvas.paint((enlarged(spot) < 1) & inside, PhantomClass.LESION, lung)
     if uniform(g, 0, 1) < 0.8:
         cy, cx = uniform(g, 0.55, 0.7), uniform(g, 0.45, 0.6)
         heart = lobes(g, y, x, cy, cx, uniform(g, 0.1, 0.18), uniform(g, 0.08, 0.14))
