@@ -85,7 +85,7 @@ def propagation(
     folder: Annotated[Path, typer.Argument(help="Volumes with masks named <image>_<label>.")],
     model: Annotated[
         list[Path] | None,
-        typer.Option(help="An artifact or a checkpoint, may be repeated.", show_default=False),
+        typer.Option(help="An artifact or a checkpoint, may be repeated; lite and tiny without it."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -97,11 +97,10 @@ def propagation(
         from monailabel_dfqsam.phantom_study import find_pairs
 
         rows: list[dict[str, Any]] = []
-        with progress_bars() as progress:
-            for reference, named in load_groups(model or [], (), progress):
-                scored = [one for one in named if one[0] is not reference]
-                meta = {"model": reference.variant.name, "engine": "torch"}
-                rows += evaluate_volumes(find_pairs(folder), reference, [(reference, meta), *scored])
+        for reference, named in load_groups(model or [], ()):
+            scored = [one for one in named if one[0] is not reference]
+            meta = {"model": reference.variant.name, "engine": "torch"}
+            rows += evaluate_volumes(find_pairs(folder), reference, [(reference, meta), *scored])
         write_json(json_file, rows)
     print_propagation(rows)
 

@@ -76,7 +76,7 @@ def measure_load(*, clients: int = 8, seconds: float = 180.0, progress: Progress
         for n in range(clients):
             write_phantom(studies / f"{_name(n)}.nrrd", _shape(n))
             progress("volumes", n + 1, clients)
-        with DemoServer(studies, folder / "app", folder / "server.log") as server:
+        with DemoServer(studies, folder / "app", folder / "server.log", Path("tiny")) as server:
             session = SlicerSession(server.url)
             quantize_quickly(session, server.check, progress)
             alone = _alone(session, clients, progress)

@@ -23,7 +23,7 @@ from monailabel_dfqsam.benchmark.runner import Request
 from monailabel_dfqsam.benchmark.session import Session, statistics_of
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.machine import usable_cores
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.sam.checkpoint import NAMED
 from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.volume import load_volume
 
@@ -100,7 +100,7 @@ def measure_volume(
         ValueError: when the checkpoint or the volume cannot be used.
         KeyboardInterrupt: after `save`.
     """
-    checkpoint = EMBEDDED if plan.checkpoint is None and plan.variant == "tiny" else plan.checkpoint
+    checkpoint = NAMED["tiny"] if plan.checkpoint is None and plan.variant == "tiny" else plan.checkpoint
     result: dict[str, Any] = {
         **describe_run(),
         "variant": plan.variant,

@@ -23,7 +23,7 @@ def quantize(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="A .pth, .pt or .safetensors file, tiny, lite or lite-medsam; tiny without it.",
+            help="A .pth, .pt or .safetensors file, lite, tiny or lite-medsam; lite without it.",
             show_default=False,
         ),
     ] = None,
@@ -88,8 +88,9 @@ def quantize(
         from monailabel_dfqsam.artifact import read_header
         from monailabel_dfqsam.identity import artifact_key
         from monailabel_dfqsam.sam import read_checkpoint
+        from monailabel_dfqsam.sam.checkpoint import DEFAULT
 
-        source = read_checkpoint(checkpoint) if checkpoint else read_checkpoint()
+        source = read_checkpoint(checkpoint or DEFAULT)
         path = out / f"{artifact_key(config, source.sha256, source.variant.name)}.safetensors"
         made = not _is_whole(path)
         if made:

@@ -16,12 +16,9 @@ import nibabel
 import numpy as np
 import pytest
 import requests
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
-from monailabel_dfqsam.sam import VARIANTS, Sam
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.sam.checkpoint import NAMED
 from monailabel_dfqsam.slicer_session import InferReply, SlicerSession
 from tests import forked
 
@@ -35,13 +32,9 @@ END_SECONDS = 30.0
 
 
 def checkpoint(folder: Path) -> Path:
-    """A copy of the embedded weights; where these are not built yet, random ones of the same model."""
+    """A copy of the smallest weights in the package."""
     path = folder / "tiny.safetensors"
-    if EMBEDDED.is_file():
-        shutil.copy(EMBEDDED, path)
-    else:
-        torch.manual_seed(0)
-        save_file(Sam(VARIANTS["tiny"]).state_dict(), path)
+    shutil.copy(NAMED["tiny"], path)
     return path
 
 

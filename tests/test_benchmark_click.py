@@ -51,7 +51,10 @@ def test_a_session_that_cannot_be_played_is_refused_before_it_begins(
 def test_a_session_gives_every_row(tmp_path: Path) -> None:
     stages: list[str] = []
     result = measure_clicks(
-        clicks=6, shape=(64, 48, 60), progress=lambda stage, done, total: stages.append(stage)
+        clicks=6,
+        shape=(64, 48, 60),
+        checkpoint=Path("tiny"),
+        progress=lambda stage, done, total: stages.append(stage),
     )
     assert result["model"].endswith(("(onednn)", "(openvino)"))  # each layer in the form it needs
     rows = {row["case"]: row for row in result["rows"]}

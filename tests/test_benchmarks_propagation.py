@@ -40,7 +40,7 @@ def test_a_baseline_is_the_nearest_prompted_box() -> None:
 def test_a_row_for_each_prompt(tmp_path: Path) -> None:
     write_phantom_study(tmp_path)
     pairs = [pair for pair in find_pairs(tmp_path) if "us" in pair[0].name]
-    reference = full_precision_segmenter(build(read_checkpoint()))
+    reference = full_precision_segmenter(build(read_checkpoint("tiny")))
     rows = evaluate_volumes(pairs, reference, [(reference, {"model": "tiny", "engine": "torch"})])
     assert [row["prompts"] for row in rows] == list(PLACES)
     truth = load_volume(pairs[0][1]).array != 0
@@ -59,6 +59,6 @@ def test_a_row_for_each_prompt(tmp_path: Path) -> None:
 def test_a_mask_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     for name, array in (("a", np.ones((3, 4, 5))), ("a_x", np.ones((3, 4, 4)))):
         sitk.WriteImage(sitk.GetImageFromArray(array.astype(np.uint8)), str(tmp_path / f"{name}.nii.gz"))
-    reference = full_precision_segmenter(build(read_checkpoint()))
+    reference = full_precision_segmenter(build(read_checkpoint("tiny")))
     with pytest.raises(EvaluationError, match="a_x"):
         evaluate_volumes(find_pairs(tmp_path), reference, [])

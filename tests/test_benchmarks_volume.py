@@ -22,7 +22,7 @@ from monailabel_dfqsam.benchmark.runner import Request
 from monailabel_dfqsam.benchmark.weights import Preparation
 from monailabel_dfqsam.engines import onednn
 from monailabel_dfqsam.sam import build, read_checkpoint
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.sam.checkpoint import NAMED
 from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.segmenter import Prompts, full_precision_segmenter, load_segmenter
 from monailabel_dfqsam.segmentation.volume import load_volume
@@ -36,7 +36,7 @@ needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this torch has
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with the embedded model and a phantom of 3 slices, the middle one left out."""
     folder = tmp_path_factory.mktemp("volume")
-    Preparation(folder, "tiny", EMBEDDED, 1, 1).write_artifact(4)
+    Preparation(folder, "tiny", NAMED["tiny"], 1, 1).write_artifact(4)
     write_phantom(folder / "phantom.nrrd", SHAPE)
     np.save(folder / BOXES, np.array([(k, *tight_box(organ(SHAPE, k))) for k in (0, 2)]))
     return folder
@@ -53,7 +53,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_masks_are_those_that_the_product_gives_for_the_same_boxes(prepared: Path, engine: str) -> None:
     if engine == "openvino-fp32":
         pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[benchmark]'")
-        Preparation(prepared, "tiny", EMBEDDED, 1, 1).write_openvino(False)
+        Preparation(prepared, "tiny", NAMED["tiny"], 1, 1).write_openvino(False)
     runner = VolumeRunner(Request(engine, "tiny", 1, prepared), prepared / "phantom.nrrd")
     seconds = runner.turn()
     bits = np.unpackbits(np.frombuffer(runner.masks(), np.uint8))
@@ -61,7 +61,7 @@ def test_masks_are_those_that_the_product_gives_for_the_same_boxes(prepared: Pat
     if engine == "onednn":
         product = load_segmenter(read_artifact(artifact_path(prepared, 4)))
     else:
-        product = full_precision_segmenter(build(read_checkpoint(EMBEDDED)))
+        product = full_precision_segmenter(build(read_checkpoint("tiny")))
     image = load_volume(prepared / "phantom.nrrd")
     for mask, k in zip(found, (0, 2), strict=True):
         prompts = Prompts(box=tight_box(organ(SHAPE, k)))
@@ -111,7 +111,7 @@ def test_rows_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = volume.measure_volume(plan, saved.append)
     assert saved == [result]
     assert result["complete"] is True
-    assert result["weights"] == EMBEDDED.name
+    assert result["weights"] == NAMED["tiny"].name
     assert result["volume"] == {"name": "phantom", "shape": [*SHAPE[:2], 2], "slices": 2}
     eager, own = result["rows"]
     assert [row["repeats"] for row in (eager, own)] == [2, 2]

@@ -19,7 +19,7 @@ def _state() -> dict[str, torch.Tensor]:
 
 
 def test_embedded_default_loads_and_builds() -> None:
-    checkpoint = read_checkpoint()
+    checkpoint = read_checkpoint("tiny")
     assert checkpoint.variant.name == "tiny"
     assert len(checkpoint.sha256) == 64
     build(checkpoint)
@@ -133,13 +133,19 @@ def test_the_published_lite_medsam_is_read_strictly(lite_medsam: Path) -> None:
     build(found)  # raises for a tensor too many or too few
 
 
-def test_the_encoder_of_lite_is_the_published_one(lite_medsam: Path) -> None:
-    """What was trained of it is the decoder alone: what the encoder knows of real images is still there."""
+def test_the_first_stages_of_lite_are_the_published_ones(lite_medsam: Path) -> None:
+    """Last stage, neck and decoder alone were trained: what the others know of real images is still there."""
     own, published = read_checkpoint("lite").state_dict, read_checkpoint(lite_medsam).state_dict
     assert set(own) == set(published)
-    encoder = {name for name in published if name.startswith("image_encoder.")}
-    assert all(torch.equal(own[name], published[name].half().float()) for name in encoder)
-    assert any(not torch.equal(own[name], published[name].half().float()) for name in set(own) - encoder)
+    steady = {
+        name
+        for name in published
+        if name.startswith("image_encoder.")
+        and not name.startswith(("image_encoder.layers.3.", "image_encoder.neck."))
+    }
+    assert steady
+    assert all(torch.equal(own[name], published[name].half().float()) for name in steady)
+    assert any(not torch.equal(own[name], published[name].half().float()) for name in set(own) - steady)
 
 
 @pytest.fixture

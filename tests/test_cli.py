@@ -29,7 +29,7 @@ HELP_SECONDS = 3.0  # a blink, on a busy machine
 
 PROMISED = {
     "serve": {"studies", "host", "port", "checkpoint"},
-    "demo": {"studies", "out"},
+    "demo": {"studies", "checkpoint", "out"},
     "doctor": {"studies", "checkpoint", "json"},
     "quantize": {
         "checkpoint", "out", "fidelity", "bits", "policy", "calibration", "images", "iterations", "seed",
@@ -282,7 +282,7 @@ def test_pretrain_makes_weights_that_can_be_read(tmp_path: Path) -> None:
     assert_refused(run(*begun), "--what sam and --what lite alone")
     lite = "pretrain", "--out", tmp_path, "--steps", 1, "--what", "lite"
     assert_refused(run(*lite), "needs --start")
-    assert_refused(run(*lite, "--start", checkpoints.EMBEDDED), "'tiny' cannot start 'lite'")
+    assert_refused(run(*lite, "--start", "tiny"), "'tiny' cannot start 'lite'")
 
 
 def test_serve_refuses_what_it_cannot_serve(tmp_path: Path) -> None:

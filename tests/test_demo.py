@@ -45,7 +45,7 @@ def test_the_demo_server_answers_and_is_gone_afterwards(folders: tuple[Path, Pat
         assert requests.get(f"{server.url}/info/", timeout=60).json()["name"] == "DFQ-SAM"
         raise RuntimeError("on purpose")
 
-    server = DemoServer(*folders)
+    server = DemoServer(*folders, Path("tiny"))
     with pytest.raises(RuntimeError, match="on purpose"), server:
         fail(server)
     with pytest.raises(requests.ConnectionError):
@@ -68,7 +68,7 @@ def test_sigterm_ends_the_server_too(folders: tuple[Path, Path, Path]) -> None:
         "    print(server.url, flush=True); time.sleep(300)\n"
     )
     program = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, folders)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *map(str, folders), "tiny"], stdout=subprocess.PIPE, text=True
     )
     assert program.stdout is not None
     url = program.stdout.readline().strip()

@@ -22,7 +22,6 @@ from monailabel_dfqsam.doctor.speed import model
 from monailabel_dfqsam.doctor.surroundings import PORT, archive, folder, settings, viewers
 from monailabel_dfqsam.doctor.telling import as_json
 from monailabel_dfqsam.sam import checkpoint
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.server.runs.folder import ModelFolder
 from tests.server_fixtures import write_volume
 
@@ -84,7 +83,6 @@ def test_a_folder_of_studies_and_viewers_are_looked_at(told: dict[str, Any]) -> 
     assert named(told, "OHIF")["level"] == named(told, "python")["level"] == "fine"
 
 
-@pytest.mark.skipif(not EMBEDDED.is_file(), reason="the embedded weights are not built")
 def test_clicks_are_measured_and_nothing_is_left(told: dict[str, Any]) -> None:
     assert 0 < told["model"]["cached_ms"] < told["model"]["first_ms"] < 60_000
     assert told["model"]["memory_bytes"] > 1e8

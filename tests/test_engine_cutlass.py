@@ -85,7 +85,7 @@ def base() -> Artifact:
 @pytest.fixture(scope="module")
 def real() -> tuple[Sam, Artifact]:
     """The embedded model, trained, calibrated on noise."""
-    checkpoint = read_checkpoint()
+    checkpoint = read_checkpoint("tiny")
     config = QuantizationConfig(calibration=Calibration.GAUSSIAN, synthesis=SynthesisConfig(iterations=1))
     return build(checkpoint), quantize(checkpoint, config).artifact
 

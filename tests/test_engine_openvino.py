@@ -138,7 +138,7 @@ def test_all_quantized_layers_run_in_integers(name: str, bits: int, monkeypatch:
 @pytest.fixture(scope="module", params=[4, 8])
 def trained(request: pytest.FixtureRequest) -> Artifact:
     """The embedded model, calibrated on phantoms."""
-    checkpoint = read_checkpoint()
+    checkpoint = read_checkpoint("tiny")
     sam = build(checkpoint)
     images = phantom_images(sam.variant, range(2))
     quantized = calibrate(sam.image_encoder, images, request.param, Policy.DEPLOY, Recipe(), silent)
@@ -150,7 +150,7 @@ def test_its_masks_are_the_reference_engines(trained: Artifact) -> None:
     images = phantom_images(VARIANTS["tiny"], range(100, 103))
     oracle, engine = (load_encoder(trained, kind) for kind in (EngineKind.REFERENCE, EngineKind.OPENVINO))
     assert relative_error(engine.embed(images), oracle.embed(images)) <= EMBEDDING_TOLERANCE
-    sam = build(read_checkpoint())
+    sam = build(read_checkpoint("tiny"))
     prompt_encoder, mask_decoder = load_decoder(trained)
     sam.prompt_encoder, sam.mask_decoder = prompt_encoder, mask_decoder
     sam.image_encoder.forward = oracle.embed  # type: ignore[method-assign]

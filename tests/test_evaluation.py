@@ -13,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from monailabel_dfqsam import evaluation
-from monailabel_dfqsam.config import silent
 from monailabel_dfqsam.evaluation import (
     BASELINES,
     NSD_TOLERANCE,
@@ -30,7 +29,6 @@ from monailabel_dfqsam.evaluation.scoring import OneGreyLevelAway
 from monailabel_dfqsam.evaluation.table import print_rows
 from monailabel_dfqsam.phantom_study import write_phantom_study
 from monailabel_dfqsam.sam import VARIANTS, Sam
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.segmentation.segmenter import (
     Embedding,
     Prediction,
@@ -191,7 +189,7 @@ def test_the_yardstick_sees_every_image_one_grey_level_away(pictures: Path) -> N
 
 
 def test_agreement_stands_beside_its_yardstick() -> None:
-    ((reference, scored),) = load_groups([EMBEDDED], (), silent)
+    ((reference, scored),) = load_groups([Path("tiny")], ())
     quantized = full_precision_segmenter(Sam(VARIANTS["tiny"])), {"model": "tiny W4A4"}
     names = [names["model"] for _, names in beside_yardstick(reference, [*scored, quantized])]
     assert names == ["tiny", "tiny ±1 grey level", "tiny W4A4"]
@@ -250,7 +248,7 @@ def test_baselines_on_real_images_are_the_recorded_ones() -> None:
 
 
 def test_the_published_lite_medsam_is_known_by_its_name(lite_medsam: Path) -> None:
-    (reference, scored), *others = load_groups([Path("lite-medsam")], (), silent)
+    (reference, scored), *others = load_groups([Path("lite-medsam")], ())
     assert not others
     assert scored[0][0] is reference
     assert scored[0][1] == {"model": "lite_medsam", "engine": "torch", "policy": None}

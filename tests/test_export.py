@@ -52,7 +52,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.fixture(scope="module")
 def artifact_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model in 4 bit, calibrated on a phantom."""
-    checkpoint = read_checkpoint()
+    checkpoint = read_checkpoint("tiny")
     sam = build(checkpoint)
     images = phantom_images(sam.variant, [0])
     quantized = calibrate(sam.image_encoder, images, 4, Policy.DEPLOY, Recipe(), silent)

@@ -35,7 +35,7 @@ PROMPTS = {
 def both(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, Any]:
     """Prompt encoder, mask decoder, and both compiled; the trained weights of 'tiny', else lively ones."""
     if request.param == "tiny":
-        sam = build(read_checkpoint())
+        sam = build(read_checkpoint("tiny"))
         prompt_encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     else:
         variant = VARIANTS[request.param]

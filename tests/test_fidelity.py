@@ -26,7 +26,7 @@ from tests.models import REALDATA, needs_realdata, seeded_sam
 
 @pytest.fixture(scope="module")
 def sam() -> Sam:
-    return build(read_checkpoint())
+    return build(read_checkpoint("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_agreement_on_phantoms_is_near_that_on_real_images(
     full, pairs = full_precision_segmenter(sam), []
     for images in (phantom_images(sam.variant, range(4)), gaussian_images(sam.variant, 1, 0)):
         quantized = calibrate(sam.image_encoder, images, 4, Policy.DEPLOY, Recipe(), silent)
-        artifact = pack(read_checkpoint(), QuantizationConfig(), sam, quantized, images)
+        artifact = pack(read_checkpoint("tiny"), QuantizationConfig(), sam, quantized, images)
         segmenter: Segmenter = load_segmenter(artifact)
         real = [
             row["agreement"]

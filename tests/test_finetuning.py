@@ -58,7 +58,7 @@ START_ERROR = 0.05
 
 
 def quantized(variant: str, bits: int) -> Artifact:
-    checkpoint = read_checkpoint() if variant == "tiny" else seeded_checkpoint(variant)
+    checkpoint = read_checkpoint("tiny") if variant == "tiny" else seeded_checkpoint(variant)
     sam = build(checkpoint)
     config = QuantizationConfig(
         bits=bits, calibration=Calibration.GAUSSIAN, images=1, synthesis=SynthesisConfig(iterations=2)
@@ -254,7 +254,7 @@ class TestPrompts:
         (sample,), _ = find_samples(pictures[:1], Reader())
         found = Reader().read(sample)
         box, clicks = asked(
-            read_checkpoint().variant, found["image"], found["mask"], np.random.RandomState(3)
+            read_checkpoint("tiny").variant, found["image"], found["mask"], np.random.RandomState(3)
         )
         inside = found["mask"][0] > 0
         rows, columns = np.nonzero(inside)
@@ -274,13 +274,13 @@ class TestPrompts:
     def test_augmented_prompts_stay_on_the_object(self, pictures: list[Labelled]) -> None:
         (sample,), _ = find_samples(pictures[:1], Reader())
         found = Reader().read(sample)
-        ask = Ask(read_checkpoint().variant).set_random_state(5)
+        ask = Ask(read_checkpoint("tiny").variant).set_random_state(5)
         several = [ask(found) for _ in range(6)]
         for _, clicks in several:
             assert clicks.points is not None
             for x, y in clicks.points.numpy():
                 assert clicks.target[0, 0, int((y + 0.5) / 4), int((x + 0.5) / 4)] > 0
-        again = Ask(read_checkpoint().variant).set_random_state(5)
+        again = Ask(read_checkpoint("tiny").variant).set_random_state(5)
         torch.testing.assert_close(again(found)[0].image, several[0][0].image)
         assert found["mask"].sum() >= LEAST_PIXELS
 

@@ -105,7 +105,7 @@ def test_a_checkpoint_is_identified_as_it_is_read(tmp_path: Path) -> None:
     assert [one.variant.name for one in found] == ["sam_b_1024", "medsam"]
     assert found[0].sha256 == found[1].sha256
     assert identify(files[0], "medsam").variant.name == "medsam"
-    embedded = read_checkpoint()
+    embedded = read_checkpoint("tiny")
     assert identify(embedded.path).variant is embedded.variant
     assert identify(embedded.path).sha256 == embedded.sha256
 

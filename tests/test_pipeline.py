@@ -38,12 +38,12 @@ SHORT = QuantizationConfig(synthesis=SynthesisConfig(iterations=4))
 
 @pytest.fixture(scope="module")
 def result() -> QuantizationResult:
-    return quantize(read_checkpoint(), SHORT)
+    return quantize(read_checkpoint("tiny"), SHORT)
 
 
 def test_header_says_what_was_done(result: QuantizationResult) -> None:
     header = result.artifact.header
-    checkpoint = read_checkpoint()
+    checkpoint = read_checkpoint("tiny")
     assert header["source_sha256"] == checkpoint.sha256
     assert header["key"] == artifact_key(SHORT, checkpoint.sha256, "tiny")
     assert header["variant"] == "tiny"
@@ -57,7 +57,7 @@ def test_header_says_what_was_done(result: QuantizationResult) -> None:
 
 
 def test_same_seed_gives_the_same_bytes_but_for_the_time(result: QuantizationResult, tmp_path: Path) -> None:
-    again = quantize(read_checkpoint(), SHORT)
+    again = quantize(read_checkpoint("tiny"), SHORT)
     paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     for path, artifact in zip(paths, (result.artifact, again.artifact), strict=True):
         write_artifact(replace(artifact, header={**artifact.header, "created": "", "seconds": 0}), path)
@@ -65,7 +65,7 @@ def test_same_seed_gives_the_same_bytes_but_for_the_time(result: QuantizationRes
 
 
 def test_another_seed_gives_another_artifact(result: QuantizationResult) -> None:
-    other = quantize(read_checkpoint(), replace(SHORT, seed=1)).artifact
+    other = quantize(read_checkpoint("tiny"), replace(SHORT, seed=1)).artifact
     assert other.header["key"] != result.artifact.header["key"]
     assert other.header["images_sha256"] != result.artifact.header["images_sha256"]
 
@@ -87,14 +87,14 @@ def test_folder_calibration_reads_pictures_and_counts_them(tmp_path: Path) -> No
         pixels = np.random.default_rng(index).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
     config = replace(SHORT, calibration=Calibration.FOLDER, folder=str(tmp_path), images=2)
-    assert quantize(read_checkpoint(), config).calibration_images.shape == (2, 3, 256, 256)
+    assert quantize(read_checkpoint("tiny"), config).calibration_images.shape == (2, 3, 256, 256)
     with pytest.raises(ValueError, match=r"holds 2 pictures .* but 3 are asked for"):
-        quantize(read_checkpoint(), replace(config, images=3))
+        quantize(read_checkpoint("tiny"), replace(config, images=3))
 
 
 def test_paper_policy_quantizes_attention() -> None:
     config = replace(SHORT, calibration=Calibration.GAUSSIAN, policy=Policy.PAPER)
-    header = quantize(read_checkpoint(), config).artifact.header
+    header = quantize(read_checkpoint("tiny"), config).artifact.header
     assert header["attention_bits"] == 4
     assert header["fidelity"]["engine"] == "reference"
     assert header["bops"] == header["macs"] * 16
@@ -160,7 +160,7 @@ def test_the_cheapest_forms_that_keep_a_fidelity_are_found(tmp_path: Path) -> No
     fast = Preset.FAST.config
     config = fast.changed(calibration=Calibration.NONE, recipe=replace(fast.recipe, drawn=2))
     stages: list[tuple[str, int, int]] = []
-    result = quantize(read_checkpoint(), config, progress=lambda *step: stages.append(step))
+    result = quantize(read_checkpoint("tiny"), config, progress=lambda *step: stages.append(step))
     header = result.artifact.header
     fidelity, itself = header["fidelity"], header["fidelity"]["grey_level"]
     assert fidelity["mean_iou"] >= itself["mean_iou"] - 0.001
@@ -172,7 +172,7 @@ def test_the_cheapest_forms_that_keep_a_fidelity_are_found(tmp_path: Path) -> No
     write_artifact(result.artifact, path)
     assert read_artifact(path).label == result.artifact.label
     # A stricter fidelity takes more bits.
-    strict = quantize(read_checkpoint(), config.changed(fidelity=0.9999)).artifact.header
+    strict = quantize(read_checkpoint("tiny"), config.changed(fidelity=0.9999)).artifact.header
     assert strict["sizes"]["artifact_bytes"] > header["sizes"]["artifact_bytes"]
     assert strict["four_bit"] < header["four_bit"]
 
@@ -198,7 +198,7 @@ def test_without_images_everything_is_rounded_to_the_nearest() -> None:
     config = replace(
         fast, bits=4, activation_bits=8, fidelity=None, calibration=Calibration.NONE, recipe=recipe
     )
-    result = quantize(read_checkpoint(), config)
+    result = quantize(read_checkpoint("tiny"), config)
     assert result.artifact.label == "W4A8"
     assert result.artifact.header["images_sha256"] == []
     assert result.artifact.header["fidelity"]["mean_iou"] > 0.9

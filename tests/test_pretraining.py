@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from itertools import islice
@@ -115,11 +116,13 @@ def _by_segment_anything(sam: Sam, embedding: torch.Tensor, prompts: Prompted) -
 
 @pytest.mark.parametrize("strokes", [0.0, 1.0], ids=["clicks", "strokes"])
 @pytest.mark.parametrize("side", [16, 8], ids=["whole", "part"])
+@pytest.mark.parametrize("said", [0.0, 0.5])
 def test_batched_decoding_is_segment_anythings(
-    side: int, strokes: float, monkeypatch: pytest.MonkeyPatch
+    said: float, side: int, strokes: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompting, "STROKE_SHARE", strokes)
-    sam = build(read_checkpoint())
+    checkpoint = read_checkpoint("tiny")
+    sam = build(replace(checkpoint, variant=replace(checkpoint.variant, said=said)))
     torch.manual_seed(2)
     embedding = torch.randn(6, 128, side, side)
     boxes, points = torch.tensor([[10.0, 20, 100, 120]]).repeat(6, 1), torch.rand(6, 2) * 16 * side
@@ -171,6 +174,78 @@ def test_strokes_lie_in_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(kinds.flatten().tolist()) == {BACKGROUND}
 
 
+MISSING = {"large": (slice(8, 20), slice(8, 20)), "small": (slice(8, 12), slice(30, 34))}
+TOO_MUCH = (slice(40, 44), slice(40, 60))  # touches what is missing of nothing
+
+
+@pytest.mark.parametrize("deep", [0.0, 1.0])
+@pytest.mark.parametrize("strokes", [0.0, 1.0])
+def test_a_correction_points_at_the_wrong_regions_that_it_lies_in(
+    deep: float, strokes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("DEEP_SHARE", deep), ("STROKE_SHARE", strokes), ("SILENT_SHARE", 0.0)):
+        monkeypatch.setattr(prompting, name, value)
+    torch.manual_seed(3)
+    target, regions = torch.zeros(8, 64, 64), torch.zeros(3, 64, 64, dtype=torch.bool)
+    for region, place in zip(regions, (*MISSING.values(), TOO_MUCH), strict=True):
+        region[place] = True
+    target[:, regions[0] | regions[1]] = 1
+    answer = torch.full_like(target, -1.0)
+    answer[:, regions[2]] = 1
+    places = torch.zeros(8, 1, 2)
+    before = Prompted(
+        places, torch.full((8, 1), FOREGROUND), torch.zeros(8, dtype=torch.bool), places[:, 0].long()
+    )
+    after = corrected(before, answer, target, 256)
+    assert after.pointed is not None
+    seen = set()
+    for where, kinds, pointed in zip(after.places[:, 1:], after.kinds[:, 1:], after.pointed, strict=True):
+        hit = {
+            index
+            for (x, y), kind in zip((where / 4).long().tolist(), kinds.tolist(), strict=True)
+            for index, region in enumerate(regions)
+            if kind != NOTHING and region[y, x]
+        }
+        assert hit
+        assert torch.equal(pointed, regions[sorted(hit)].any(0))
+        seen |= hit
+        if deep and not strokes:
+            assert hit == {0}
+            assert (where / 4 - 14).abs().max() < 1  # its middle
+    assert seen > {0} or deep or strokes
+
+
+def test_nothing_is_pointed_at_where_nothing_is_wrong_or_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = torch.zeros(2, 16, 16)
+    target[:, 4:8, 4:8] = 1
+    places = torch.zeros(2, 1, 2)
+    prompts = Prompted(
+        places, torch.full((2, 1), FOREGROUND), torch.zeros(2, dtype=torch.bool), places[:, 0].long()
+    )
+    monkeypatch.setattr(prompting, "SILENT_SHARE", 0.0)
+    right = corrected(prompts, target - 0.5, target, 64)
+    assert right.pointed is not None
+    assert not right.pointed.any()
+    monkeypatch.setattr(prompting, "SILENT_SHARE", 1.0)
+    assert corrected(prompts, 0.5 - target, target, 64).pointed is None
+
+
+def test_errors_count_once_more_where_a_correction_points() -> None:
+    target = torch.zeros(1, 1, 64, 64)
+    target[..., 20:40, 10:30] = 1
+    pointed = torch.zeros(1, 64, 64, dtype=torch.bool)
+    pointed[:, 20:30, 10:20] = True
+    logits = torch.where(pointed[:, None], -3.0, (target - 0.5) * 6)
+    elsewhere = pointed.roll(10, 1)
+    plain, iou = mask_losses(logits, target)
+    there, same = mask_losses(logits, target, pointed)
+    beside, _ = mask_losses(logits, target, elsewhere)
+    assert torch.equal(iou, same)
+    assert there > beside > plain
+    wrong = math.log1p(math.exp(3.0))
+    assert float(there - plain) == pytest.approx(2 * wrong * 100 / 150, rel=1e-4)  # BCE counts twice
+
+
 def test_mask_loss_is_least_for_the_target() -> None:
     target = torch.zeros(1, 1, 64, 64)
     target[..., 20:40, 10:30] = 1
@@ -202,7 +277,7 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 
 def test_training_begins_with_weights(tmp_path: Path) -> None:
     """The rate of the first step is small: what comes out is nearly what went in."""
-    start = read_checkpoint()
+    start = read_checkpoint("tiny")
     config = PretrainConfig(steps=1, batch=1, lr=1e-6)
     weights = train_sam(tmp_path, config, torch.device("cpu"), lambda *_: None, start)
     trained = read_checkpoint(weights).state_dict

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monailabel_dfqsam.sam import Sam
+from monailabel_dfqsam.sam import Sam, build, read_checkpoint
 from monailabel_dfqsam.sam.prompt_maps import (
     BACKGROUND,
     BOTTOM_RIGHT,
@@ -102,6 +103,29 @@ def test_only_our_own_models_draw_maps() -> None:
     expected = sam.prompt_encoder.mask_downscaling(prompt_map(places, kinds, None, 256, 64))  # type: ignore[operator]
     assert torch.equal(dense, expected)
     assert {name for name, variant in VARIANTS.items() if variant.taught_here} == {"tiny", "lite"}
+
+
+def test_answers_begin_as_said() -> None:
+    """Of the same weights, with and without: the difference is the share of the map."""
+    checkpoint = read_checkpoint("tiny")
+    plain, begun = (
+        build(replace(checkpoint, variant=replace(checkpoint.variant, said=said))) for said in (0.0, 0.5)
+    )
+    image = torch.randn(1, 128, 16, 16, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[40.0, 60, 120, 200]])
+    said = prompt_map(
+        boxes.view(1, 2, 2) + 0.5, torch.tensor([[TOP_LEFT, BOTTOM_RIGHT]]), None, 256, 64
+    ).expand(1, 4, 64, 64)
+    masks, scores = begun.predict(image, boxes=boxes)
+    without, same_scores = plain.predict(image, boxes=boxes)
+    torch.testing.assert_close(masks - without, 0.5 * said, rtol=0, atol=1e-4)
+    assert torch.equal(scores, same_scores)
+    no_prompt = begun.prompt_encoder(None, None, None)
+    positions = begun.prompt_encoder.get_dense_pe()  # type: ignore[operator]
+    assert torch.equal(
+        begun.mask_decoder.predict_masks(image, positions, *no_prompt)[0],  # type: ignore[operator]
+        plain.mask_decoder.predict_masks(image, positions, *no_prompt)[0],  # type: ignore[operator]
+    )
 
 
 def test_nothing_said_is_no_map() -> None:

@@ -297,7 +297,7 @@ def test_numbers_for_people(text: str, expected: str) -> None:
 
 
 def test_synthetic_images_lie_nearer_to_real_ones_than_noise_does(tmp_path: Path) -> None:
-    embedded = read_checkpoint()
+    embedded = read_checkpoint("tiny")
     config = QuantizationConfig(synthesis=SynthesisConfig(iterations=60))
     made = quantize(embedded, config)
     reference = json.loads(REAL_IMAGES.read_text())

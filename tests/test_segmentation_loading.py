@@ -162,7 +162,7 @@ def test_a_series_is_read_anew_when_one_of_its_files_is_another(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def served() -> Served:
-    return Served(full_precision_segmenter(build(read_checkpoint())), FULL_PRECISION, "torch")
+    return Served(full_precision_segmenter(build(read_checkpoint("tiny"))), FULL_PRECISION, "torch")
 
 
 @pytest.mark.parametrize("how", REPLACEMENTS)

@@ -65,7 +65,7 @@ def slices(mask: Mask) -> list[int]:
 
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
-    return full_precision_segmenter(build(read_checkpoint()))
+    return full_precision_segmenter(build(read_checkpoint("tiny")))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from monailabel_dfqsam.sam import VARIANTS, Sam, build, read_checkpoint
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.sam import VARIANTS, build, read_checkpoint
 from monailabel_dfqsam.sam.model import build_decoder
 from monailabel_dfqsam.sam.preprocess import Frame, frame_of, to_image
 from monailabel_dfqsam.segmentation.proposals import MOST, arrange, grid_points, propose, surest
@@ -20,11 +19,7 @@ SQUARE = Frame(256, 256, 256, 256, 256)
 
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
-    """The embedded model; where its weights are not built yet, a random one."""
-    if not EMBEDDED.is_file():
-        torch.manual_seed(0)
-        return full_precision_segmenter(Sam(VARIANTS["tiny"]).eval())
-    return full_precision_segmenter(build(read_checkpoint(EMBEDDED)))
+    return full_precision_segmenter(build(read_checkpoint("tiny")))
 
 
 def picture(seed: int = 0) -> np.ndarray:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from monailabel_dfqsam.artifact import read_artifact
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.segmentation.segmenter import Prompts, load_segmenter
 from monailabel_dfqsam.slicer_session import InferReply, ServerAnswer
 from tests.server_fixtures import (
@@ -111,7 +110,6 @@ def test_only_the_clicked_slice_is_set_and_no_axis_is_turned(running: Running, t
     assert (found & expected).sum() / (found | expected).sum() > SAME_MASK
 
 
-@pytest.mark.skipif(not EMBEDDED.is_file(), reason="the embedded weights are not built")
 def test_the_ball_is_found_by_click_and_by_box(running: Running, tmp_path: Path) -> None:
     i, j = np.indices(SHAPE[:2])
     ball = np.hypot(i - OBJECT[0], j - OBJECT[1]) < 10

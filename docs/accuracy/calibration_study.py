@@ -76,7 +76,7 @@ class Study:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         settings.work.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = read_checkpoint()
+        self.checkpoint = read_checkpoint("tiny")
         self.sam = build(self.checkpoint)
         self.auxiliary = embedded_auxiliary()
         readers = read_items(settings.data)

@@ -231,7 +231,7 @@ def main(
     """Runs every arm and writes finetuning.json and the tables of finetuning.md."""
     work.mkdir(parents=True, exist_ok=True)
     run = describe_run()
-    source = read_checkpoint() if checkpoint is None else read_checkpoint(find_checkpoint(checkpoint))
+    source = read_checkpoint("tiny") if checkpoint is None else read_checkpoint(find_checkpoint(checkpoint))
     reference = full_precision_segmenter(build(source))
     labelled, unseen = halves(data, 2 if quick else None)
     judged = work / "unseen"

@@ -44,7 +44,7 @@ SEEDS = (11, 12, 13)
 
 def real(folder: Path) -> None:
     """Means over the images of a manifest, as the report reads them."""
-    checkpoint = read_checkpoint()
+    checkpoint = read_checkpoint("tiny")
     sam = build(checkpoint)
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     images = [np.array(Image.open(folder / row["image"]).convert("RGB")) for row in rows]
@@ -64,7 +64,7 @@ class Bench:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self.checkpoint = read_checkpoint()
+        self.checkpoint = read_checkpoint("tiny")
         self.sam = build(self.checkpoint)
         self.auxiliary = embedded_auxiliary()
         self.ceiling = phantom_entropies(self.sam)

@@ -23,8 +23,7 @@ from monailabel_dfqsam.benchmark import stock_app
 from monailabel_dfqsam.benchmark.phantom import organ_centre, write_phantom
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.demo.server import DemoServer
-from monailabel_dfqsam.sam import find_checkpoint
-from monailabel_dfqsam.server.serve import prepare_app
+from monailabel_dfqsam.sam.checkpoint import DEFAULT, find_checkpoint
 from monailabel_dfqsam.slicer_session import InferReply, SlicerSession
 
 IMAGE = "volume"
@@ -52,8 +51,7 @@ def measure_clicks(
     Args:
         clicks: how many cached clicks.
         shape: (I, J, K) of the volume, int16.
-        checkpoint: weights to quantize and serve, as `find_checkpoint` takes them; None takes the embedded
-            ones.
+        checkpoint: weights to quantize and serve, as `find_checkpoint` takes them; None takes the default.
         progress: called with (stage, done, total).
 
     Returns:
@@ -79,21 +77,16 @@ def measure_clicks(
         progress("volume", 0, 1)
         write_phantom(studies / f"{IMAGE}.nrrd", shape)
         progress("volume", 1, 1)
-        if checkpoint is not None:
-            checkpoint = find_checkpoint(checkpoint)
-            # The only place that the server takes another checkpoint than its own from.
-            (prepare_app(folder / "app") / "model").mkdir()
-            (folder / "app" / "model" / checkpoint.name).symlink_to(checkpoint.resolve())
-        with DemoServer(studies, folder / "app", folder / "server.log") as server:
+        with DemoServer(studies, folder / "app", folder / "server.log", checkpoint) as server:
             session = SlicerSession(server.url)
-            quantize_quickly(session, server.check, progress, None if checkpoint is None else checkpoint.name)
+            quantize_quickly(session, server.check, progress)
             play = _Play(session, shape, progress)
             rows = play.rows(clicks)
         rows.append(_stock_row(folder, studies, play.last, clicks, progress))
         return {
             "model": play.last.params["model"],
             "engine": play.last.params["engine"],
-            "checkpoint": "embedded" if checkpoint is None else checkpoint.name,
+            "checkpoint": find_checkpoint(checkpoint or DEFAULT).name,
             "shape": list(shape),
             "clicks": clicks,
             "rows": rows,
@@ -229,23 +222,19 @@ class _Play:
         return int(self._session.info()["models"]["dfqsam"]["embedding_cache"]["bytes"])
 
 
-def quantize_quickly(
-    session: SlicerSession, check: Callable[[], None], progress: Progress, checkpoint: str | None = None
-) -> None:
+def quantize_quickly(session: SlicerSession, check: Callable[[], None], progress: Progress) -> None:
     """Has the server quantize in few iterations, instead of as it began to, and serve the result.
 
     Args:
         check: raises when the server has ended.
-        checkpoint: a name in the server's model folder; None takes the server's own.
 
     Raises:
         ClickError: when that fails.
     """
-    named = {} if checkpoint is None else {"checkpoint": checkpoint}
     progress("quantizing", 0, 1)
     session.settled(check)  # the start has asked for its own run by then
     session.stop_training()
-    run = session.ended_run(session.train(iterations=_ITERATIONS, **named), lambda run: check())
+    run = session.ended_run(session.train(iterations=_ITERATIONS), lambda run: check())
     if run["state"] != "published":
         raise ClickError(f"the server does not serve its quantized model: {run['error']}")
     if session.settled(check)["model"]["key"] != run["key"]:

@@ -68,7 +68,8 @@ def click(
     clicks: Annotated[int, typer.Option(help="How many clicks on a cached slice.")] = 200,
     shape: Annotated[str, typer.Option(metavar="I,J,K", help="Of the volume.")] = "512,512,100",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights; the embedded ones without it.", show_default=False)
+        Path | None,
+        typer.Option(help="A file, lite, tiny or lite-medsam; lite without it.", show_default=False),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:

@@ -32,12 +32,13 @@ REQUANTIZE_ITERATIONS = 50
 _MARKER = "made-by-dfqsam-demo"
 
 
-def run(studies: Path | None, out: Path) -> bool:
+def run(studies: Path | None, out: Path, checkpoint: Path) -> bool:
     """Plays the session and prints what happened.
 
     Args:
         studies: volumes with masks, as `phantom_study.find_pairs` finds them; None makes phantoms.
         out: where everything is written; an earlier demo's files are replaced.
+        checkpoint: what the server serves, as `find_checkpoint` takes it.
 
     Returns:
         Whether every object was answered by both models.
@@ -57,8 +58,13 @@ def run(studies: Path | None, out: Path) -> bool:
     served.mkdir()
     for image in {case.image for case in cases}:
         shutil.copy(image, served)
-    output.print(f"Starting the server on {len(cases)} objects to segment …")
-    with DemoServer(served, work / "app", work / "server.log") as server:
+    output.print(f"Starting the server on {len(cases)} objects to segment, with {checkpoint} …", markup=False)
+    if str(checkpoint) == "tiny":
+        output.print(
+            "It is the smaller model of the package, for it is quantized in a minute or two. A server takes\n"
+            "lite by itself, which finds more by a click; dfqsam demo --checkpoint lite shows that one."
+        )
+    with DemoServer(served, work / "app", work / "server.log", checkpoint) as server:
         result = _Play(server, cases, out).run()
     (out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     output.print(f"\nPictures, report.html and results.json are in {out}", markup=False, soft_wrap=True)

@@ -41,7 +41,7 @@ class DemoServer:
         """Nothing is started yet.
 
         Args:
-            checkpoint: what `--checkpoint` takes; the embedded model without it.
+            checkpoint: what `--checkpoint` takes; the default without it.
         """
         self.app = app
         self.url = ""

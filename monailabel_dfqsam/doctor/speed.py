@@ -17,7 +17,7 @@ from monailabel_dfqsam.doctor.finding import Finding, Level
 from monailabel_dfqsam.memory import MemoryShortage, available
 from monailabel_dfqsam.numbers import in_bytes
 from monailabel_dfqsam.sam import build, find_checkpoint, read_checkpoint
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.sam.checkpoint import DEFAULT
 from monailabel_dfqsam.segmentation.engine_race import load_fastest
 from monailabel_dfqsam.segmentation.memory import embed_bytes
 from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, full_precision_segmenter
@@ -52,11 +52,11 @@ def model(checkpoint: Path | None, folder: ModelFolder) -> tuple[list[Finding], 
     """Loads what the server would serve, and clicks a few times.
 
     Args:
-        checkpoint: full-precision weights, as `find_checkpoint` takes them; None takes the embedded ones.
+        checkpoint: full-precision weights, as `find_checkpoint` takes them; None takes the default.
         folder: where the server keeps quantized models; a race of engines may be noted there.
     """
     try:
-        source = find_checkpoint(checkpoint or EMBEDDED)
+        source = find_checkpoint(checkpoint or DEFAULT)
     except ValueError as error:
         return [Finding("model", "checkpoint", str(error), Level.PROBLEM, "Or give another, or none.")], None
     if not source.is_file():

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, read_artifact
-from monailabel_dfqsam.config import EngineKind, Preset, Progress
+from monailabel_dfqsam.config import EngineKind
 from monailabel_dfqsam.engines import select
 from monailabel_dfqsam.evaluation.scoring import Model, OneGreyLevelAway
-from monailabel_dfqsam.pipeline import quantize
 from monailabel_dfqsam.sam import Checkpoint, CheckpointError, build, find_checkpoint, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import NAMED, file_sha256
 from monailabel_dfqsam.segmentation.segmenter import Segmenter, full_precision_segmenter, load_segmenter
@@ -22,15 +21,13 @@ Named = tuple[Segmenter, dict[str, Any]]
 
 
 def load_groups(
-    paths: Sequence[Path], engines: Sequence[EngineKind], progress: Progress
+    paths: Sequence[Path], engines: Sequence[EngineKind]
 ) -> Iterator[tuple[Segmenter, list[Named]]]:
     """The models to score, by the checkpoint they come from.
 
     Args:
-        paths: checkpoints and artifacts in any order; none for the embedded model in full precision and as
-            W4A4, quantized here.
+        paths: checkpoints and artifacts in any order; none for the package's own checkpoints.
         engines: what runs artifacts, each on each; none takes the fastest that works here.
-        progress: of the quantization, where there is one.
 
     Yields:
         The full-precision model of a group, and what to score: itself first where it was asked for.
@@ -41,12 +38,7 @@ def load_groups(
     """
     checkpoints: dict[str, Checkpoint] = {}
     artifacts: dict[str, list[tuple[str, Artifact]]] = {}
-    if not paths:
-        embedded = read_checkpoint()
-        made = quantize(embedded, Preset.FAST.config, device=_device(), progress=progress).artifact
-        checkpoints[embedded.sha256] = embedded
-        artifacts[embedded.sha256] = [("", made)]
-    for path in paths:
+    for path in paths or NAMED.values():
         found = _read(path)
         if isinstance(found, Checkpoint):
             checkpoints[found.sha256] = found

@@ -163,7 +163,7 @@ class _Decoder(nn.Module):
         return tokens
 
     def _added(self, points: Tensor, labels: Tensor) -> Tensor:
-        """[1, C, G, G] or [1, C, 1, 1] float32, what is added to the embedding."""
+        """[1, C, G, G] or [1, C, 1, 1] float32, what is added to the embedding; a map may follow it."""
         encoder: Any = self.prompt_encoder
         if self.filled:
             return torch.zeros(1, self.positions.shape[1], 1, 1)
@@ -171,5 +171,5 @@ class _Decoder(nn.Module):
         if self.mapped:
             side = encoder.mask_input_size[0]
             maps = prompt_map(points + _PIXEL_CENTRE, labels, None, self.size, side)
-            dense = encoder.mask_downscaling(maps)
+            dense = encoder.with_map(encoder.mask_downscaling(maps), maps)
         return dense

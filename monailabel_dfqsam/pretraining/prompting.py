@@ -198,5 +198,5 @@ def decode(sam: Sam, image: Tensor, prompts: Prompted) -> tuple[Tensor, Tensor]:
     seen, attended = decoder.transformer(image + dense, where, torch.cat([outputs, sparse], 1))
     pixels = decoder.output_upscaling(attended.transpose(1, 2).reshape(n, c, h, w))
     weights = torch.stack([mlp(seen[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
-    logits = torch.einsum("nkc,nchw->nkhw", weights, pixels)
+    logits = torch.einsum("nkc,nchw->nkhw", weights, pixels) + encoder.said * maps
     return logits, decoder.iou_prediction_head(seen[:, 0])

@@ -24,7 +24,7 @@ from monailabel_dfqsam.ops import Form
 from monailabel_dfqsam.quantization.cost import KEPT, LayerCost, layer_costs
 from monailabel_dfqsam.report.charts import Chart, line_chart, range_strip
 from monailabel_dfqsam.report.pictures import calibration_pictures, class_key, class_names, evolution_strips
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
+from monailabel_dfqsam.sam.checkpoint import NAMED
 from monailabel_dfqsam.sam.variants import Variant
 from monailabel_dfqsam.synthesis.measures import Measures, mean_overlap, overlap
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # What the embedded weights make of real medical images, measured once; for comparison alone, nothing is
 # fitted to it.
-REAL_IMAGES = EMBEDDED.with_name("dfqsam-tiny-real-images.json")
+REAL_IMAGES = NAMED["tiny"].with_name("dfqsam-tiny-real-images.json")
 MARKED_LAYERS = 3
 # The same kind of image has the same colour wherever it appears.
 _COLOURS = {"synthetic": 0, "gaussian": 1, "real": 2, "folder": 3, "drawn": 3}

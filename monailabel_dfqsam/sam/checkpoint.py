@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
-EMBEDDED = _WEIGHTS / "dfqsam-tiny.safetensors"
-
-NAMED = {"tiny": EMBEDDED, "lite": _WEIGHTS / "dfqsam-lite.safetensors"}
+NAMED = {name: _WEIGHTS / f"dfqsam-{name}.safetensors" for name in ("lite", "tiny")}
 """The package's own weights, by what they are called wherever a file can be named."""
+
+DEFAULT = NAMED["lite"]
+"""What is served and quantized when nobody names a checkpoint."""
 
 LITE_MEDSAM = "lite-medsam"
 """What the published LiteMedSAM checkpoint is called likewise."""
@@ -126,8 +127,8 @@ def identify(path: Path, variant: str | None = None) -> Source:
     )
 
 
-def read_checkpoint(path: str | Path = EMBEDDED, variant: str | None = None) -> Checkpoint:
-    """Reads a checkpoint of a model of `VARIANTS`; without arguments, the embedded default.
+def read_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
+    """Reads a checkpoint of a model of `VARIANTS`.
 
     Keys that the model has no use for are left out and named in the log.
 

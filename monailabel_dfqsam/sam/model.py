@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.sam import efficient_sam
 from monailabel_dfqsam.sam.encoder import ImageEncoder
-from monailabel_dfqsam.sam.prompt_maps import PromptMaps
+from monailabel_dfqsam.sam.prompt_maps import BeginsAsSaid, PromptMaps
 from monailabel_dfqsam.sam.tiny_vit import ImageEncoderTinyViT
 from monailabel_dfqsam.sam.variants import Variant
 from monailabel_dfqsam.sam.vit import ImageEncoderViT
@@ -104,7 +104,10 @@ def build_decoder(variant: Variant) -> tuple[nn.Module, nn.Module]:
     modeling = _segment_anything_modeling()
     channels = variant.embed_channels
     activation = nn.GELU if variant.gelu_decoder else nn.ReLU
-    mask_decoder = modeling.MaskDecoder(
+    kind = modeling.MaskDecoder
+    if variant.said:
+        kind = type("ResidualMaskDecoder", (BeginsAsSaid, kind), {})
+    mask_decoder: nn.Module = kind(
         num_multimask_outputs=3,
         transformer=modeling.TwoWayTransformer(
             depth=2,
@@ -127,7 +130,7 @@ def _prompt_encoder(modeling: ModuleType, variant: Variant) -> nn.Module:
         return efficient_sam.PromptEncoder(modeling, variant)
     kind = modeling.PromptEncoder
     if variant.taught_here:
-        kind = type("MappedPromptEncoder", (PromptMaps, kind), {})
+        kind = type("MappedPromptEncoder", (PromptMaps, kind), {"said": variant.said})
     prompt_encoder: nn.Module = kind(
         embed_dim=variant.embed_channels,
         image_embedding_size=(variant.grid, variant.grid),

@@ -7,9 +7,10 @@ a map that each image token reads at its own place, as click maps do for interac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 NOTHING, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
@@ -67,8 +68,13 @@ def prompt_map(places: Tensor, kinds: Tensor, masks: Tensor | None, size: int, s
 
 
 class PromptMaps(nn.Module):
-    """To be put before segment-anything's PromptEncoder among a class's bases: maps join its mask prompts."""
+    """To be put before segment-anything's PromptEncoder among a class's bases: maps join its mask prompts.
 
+    With `said` above 0, that share of a map also follows the dense embedding in 16 channels more, a token's
+    4 × 4 pixels, for a decoder that is `BeginsAsSaid`.
+    """
+
+    said: ClassVar[float] = 0.0
     input_image_size: tuple[int, int]
     mask_input_size: tuple[int, int]
 
@@ -88,5 +94,35 @@ class PromptMaps(nn.Module):
             size, side = self.input_image_size[0], self.mask_input_size[0]
             masks = prompt_map(torch.cat(places, 1), torch.cat(kinds, 1), masks, size, side)
         parent: Any = super()
-        embedded: tuple[Tensor, Tensor] = parent.forward(points, boxes, masks)
-        return embedded
+        sparse, dense = parent.forward(points, boxes, masks)
+        return sparse, dense if masks is None else self.with_map(dense, masks)
+
+    def with_map(self, dense: Tensor, maps: Tensor) -> Tensor:
+        """The dense embedding [N, C, G, G], and behind it what of the maps [N, 1, 4G, 4G] goes past it."""
+        return torch.cat([dense, F.pixel_unshuffle(self.said * maps, 4)], 1) if self.said else dense
+
+
+class BeginsAsSaid(nn.Module):
+    """To be put before segment-anything's MaskDecoder: what the prompts say is added to each of its answers.
+
+    So it need only learn where the object differs from that, as residual networks do.
+    """
+
+    def predict_masks(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As the published one; the dense embedding with or without a map behind it."""
+        dense, said = apart(dense_prompt_embeddings, image_embeddings.shape[1])
+        parent: Any = super()
+        masks, scores = parent.predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings, dense)
+        return masks if said is None else masks + said, scores
+
+
+def apart(dense: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """A dense embedding [N, C, G, G], and the map behind it, [N, 1, 4G, 4G], or None."""
+    said = F.pixel_shuffle(dense[:, channels:], 4) if dense.shape[1] > channels else None
+    return dense[:, :channels], said

@@ -53,9 +53,9 @@ class Variant:
     that every block attends globally; `relative_position` is SAM's, computed from queries. A TinyViT has
     `stages` in place of all these. What was `taught_here` has prompts also drawn into its mask prompt; it
     answers a box with the one of all the decoder's masks that also fits the box, one click with a candidate,
-    several with the single answer; other families as their own evaluation chooses. With `one_mask`, the
-    decoder's single answer alone was trained. A `gelu_decoder` is EfficientSAM's, which differs from
-    segment-anything's.
+    several with the single answer; other families as their own evaluation chooses. Its answers begin as the
+    share `said` of those maps. With `one_mask`, the decoder's single answer alone was trained. A
+    `gelu_decoder` is EfficientSAM's, which differs from segment-anything's.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Variant:
     embed_channels: int = 256
     decoder_mlp_dim: int = 2048
     taught_here: bool = False
+    said: float = 0.0
     one_mask: bool = False
     gelu_decoder: bool = False
 
@@ -157,7 +158,7 @@ VARIANTS: dict[str, Variant] = {
         ),
         Variant(
             "lite", 256, stages=_tiny_vit_5m(1), patch_size=4, preprocessing=Preprocessing.LITE_MEDSAM,
-            relative_position=False, taught_here=True,
+            relative_position=False, taught_here=True, said=0.5,
         ),
         Variant(
             "mobile_sam", 1024, stages=_tiny_vit_5m(4), preprocessing=Preprocessing.SAM,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monailabel_dfqsam.quantization.modules import shared_copy
+from monailabel_dfqsam.sam.prompt_maps import apart
 
 
 class OneMaskDecoder:
@@ -43,7 +44,7 @@ class OneMaskDecoder:
         Args:
             image: [1, C, h, w] float32, fastest in the layout of `channels_last`.
             sparse: [1, N, C] float32, points and boxes.
-            dense: [1, C, h, w] float32, the mask prompt.
+            dense: [1, C, h, w] float32, the mask prompt, or more channels as `PromptMaps` says.
             multimask: take the best of outputs 1 to 3, otherwise output 0.
             box: [4] float32, (x0, y0, x1, y1) in pixels of the model's input: then, of all outputs, take the
                 one with the greatest sum of predicted IoU and `box_fits`.
@@ -52,6 +53,7 @@ class OneMaskDecoder:
             [1, 1, 4h, 4w] float32 logits, and the IoU that the decoder expects, about 0 … 1.
         """
         decoder = self._decoder
+        dense, said = apart(dense, image.shape[1])
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight, sparse[0]])[None]
         queries, keys = decoder.transformer(image + dense, self._positions, tokens)
         scores = decoder.iou_prediction_head(queries[:, 0])[0]
@@ -63,6 +65,7 @@ class OneMaskDecoder:
         # Axes: row, column, row and column within each of the two enlargements, output.
         logits = (self._upscaled(keys)[0] @ weights).view(height, width, 2, 2, 2, 2, len(outputs))
         logits = logits.permute(6, 0, 2, 4, 1, 3, 5).reshape(1, len(outputs), 4 * height, 4 * width)
+        logits = logits if said is None else logits + said
         if box is not None:
             best = int((scores + box_fits(logits[0], box, self._side)).argmax())
             logits = logits[:, best : best + 1].contiguous()
@@ -74,13 +77,14 @@ class OneMaskDecoder:
         Args:
             image: [1, C, h, w] float32.
             sparse: [B, N, C] float32, the points of B objects.
-            dense: [B, C, h, w] float32, the mask prompts; or [1, C, h, w], one of all.
+            dense: [B, C, h, w] float32, the mask prompts, or as above; or [1, C, h, w], one of all.
             multimask: take the best of outputs 1 to 3 for each, otherwise output 0.
 
         Returns:
             [B, 1, 4h, 4w] float32 logits, and [B] float32, the IoUs that the decoder expects.
         """
         decoder, count = self._decoder, len(sparse)
+        dense, said = apart(dense, image.shape[1])
         fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([fixed.expand(count, -1, -1), sparse], dim=1)
         keys = (image + dense).expand(count, -1, -1, -1)
@@ -92,7 +96,8 @@ class OneMaskDecoder:
         height, width = image.shape[2:]
         pixels = self._upscaled(keys)
         logits = (pixels @ weights[:, :, None]).view(count, height, width, 2, 2, 2, 2)
-        return logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, 1, 4 * height, 4 * width), scores
+        logits = logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, 1, 4 * height, 4 * width)
+        return logits if said is None else logits + said, scores
 
     def _upscaled(self, keys: Tensor) -> Tensor:
         """[B, tokens, C] to [B, tokens·16, C/8]; the 16 pixels of a token follow one another."""

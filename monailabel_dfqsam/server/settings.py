@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from monailabel_dfqsam.config import AUTO, Preset, QuantizationConfig
 from monailabel_dfqsam.ops import cuda_library
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED, CheckpointError, find_checkpoint
+from monailabel_dfqsam.sam.checkpoint import DEFAULT, CheckpointError, find_checkpoint
 from monailabel_dfqsam.sam.variants import VARIANTS
 from monailabel_dfqsam.server.answers.request import WINDOWS
 from monailabel_dfqsam.server.gate.options import Number, OptionError, Options, Whole, between, read
@@ -51,7 +51,7 @@ class Settings:
     """
 
     model_dir: Path
-    checkpoint: Path = EMBEDDED
+    checkpoint: Path = DEFAULT
     variant: str | None = None
     labels: tuple[str, ...] = DEFAULT_LABELS
     quantize: bool = True
@@ -154,7 +154,7 @@ def read_settings(conf: Mapping[str, Any], app_dir: Path) -> Settings:
 
 def _checkpoint(given: Path | None) -> Path:
     if given is None:
-        return EMBEDDED
+        return DEFAULT
     try:
         path = find_checkpoint(given)
     except CheckpointError as error:

@@ -65,9 +65,9 @@ def write_phantom(folder: Path) -> Series:
 
 
 def start_server(folder: Path, archive: str, port: int) -> subprocess.Popen[bytes]:
-    """`dfqsam serve` as a user types it, with the embedded model and the shortest quantization."""
+    """`dfqsam serve` as a user types it, with the smallest model and the shortest quantization."""
     line = [sys.executable, "-m", "monailabel_dfqsam", "serve", "--studies", archive, "--port", str(port)]
-    line += ["--app", str(folder / "app"), "--"]
+    line += ["--app", str(folder / "app"), "--checkpoint", "tiny", "--"]
     line += [word for key, value in QUICK.items() for word in ("--conf", key, str(value))]
     variables = {
         **os.environ,

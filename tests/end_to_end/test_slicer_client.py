@@ -12,7 +12,6 @@ import requests
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from tests.end_to_end.slicer_plugin import DEFAULT_EXTENSION, MODEL, Index, Panel, voxels
 from tests.server_fixtures import (
     OBJECT,
@@ -29,8 +28,6 @@ MOSTLY = 0.6  # far above what a mask with its axes turned would reach, which is
 TINY = 1e-4  # millimetres, float32 headers
 RADIUS = 10  # of the ball's disc on its middle slice, in voxels
 LABEL_INFO = [{"name": "organ", "idx": 1}]
-
-needs_weights = pytest.mark.skipif(not EMBEDDED.is_file(), reason="the embedded weights are not built")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +109,6 @@ def test_the_next_sample_can_be_loaded(server: Server, panel: Panel) -> None:
         assert answer.content == image_file(server, sample["id"]).read_bytes()
 
 
-@needs_weights
 def test_clicks_find_the_ball_and_are_corrected(server: Server, panel: Panel) -> None:
     mask, reply = panel.click("phantom0", [OBJECT])
     first = judged(mask, image_file(server), OBJECT[2])
@@ -144,7 +140,6 @@ BOX = (OBJECT[0] - RADIUS, OBJECT[0] + RADIUS, OBJECT[1] - RADIUS, OBJECT[1] + R
 DESCENDING = (BOX[1], BOX[0], BOX[3], BOX[2], BOX[5], BOX[4])
 
 
-@needs_weights
 @pytest.mark.parametrize("roi", [BOX, DESCENDING, (*BOX[:2], *DESCENDING[2:])])
 @pytest.mark.parametrize("offset", [250.3, -87.0, 0.4, 6.0], ids=["far", "below", "zero", "like an index"])
 def test_a_roi_is_a_box_on_its_middle_slice(
@@ -157,7 +152,6 @@ def test_a_roi_is_a_box_on_its_middle_slice(
     assert (found & disc()).sum() / (found | disc()).sum() > MOSTLY
 
 
-@needs_weights
 def test_options_of_the_table_are_obeyed(server: Server, panel: Panel) -> None:
     windows = panel.info["models"][MODEL]["config"]["window"]
     masks = [panel.click("phantom0", [OBJECT], window=window)[0] for window in windows]
@@ -166,7 +160,6 @@ def test_options_of_the_table_are_obeyed(server: Server, panel: Panel) -> None:
     assert any((voxels(mask) != voxels(masks[0])).any() for mask in masks[1:])
 
 
-@needs_weights
 def test_an_existing_mask_goes_with_a_request(server: Server, panel: Panel, tmp_path: Path) -> None:
     """As the client sends the label map of scribbles; without a point, the mask says slice and box."""
     image = sitk.ReadImage(str(image_file(server)))
@@ -183,7 +176,6 @@ def test_an_existing_mask_goes_with_a_request(server: Server, panel: Panel, tmp_
     assert (found & disc()).sum() / (found | disc()).sum() > MOSTLY
 
 
-@needs_weights
 def test_an_own_volume_by_session(panel: Panel, own: Path) -> None:
     with panel.session(own) as session:
         assert panel.client.get_session(session)["name"]

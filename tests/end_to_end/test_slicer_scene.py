@@ -19,7 +19,6 @@ import requests
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from monailabel_dfqsam.sam.checkpoint import EMBEDDED
 from monailabel_dfqsam.server.answers.request import FILE_ORDER, SLICER_ORDER
 from tests.end_to_end.slicer_mrml import (
     Node,
@@ -32,8 +31,6 @@ from tests.end_to_end.slicer_mrml import (
 from tests.end_to_end.slicer_plugin import DEFAULT_EXTENSION, Panel, voxels
 from tests.server_fixtures import Running
 from tests.server_fixtures import affine as oblique
-
-pytestmark = pytest.mark.skipif(not EMBEDDED.is_file(), reason="the embedded weights are not built")
 
 SHAPE = (72, 56, 7)
 OBJECT = (44, 20, 2)  # voxel in the middle of the ball; no axis has its middle there
