@@ -33,20 +33,24 @@ def _one_pixel(
     box: tuple[float, ...] | None,
     clicks: list[tuple[float, float, int]],
     before: float | None,
+    cell: int,
 ) -> float:
     said = 0.0
     if before is not None:
         said = min(max(before, -LIKELY), LIKELY)
     if box is not None:
         x0, y0, x1, y1 = box
-        wide, tall = max((x1 - x0) / 2, 2), max((y1 - y0) / 2, 2)
+        wide, tall = max((x1 - x0) / 2, cell / 2), max((y1 - y0) / 2, cell / 2)
         across, down = abs(x - (x0 + x1) / 2), abs(y - (y0 + y1) / 2)
         if before is None:
             said = max(LIKELY * (1 - (across / wide) ** 2 - (down / tall) ** 2), -LIKELY)
-        outside = min(max(max(across - wide, down - tall) / 4 + 0.5, 0), 1)
+        outside = min(max(max(across - wide, down - tall) / cell + 0.5, 0), 1)
         said = (1 - outside) * said - outside * CERTAIN
     for kind, value in ((FOREGROUND, CERTAIN), (BACKGROUND, -CERTAIN)):
-        near = [min(max(2 - math.hypot(x - cx, y - cy) / 4, 0), 1) for cx, cy, k in clicks if k == kind]
+        radius = {4: 8.0, 1: 3.5}[cell]
+        near = [
+            min(max((radius - math.hypot(x - cx, y - cy)) / cell, 0), 1) for cx, cy, k in clicks if k == kind
+        ]
         share = max(near, default=0)
         said = (1 - share) * said + share * value
     return said
@@ -57,11 +61,13 @@ def _one_pixel(
     box=st.none() | st.tuples(PLACE, PLACE),
     clicks=st.lists(st.tuples(PLACE, st.sampled_from((FOREGROUND, BACKGROUND))), min_size=1, max_size=3),
     answered=st.booleans(),
+    cell=st.sampled_from((1, 4)),
 )
 def test_map_is_what_each_pixel_says(
     box: tuple[tuple[float, float], ...] | None,
     clicks: list[tuple[tuple[float, float], int]],
     answered: bool,
+    cell: int,
 ) -> None:
     places = [place for place, _ in clicks] + [(0.0, 0.0)]
     kinds = [kind for _, kind in clicks] + [NOTHING]
@@ -71,7 +77,7 @@ def test_map_is_what_each_pixel_says(
         corners = (min(xa, xb), min(ya, yb), max(xa, xb), max(ya, yb))
         places += [corners[:2], corners[2:]]
         kinds += [TOP_LEFT, BOTTOM_RIGHT]
-    side = SIZE // 4
+    side = SIZE // cell
     before = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(0)) * 4
     found = prompt_map(
         torch.tensor([places]), torch.tensor([kinds]), before if answered else None, SIZE, side
@@ -80,7 +86,7 @@ def test_map_is_what_each_pixel_says(
     for row in range(side):
         for column in range(side):
             earlier = float(before[0, 0, row, column]) if answered else None
-            expected = _one_pixel(4 * column + 2, 4 * row + 2, corners, flat, earlier)
+            expected = _one_pixel((column + 0.5) * cell, (row + 0.5) * cell, corners, flat, earlier, cell)
             assert float(found[0, 0, row, column]) == pytest.approx(expected, abs=2e-4)
 
 

@@ -20,9 +20,9 @@ CERTAIN = 4.0
 LIKELY = 2.0
 """Logits of what a prompt says for certain, and at most of what it makes likely."""
 
-# Model-input pixels within which a click says something, and over which that fades.
-_CLICK_RADIUS = 8.0
-_CLICK_EDGE = 4.0
+# A click says something within so many model-input pixels and pixels of the map; over the last of the latter
+# that fades. Corrections lie at an object's edge, where a wider disc says what nobody meant.
+_CLICK_RADIUS = 2.0, 1.5
 
 
 def prompt_map(places: Tensor, kinds: Tensor, masks: Tensor | None, size: int, side: int) -> Tensor:
@@ -60,7 +60,7 @@ def prompt_map(places: Tensor, kinds: Tensor, masks: Tensor | None, size: int, s
         (axis[None, None, None, :] - places[:, :, 0, None, None]) ** 2
         + (axis[None, None, :, None] - places[:, :, 1, None, None]) ** 2
     ).sqrt()
-    near = ((_CLICK_RADIUS - away) / _CLICK_EDGE).clamp(0, 1)
+    near = ((_CLICK_RADIUS[0] - away) / cell + _CLICK_RADIUS[1]).clamp(0, 1)
     for kind, value in ((FOREGROUND, CERTAIN), (BACKGROUND, -CERTAIN)):
         clicked = (near * (kinds == kind)[..., None, None]).amax(1)
         said = said + clicked * (value - said)
