@@ -181,7 +181,8 @@ def evaluate(
         ),
     ] = None,
     prompts: Annotated[
-        str, typer.Option(help="Kinds of prompts of box, jittered, point, points5, with commas between.")
+        str,
+        typer.Option(help="Kinds of prompts of box, jittered, point, points5, clicks5, with commas between."),
     ] = "box,point",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the rows to this file.", show_default=False)
@@ -196,7 +197,8 @@ def evaluate(
 ) -> None:
     """Scores models on images with known masks, beside baselines that need no model.
 
-    `points5` is one click and four corrective ones, each on a pixel that the model's last answer has wrong.
+    `points5` is one click and four corrective ones, each on a pixel that the model's last answer has wrong;
+    of `clicks5` they lie in the middle of what it has wrong, as people click.
     """
     with plain_errors():
         for file in (json_file, html):

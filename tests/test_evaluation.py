@@ -201,7 +201,7 @@ def test_only_the_prompts_asked_for_are_scored_and_progress_is_told(pictures: Pa
     rows = evaluate(pictures, [(Oracle(), {})], Oracle(), ["point"], lambda *step: told.append(step))
     assert {row["prompt"] for row in rows} == {"point"}
     assert told == [("evaluation", done, 2) for done in (0, 1, 2)]
-    with pytest.raises(EvaluationError, match="points5, not 'scribble'"):
+    with pytest.raises(EvaluationError, match="clicks5, not 'scribble'"):
         evaluate(pictures, [], Oracle(), ["box", "scribble"])
 
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from monailabel_dfqsam.evaluation.items import EvaluationError
-from monailabel_dfqsam.evaluation.prompts import PROMPTS, converse, dialogues, jittered_prompt, wrong_pixel
+from monailabel_dfqsam.evaluation.prompts import (
+    PROMPTS,
+    converse,
+    dialogues,
+    jittered_prompt,
+    middle_of_wrong,
+    wrong_pixel,
+)
 from monailabel_dfqsam.segmentation.segmenter import Prediction, Prompts
 
 FRAME, MOST = 256, 5
@@ -41,10 +48,11 @@ class Painter:
         return self.answers[-1]
 
 
-def test_five_points_are_one_click_and_four_on_errors() -> None:
+@pytest.mark.parametrize("kind", ["points5", "clicks5"])
+def test_five_points_are_one_click_and_four_on_errors(kind: str) -> None:
     truth, first_guess = disc(40, 60, 12), disc(40, 60, 9, column=0.6)
     model = Painter(first_guess)
-    mask, prompts = converse(model, PROMPTS["points5"], truth)
+    mask, prompts = converse(model, PROMPTS[kind], truth)
     assert [len(told.points) for told in model.told] == [1, 2, 3, 4, 5]
     assert model.told[0].points.tolist() == [[29.5, 19.5]]
     assert model.told[0].mask_logits is None
@@ -102,6 +110,22 @@ def test_nearly_the_same_errors_get_the_same_click() -> None:
     assert same > 85
 
 
+def test_people_click_in_the_middle_of_what_is_wrong() -> None:
+    """The widest of what is missing or too much; where they touch, each by itself."""
+    truth = np.zeros((60, 80), dtype=bool)
+    truth[10:31, 10:31] = True
+    answer = np.roll(truth, 21, axis=1)  # all of it is missing, and as much too much beside it
+    answer[40:43, 40:60] = True
+    row, column = middle_of_wrong(answer != truth, truth, 1)
+    assert (row, column) in {(20, 20), (20, 41)}
+    small = truth.copy()
+    small[12:17, 12:17] = False
+    assert middle_of_wrong(small != truth, truth, 1) == (14, 14)
+    model = Painter(~truth)
+    converse(model, PROMPTS["clicks5"], truth)
+    assert len(model.told) == 5
+
+
 @pytest.mark.parametrize(("height", "width", "radius"), [(256, 256, 30), (512, 128, 20), (90, 140, 3)])
 def test_a_box_is_moved_as_sam_med2d_moves_it(height: int, width: int, radius: float) -> None:
     sx, sy = width / FRAME, height / FRAME
@@ -137,7 +161,7 @@ def test_a_moved_box_stays_in_the_image_and_a_small_one_where_it_is() -> None:
 
 @pytest.mark.parametrize("names", [["scribble"], ["box", "scribble"], []])
 def test_an_unknown_prompt_is_refused(names: list[str]) -> None:
-    with pytest.raises(EvaluationError, match="box, jittered, point, points5"):
+    with pytest.raises(EvaluationError, match="box, jittered, point, points5, clicks5"):
         dialogues(names)
 
 

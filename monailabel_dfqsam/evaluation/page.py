@@ -44,8 +44,9 @@ PROMPT_WORDS = {
     "point": "one click in the object's middle",
     "points5": "one click in the object's middle, then four corrective ones, each on a pixel that the "
     "model's last answer has wrong",
+    "clicks5": "one click in the object's middle, then four corrective ones, each in the middle of what the "
+    "model's last answer has wrong",
 }
-
 
 _BASELINE_WORDS = ("filled box", "ellipse in it", "Otsu in it")
 

@@ -1,4 +1,4 @@
-"""What an ideal person, or SAM-Med2D's evaluation, says to a model about an object.
+"""What an ideal person, or SAM's or SAM-Med2D's evaluation, says to a model about an object.
 
 All of it follows from the true mask and, for corrections, from the model's own answers: the same data gives
 the same prompts, whatever else is in the data and in whatever order.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import ndimage
 
 from monailabel_dfqsam.evaluation.items import EvaluationError
 from monailabel_dfqsam.evaluation.measures import Mask
@@ -27,12 +28,40 @@ _MOST_JITTER = 5
 _JITTER_OF_SIDE = 0.5
 
 
+def wrong_pixel(wrong: Mask, truth: Mask, number: int) -> tuple[int, int]:
+    """(row, column) of the pixel that the correction of this number points at.
+
+    It is one of the wrong pixels [H, W], each as likely as any other, as SAM-Med2D draws it. All pixels of
+    the image are drawn an order, and the first wrong one in it is taken: so two models whose errors are
+    nearly the same get the same click nearly always, and the agreement of their masks compares the models
+    and not two draws.
+    """
+    order = _random(truth, number).random(truth.shape)
+    row, column = np.unravel_index(int(np.where(wrong, order, -1.0).argmax()), truth.shape)
+    return int(row), int(column)
+
+
+def middle_of_wrong(wrong: Mask, truth: Mask, number: int) -> tuple[int, int]:
+    """(row, column) of the wrong pixel farthest from all that is right, or wrong the other way.
+
+    Of what is missing and what is too much, [H, W] together, it is the middle of where either is widest.
+    """
+    sides = (wrong & truth, wrong & ~truth)
+    depth = np.maximum(*(ndimage.distance_transform_edt(np.pad(side, 1))[1:-1, 1:-1] for side in sides))
+    row, column = np.unravel_index(int(depth.argmax()), truth.shape)
+    return int(row), int(column)
+
+
 @dataclass(frozen=True)
 class Dialogue:
-    """How a kind of prompt goes: the first one by the true mask [H, W], then so many corrective points."""
+    """How a kind of prompt goes: the first one by the true mask [H, W], then so many corrective points.
+
+    Each lies where `corrected_at` says, of the wrong pixels, the true mask and the correction's number.
+    """
 
     first: Callable[[Mask], Prompts]
     corrections: int = 0
+    corrected_at: Callable[[Mask, Mask, int], tuple[int, int]] = wrong_pixel
 
 
 def box_prompt(truth: Mask) -> Prompts:
@@ -67,8 +96,11 @@ PROMPTS: dict[str, Dialogue] = {
     "jittered": Dialogue(jittered_prompt),
     "point": Dialogue(point_prompt),
     "points5": Dialogue(point_prompt, corrections=4),
+    "clicks5": Dialogue(point_prompt, corrections=4, corrected_at=middle_of_wrong),
 }
-"""By name: the tight box, the box moved at random, one click, and five: that one and four corrective ones."""
+"""By name: the tight box, the box moved at random, one click, and five: that one and four corrective ones, on
+any wrong pixel as SAM-Med2D draws them, or in the middle of what is wrong, as SAM's evaluation and people do.
+"""
 
 
 def dialogues(names: list[str]) -> dict[str, Dialogue]:
@@ -103,7 +135,7 @@ def converse(predict: Predict, dialogue: Dialogue, truth: Mask) -> tuple[Mask, P
         wrong = answer.mask != truth
         if not wrong.any():
             break
-        row, column = wrong_pixel(wrong, truth, number)
+        row, column = dialogue.corrected_at(wrong, truth, number)
         prompts = replace(
             prompts,
             points=np.concatenate([prompts.points, [[column + 0.5, row + 0.5]]]),
@@ -111,19 +143,6 @@ def converse(predict: Predict, dialogue: Dialogue, truth: Mask) -> tuple[Mask, P
         )
         answer = predict(replace(prompts, mask_logits=answer.low_res_logits))
     return answer.mask, prompts
-
-
-def wrong_pixel(wrong: Mask, truth: Mask, number: int) -> tuple[int, int]:
-    """(row, column) of the pixel that the correction of this number points at.
-
-    It is one of the wrong pixels [H, W], each as likely as any other, as SAM-Med2D draws it. All pixels of
-    the image are drawn an order, and the first wrong one in it is taken: so two models whose errors are
-    nearly the same get the same click nearly always, and the agreement of their masks compares the models
-    and not two draws.
-    """
-    order = _random(truth, number).random(truth.shape)
-    row, column = np.unravel_index(int(np.where(wrong, order, -1.0).argmax()), truth.shape)
-    return int(row), int(column)
 
 
 def _random(truth: Mask, number: int) -> np.random.Generator:
