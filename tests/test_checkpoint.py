@@ -142,6 +142,7 @@ def test_the_first_stages_of_lite_are_the_published_ones(lite_medsam: Path) -> N
         for name in published
         if name.startswith("image_encoder.")
         and not name.startswith(("image_encoder.layers.3.", "image_encoder.neck."))
+        and not name.endswith(".num_batches_tracked")
     }
     assert steady
     assert all(torch.equal(own[name], published[name].half().float()) for name in steady)

@@ -92,7 +92,7 @@ def test_it_answers_as_segment_anything_does(
     pixels: list[list[float]] | None,
     box: list[float] | None,
 ) -> None:
-    logits, scores = published(sam, rgb, multimask, pixels, box)
+    logits, scores = published(sam, rgb, multimask and box is not None, pixels, box)
     best = int(scores.argmax())
     prompts = Prompts(
         points=np.array(pixels) + 0.5 if pixels else np.zeros((0, 2)),
@@ -114,21 +114,22 @@ def test_where_one_mask_alone_was_trained_it_is_the_answer(
     one.variant = replace(one.variant, one_mask=True)
     found, expected = one.predict(embedding, click(), True), segmenter.predict(embedding, click(), False)
     assert torch.equal(found.low_res_logits, expected.low_res_logits)
-    assert not torch.equal(found.low_res_logits, segmenter.predict(embedding, click()).low_res_logits)
     logits, scores = one.predict_points(embedding, np.concatenate([click().points, [[40.5, 10.5]]]))
     assert logits.shape == (2, 1, 64, 64)
     assert torch.allclose(logits[:1], expected.low_res_logits, atol=EXACT)
     assert float(scores[0]) == pytest.approx(expected.score, abs=EXACT)
 
 
-def test_several_points_leave_little_in_doubt(sam: Sam, segmenter: Segmenter, embedding: Embedding) -> None:
-    """In what was taught here candidates are for one click alone."""
-    two = Prompts(points=np.array([[20.5, 30.5], [70.5, 50.5]]), labels=np.array([1, 0]))
-    single = segmenter.predict(embedding, two, multimask=False)
-    assert torch.equal(segmenter.predict(embedding, two).low_res_logits, single.low_res_logits)
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_was_taught_here_answers_clicks_with_its_single_answer(
+    sam: Sam, segmenter: Segmenter, embedding: Embedding, count: int
+) -> None:
+    clicks = Prompts(np.array([[20.5, 30.5], [70.5, 50.5]])[:count], np.array([1, 0])[:count])
+    single = segmenter.predict(embedding, clicks, multimask=False)
+    assert torch.equal(segmenter.predict(embedding, clicks).low_res_logits, single.low_res_logits)
     foreign = full_precision_segmenter(sam)
     foreign.variant = replace(foreign.variant, taught_here=False)
-    answers = [foreign.predict(embedding, two, multimask).low_res_logits for multimask in (False, True)]
+    answers = [foreign.predict(embedding, clicks, multimask).low_res_logits for multimask in (False, True)]
     assert not torch.equal(*answers)
 
 

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from monailabel_dfqsam.ops.openvino_library import converted
 from monailabel_dfqsam.sam import efficient_sam
 from monailabel_dfqsam.sam.prompt_maps import (
-    BACKGROUND,
     BOTTOM_RIGHT,
-    FOREGROUND,
     NOTHING,
     TOP_LEFT,
     PromptMaps,
@@ -82,13 +80,12 @@ class _Choosing(nn.Module):
         values = torch.cat([scores[:, :1] - _NEVER, scores[:, 1:]], 1)
         if self.variant.taught_here:
             boxed = (labels == TOP_LEFT).any(1, keepdim=True)
-            several = ((labels == BACKGROUND) | (labels == FOREGROUND)).sum(1, keepdim=True) > 1
-            values = torch.where(several, torch.cat([scores[:, :1], scores[:, 1:] - _NEVER], 1), values)
+            single = torch.cat([scores[:, :1], scores[:, 1:] - _NEVER], 1)
             low, high = (
                 (points * (labels == corner)[..., None]).sum(1)[0] + _PIXEL_CENTRE
                 for corner in (TOP_LEFT, BOTTOM_RIGHT)
             )
-            values = torch.where(boxed, scores + self._fits(masks, low, high), values)
+            values = torch.where(boxed, scores + self._fits(masks, low, high), single)
         return masks, scores, values.argmax(1)
 
     def _fits(self, masks: Tensor, low: Tensor, high: Tensor) -> Tensor:

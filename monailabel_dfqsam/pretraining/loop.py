@@ -112,8 +112,11 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 
 
 def export(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Writes a model's weights as float16 safetensors, whole or not at all."""
-    tensors = {key: value.detach().cpu().half().contiguous() for key, value in model.state_dict().items()}
+    """Writes a model's weights as safetensors, floats as float16, whole or not at all."""
+    tensors = {
+        key: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+    }
     with replacing(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt", **metadata})
 

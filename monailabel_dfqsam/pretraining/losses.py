@@ -114,7 +114,7 @@ def prompted_loss(
         with torch.set_grad_enabled(learned):
             logits, predicted = decode(sam, image, prompts)
         logits = logits.float()
-        best = predicted[:, 1:].argmax(1) + 1
+        best = logits[torch.arange(len(logits)), predicted[:, 1:].argmax(1) + 1]
         if learned:
             losses, ious = mask_losses(logits, target, prompts.pointed)
             # One click may mean a part or the whole: only the best of the candidates learns much from it.
@@ -123,15 +123,15 @@ def prompted_loss(
             single = torch.where(open_to_doubt, 0.5, 1.0) * losses[:, 0]
             loss = loss + (losses[:, 1:].min(1).values + all_three + single).mean()
             loss = loss + ESTIMATE * F.mse_loss(predicted.float(), ious)
+        # As it is used: of a box the best answer, of clicks the single one.
+        answer = torch.where(prompts.boxed[:, None, None], best, logits[:, 0])
+        iou = _ious(answer, target[:, 0])
         if turn == 0:
-            iou = _ious(logits[torch.arange(len(best)), best], target[:, 0])
             reached = {"box": float(iou[prompts.boxed].mean()), "point": float(iou[~prompts.boxed].mean())}
         elif turn == rounds - 1:
-            reached["corrected"] = float(ious[:, 0].mean())
+            reached["corrected"] = float(iou.mean())
         if turn + 1 < rounds:
-            # As it is used: a candidate for what comes first, the single answer once it was corrected.
-            shown = logits[torch.arange(len(best)), best] if turn == 0 else logits[:, 0]
-            prompts = corrected(prompts, shown.detach(), target[:, 0], size)
+            prompts = corrected(prompts, answer.detach(), target[:, 0], size)
     return loss / min(rounds, LEARNED_ROUNDS), reached
 
 

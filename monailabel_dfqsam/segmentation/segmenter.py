@@ -156,8 +156,8 @@ class Segmenter:
             prompts: at least a point or a box; `mask_logits` only refines.
             multimask: take the one with the best predicted IoU of the decoder's three candidates (outputs
                 1 to 3); otherwise, and where nothing else was trained, its single answer (output 0). A
-                variant that was `taught_here` takes that for several points, which leave little in doubt, and
-                for a box what `OneMaskDecoder` says.
+                variant that was `taught_here` takes that for points, and for a box what `OneMaskDecoder`
+                says.
 
         Raises:
             ValueError: for prompts that are empty, misshapen or outside the image.
@@ -165,10 +165,9 @@ class Segmenter:
         _check(prompts, embedding.frame)
         points, boxes, masks = self._model_prompts(prompts, embedding.frame)
         sparse, dense = self._prompt_encoder(points, boxes, masks)
-        several = len(prompts.points) > 1 and prompts.box is None
-        multimask = multimask and not (self.variant.one_mask or (self.variant.taught_here and several))
         by_box = multimask and self.variant.taught_here
         box = boxes[0] + _PIXEL_CENTRE if by_box and boxes is not None else None
+        multimask = multimask and (box is not None or self._candidates)
         logits, score = self._decode(embedding.tensor.to(self._device), sparse, dense, multimask, box)
         logits = logits.cpu()
         mask = to_image(logits, embedding.frame)[0, 0] > 0
@@ -200,9 +199,14 @@ class Segmenter:
         for some in xy.split(max(1, _BATCH_NUMBERS // image.numel())):
             labels = torch.ones(len(some), 1, dtype=torch.int64, device=self._device)
             sparse, dense = self._prompt_encoder((some[:, None], labels), None, None)
-            parts.append(self._decode.each(image, sparse, dense, not self.variant.one_mask))
+            parts.append(self._decode.each(image, sparse, dense, self._candidates))
         logits, scores = zip(*parts, strict=True)
         return torch.cat(logits).cpu(), torch.cat(scores).cpu()
+
+    @property
+    def _candidates(self) -> bool:
+        """Whether a click is answered with one of three candidates."""
+        return not (self.variant.one_mask or self.variant.taught_here)
 
     def _model_prompts(
         self, prompts: Prompts, frame: Frame
