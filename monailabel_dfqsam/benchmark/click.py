@@ -70,6 +70,7 @@ def measure_clicks(
             f"a session needs clicks, slices of 32×32 at least, and {_slices_needed()} of them, "
             f"not {clicks} clicks on {'×'.join(map(str, shape))}"
         )
+    weights = find_checkpoint(checkpoint or DEFAULT)
     with tempfile.TemporaryDirectory(prefix="dfqsam-click-") as name:
         folder = Path(name)
         studies = folder / "studies"
@@ -77,7 +78,7 @@ def measure_clicks(
         progress("volume", 0, 1)
         write_phantom(studies / f"{IMAGE}.nrrd", shape)
         progress("volume", 1, 1)
-        with DemoServer(studies, folder / "app", folder / "server.log", checkpoint) as server:
+        with DemoServer(studies, folder / "app", folder / "server.log", weights) as server:
             session = SlicerSession(server.url)
             quantize_quickly(session, server.check, progress)
             play = _Play(session, shape, progress)
@@ -86,7 +87,7 @@ def measure_clicks(
         return {
             "model": play.last.params["model"],
             "engine": play.last.params["engine"],
-            "checkpoint": find_checkpoint(checkpoint or DEFAULT).name,
+            "checkpoint": weights.name,
             "shape": list(shape),
             "clicks": clicks,
             "rows": rows,
