@@ -75,7 +75,7 @@ def serve(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to serve: a file, lite, tiny or lite-medsam; lite without it.", show_default=False
+            help="Weights to serve: a file, lite, tiny or lite-medsam; tiny without it.", show_default=False
         ),
     ] = None,
     app_dir: Annotated[
@@ -104,7 +104,7 @@ def doctor(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to serve: a file, lite, tiny or lite-medsam; lite without it.", show_default=False
+            help="Weights to serve: a file, lite, tiny or lite-medsam; tiny without it.", show_default=False
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -138,8 +138,8 @@ def demo(
     checkpoint: Annotated[
         Path,
         typer.Option(
-            help="Weights to serve, as `serve` takes them: tiny is quantized in a minute or two; lite, which "
-            "a server takes by itself, in a quarter of an hour on two cores."
+            help="Weights to serve, as `serve` takes them: tiny is quantized in a minute or two, lite in "
+            "a quarter of an hour on two cores."
         ),
     ] = Path("tiny"),
     out: Annotated[Path, typer.Option(help="Folder for pictures, report and results.")] = Path("demo-output"),
