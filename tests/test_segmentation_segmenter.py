@@ -110,10 +110,12 @@ def test_it_answers_as_segment_anything_does(
 def test_where_one_mask_alone_was_trained_it_is_the_answer(
     sam: Sam, segmenter: Segmenter, embedding: Embedding
 ) -> None:
-    one = full_precision_segmenter(sam)
-    one.variant = replace(one.variant, one_mask=True)
+    one, foreign = full_precision_segmenter(sam), full_precision_segmenter(sam)
+    one.variant = replace(one.variant, one_mask=True, taught_here=False)
+    foreign.variant = replace(foreign.variant, taught_here=False)
     found, expected = one.predict(embedding, click(), True), segmenter.predict(embedding, click(), False)
     assert torch.equal(found.low_res_logits, expected.low_res_logits)
+    assert not torch.equal(found.low_res_logits, foreign.predict(embedding, click()).low_res_logits)
     logits, scores = one.predict_points(embedding, np.concatenate([click().points, [[40.5, 10.5]]]))
     assert logits.shape == (2, 1, 64, 64)
     assert torch.allclose(logits[:1], expected.low_res_logits, atol=EXACT)

@@ -53,8 +53,8 @@ class Variant:
     that every block attends globally; `relative_position` is SAM's, computed from queries. A TinyViT has
     `stages` in place of all these. What was `taught_here` has prompts also drawn into its mask prompt; it
     answers a box with the one of all the decoder's masks that also fits the box, clicks with the single
-    answer; other families as their own evaluation chooses. Its answers begin as the
-    share `said` of those maps. With `one_mask`, the decoder's single answer alone was trained. A
+    answer; other families as their own evaluation chooses. Its answers begin as the share `said` of those
+    maps. With `one_mask`, the decoder's single answer alone was trained. A
     `gelu_decoder` is EfficientSAM's, which differs from segment-anything's.
     """
 
