@@ -11,9 +11,10 @@ import numpy as np
 
 from monailabel_dfqsam.evaluation.baselines import box_baseline, ellipse_baseline
 from monailabel_dfqsam.evaluation.items import EvaluationError, Item
-from monailabel_dfqsam.evaluation.measures import Mask, dice
+from monailabel_dfqsam.evaluation.measures import dice
 from monailabel_dfqsam.evaluation.models import Named
 from monailabel_dfqsam.evaluation.prompts import PROMPTS, box_prompt
+from monailabel_dfqsam.masks import Mask
 from monailabel_dfqsam.segmentation.propagation import Propagation, propagate
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Segmenter
 from monailabel_dfqsam.segmentation.volume import Volume, load_volume

@@ -23,8 +23,8 @@ from monailabel_dfqsam.benchmark.runner import Request
 from monailabel_dfqsam.benchmark.session import Session, statistics_of
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.machine import usable_cores
+from monailabel_dfqsam.masks import tight_box
 from monailabel_dfqsam.sam.checkpoint import NAMED
-from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.volume import load_volume
 
 VOLUME_ENGINES = (

@@ -18,13 +18,12 @@ from torch import Generator, Tensor
 
 from monailabel_dfqsam.agreement import Agreement, Fidelity, agreement, one_grey_level_away
 from monailabel_dfqsam.config import Progress, silent
-from monailabel_dfqsam.phantom_study import interior_pixel
+from monailabel_dfqsam.masks import interior_pixel, tight_box
 from monailabel_dfqsam.pretraining.phantoms import eight_bit
 from monailabel_dfqsam.pretraining.targets import make_example
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.preprocess import Frame, frame_of, to_input
 from monailabel_dfqsam.segmentation.mask_decoding import channels_last
-from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prompts, Segmenter, full_precision_segmenter
 
 PHANTOMS = 16

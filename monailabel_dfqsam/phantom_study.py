@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from monailabel_dfqsam.files import IMAGE_ENDINGS, is_image_name, split_name
-from monailabel_dfqsam.segmentation.prompts import tight_box
+from monailabel_dfqsam.masks import interior_pixel, tight_box
 
 LABELS = "labels"
 """Sub-folder of the masks: a server that lists a study's images must not list them."""
@@ -158,16 +158,6 @@ def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
         if owners:
             pairs.append((here[max(owners, key=len)], path))
     return sorted(pairs, key=lambda pair: (split_name(pair[1].name)[0], pair[1].name))
-
-
-def interior_pixel(mask: NDArray[np.bool_]) -> tuple[int, int]:
-    """(row, column) of the pixel of a mask [H, W] farthest from its border, where a person would click.
-
-    The image's edge is a border too; of equally far ones the first in row-major order.
-    """
-    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(int(depth.argmax()), mask.shape)
-    return int(row), int(column)
 
 
 def click_for(mask: NDArray[np.generic]) -> Click:

@@ -21,9 +21,9 @@ from monailabel_dfqsam.benchmark.phantom import organ, write_phantom
 from monailabel_dfqsam.benchmark.runner import Request
 from monailabel_dfqsam.benchmark.weights import Preparation
 from monailabel_dfqsam.engines import onednn
+from monailabel_dfqsam.masks import tight_box
 from monailabel_dfqsam.sam import build, read_checkpoint
 from monailabel_dfqsam.sam.checkpoint import NAMED
-from monailabel_dfqsam.segmentation.prompts import tight_box
 from monailabel_dfqsam.segmentation.segmenter import Prompts, full_precision_segmenter, load_segmenter
 from monailabel_dfqsam.segmentation.volume import load_volume
 

@@ -18,7 +18,7 @@ PACKAGE = Path(monailabel_dfqsam.__file__).parent
 ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(group.split())
     for group in (
-        "agreement config files machine numbers ops",
+        "agreement config files machine masks numbers ops",
         "identity memory",
         "console",
         "sam",

@@ -7,18 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from hypothesis import HealthCheck, given, settings
-from hypothesis.extra import numpy as hnp
 
 from monailabel_dfqsam.phantom_study import (
     LABELS,
     StudyItem,
     click_for,
     find_pairs,
-    interior_pixel,
     write_phantom_study,
 )
-from monailabel_dfqsam.segmentation.prompts import read_prompts, tight_box
+from monailabel_dfqsam.segmentation.prompts import read_prompts
 from monailabel_dfqsam.segmentation.volume import load_volume, slice_rgb
 
 # Grey levels of 255 between an object's mean and that of its surroundings.
@@ -104,18 +101,6 @@ def test_pairs_are_found_beside_and_below_whatever_the_suffix(tmp_path: Path) ->
         ("a_ct.nii.gz", "a_ct_liver_left.nii.gz"),
         ("b.nrrd", "b_cyst.nrrd"),
     ]
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(hnp.arrays(bool, (7, 9)).filter(np.any))
-def test_the_interior_pixel_is_farthest_from_all_that_is_outside(mask: np.ndarray) -> None:
-    outside = np.argwhere(~np.pad(mask, 1)) - 1
-    depths = {(r, c): ((outside - (r, c)) ** 2).sum(1).min() for r, c in np.argwhere(mask).tolist()}
-    # Dictionaries keep row-major order, max takes the first.
-    assert interior_pixel(mask) == max(depths, key=lambda pixel: depths[pixel])
-    x0, y0, x1, y1 = tight_box(mask).astype(int)
-    assert mask[y0:y1, x0:x1].sum() == mask.sum()
-    assert all(edge.any() for edge in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1]))
 
 
 def test_an_empty_mask_cannot_be_clicked() -> None:

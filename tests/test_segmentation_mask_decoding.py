@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from monailabel_dfqsam.masks import tight_box
 from monailabel_dfqsam.pipeline import phantom_images
 from monailabel_dfqsam.sam import VARIANTS, build, read_checkpoint
 from monailabel_dfqsam.sam.model import build_decoder
 from monailabel_dfqsam.segmentation.mask_decoding import OneMaskDecoder, box_fits, channels_last, product
-from monailabel_dfqsam.segmentation.prompts import tight_box
 from tests.models import relative_error
 
 ROUNDING = 1e-5  # of float32, relative to the largest logit

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from monailabel_dfqsam.masks import tight_box
 from monailabel_dfqsam.segmentation.prompts import (
     PromptError,
     of_mask,
     read_prompts,
     read_volume_prompts,
-    tight_box,
 )
 from monailabel_dfqsam.segmentation.volume import Volume, slice_rgb
 

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monailabel_dfqsam.evaluation.items import Item
-from monailabel_dfqsam.evaluation.measures import Mask
-from monailabel_dfqsam.segmentation.prompts import tight_box
+from monailabel_dfqsam.masks import Mask, tight_box
 
 
 def box_baseline(item: Item) -> Mask:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import warnings
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-Mask = NDArray[np.bool_]
+from monailabel_dfqsam.masks import Mask
 
 NSD_TOLERANCE = 2.0
 """Pixels between two outlines that still count as the same."""

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from monailabel_dfqsam.evaluation.measures import Mask
 from monailabel_dfqsam.evaluation.scoring import Scored
+from monailabel_dfqsam.masks import Mask
 
 SIDE = 224
 """The longer side of a picture's frame, and the pixels on it at most."""

@@ -11,12 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import ndimage
 
 from monailabel_dfqsam.evaluation.items import EvaluationError
-from monailabel_dfqsam.evaluation.measures import Mask
-from monailabel_dfqsam.phantom_study import interior_pixel
-from monailabel_dfqsam.segmentation.prompts import tight_box
+from monailabel_dfqsam.masks import Mask, interior_pixel, tight_box
 from monailabel_dfqsam.segmentation.segmenter import Prediction, Prompts
 
 Predict = Callable[[Prompts], Prediction]
@@ -46,10 +43,7 @@ def middle_of_wrong(wrong: Mask, truth: Mask, number: int) -> tuple[int, int]:
 
     Of what is missing and what is too much, [H, W] together, it is the middle of where either is widest.
     """
-    sides = (wrong & truth, wrong & ~truth)
-    depth = np.maximum(*(ndimage.distance_transform_edt(np.pad(side, 1))[1:-1, 1:-1] for side in sides))
-    row, column = np.unravel_index(int(depth.argmax()), truth.shape)
-    return int(row), int(column)
+    return interior_pixel(wrong & truth, wrong & ~truth)
 
 
 @dataclass(frozen=True)

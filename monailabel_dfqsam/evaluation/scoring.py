@@ -15,8 +15,9 @@ from monailabel_dfqsam.agreement import one_grey_level_away
 from monailabel_dfqsam.config import Progress, silent
 from monailabel_dfqsam.evaluation.baselines import BASELINES
 from monailabel_dfqsam.evaluation.items import Item, read_items
-from monailabel_dfqsam.evaluation.measures import Mask, dice, iou, surface_dice
+from monailabel_dfqsam.evaluation.measures import dice, iou, surface_dice
 from monailabel_dfqsam.evaluation.prompts import Dialogue, converse, dialogues
+from monailabel_dfqsam.masks import Mask
 from monailabel_dfqsam.segmentation.segmenter import Embedding, Prediction, Prompts
 
 NAMES = ("model", "engine", "policy")

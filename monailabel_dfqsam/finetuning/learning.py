@@ -31,8 +31,7 @@ from monailabel_dfqsam.config import FinetuneConfig, Progress, silent
 from monailabel_dfqsam.finetuning.prompted import Ask, Asked, PromptLoss, answer, random_pixels
 from monailabel_dfqsam.finetuning.samples import ModalitySampler, Reader, Sample
 from monailabel_dfqsam.finetuning.trainable import to_artifact, trainable
-from monailabel_dfqsam.phantom_study import interior_pixel
-from monailabel_dfqsam.segmentation.prompts import tight_box
+from monailabel_dfqsam.masks import interior_pixel, tight_box
 from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, load_segmenter
 
 logger = logging.getLogger(__name__)

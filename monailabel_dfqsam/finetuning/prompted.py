@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from monailabel_dfqsam.finetuning.samples import LEAST_PIXELS
+from monailabel_dfqsam.masks import tight_box
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.preprocess import Frame, to_input
 from monailabel_dfqsam.sam.variants import Variant
-from monailabel_dfqsam.segmentation.prompts import tight_box
 
 CLICKS = 3
 """Into an object, each asked for by itself, beside one box."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from monailabel_dfqsam.masks import depth
 from monailabel_dfqsam.sam.model import Sam
 from monailabel_dfqsam.sam.prompt_maps import (
     BACKGROUND,
@@ -127,8 +128,8 @@ def _pixels(region: Tensor, count: int) -> Tensor:
 
 def _deepest(region: Tensor) -> Tensor:
     """[N, 1] int64, as `_pixels`: pixels of regions that are farthest from their borders."""
-    depths = [ndimage.distance_transform_edt(np.pad(one, 1))[1:-1, 1:-1] for one in region.cpu().numpy()]
-    return torch.as_tensor([[int(depth.argmax())] for depth in depths], device=region.device)
+    deepest = [int(depth(one).argmax()) for one in region.cpu().numpy()]
+    return torch.tensor(deepest, device=region.device)[:, None]
 
 
 def _regions(wrong: Tensor, truth: Tensor, at: Tensor, kinds: Tensor) -> Tensor:

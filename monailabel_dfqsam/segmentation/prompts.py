@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from monailabel_dfqsam.masks import tight_box
 from monailabel_dfqsam.segmentation.segmenter import Prompts
 
 _CENTRE = 0.5
@@ -127,12 +128,6 @@ def of_mask(mask: NDArray[np.bool_], slice_index: Any = None) -> tuple[int, Prom
     if not areas[k]:
         raise PromptError("there is nothing to segment: the mask is empty, and there is no point and no ROI")
     return k, Prompts(box=tight_box(mask[:, :, k]))
-
-
-def tight_box(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """[4] float (x0, y0, x1, y1), the outer edges of a mask [H, W] bool that is not empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
 
 
 def _numbers(value: Any, what: str) -> list[float]:
