@@ -75,7 +75,7 @@ def serve(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to serve: a file, lite, tiny or lite-medsam; tiny without it.", show_default=False
+            help="Weights to serve: a file, lite, tiny or lite-medsam; lite without it.", show_default=False
         ),
     ] = None,
     app_dir: Annotated[
@@ -104,7 +104,7 @@ def doctor(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to serve: a file, lite, tiny or lite-medsam; tiny without it.", show_default=False
+            help="Weights to serve: a file, lite, tiny or lite-medsam; lite without it.", show_default=False
         ),
     ] = None,
     as_json: JsonFlag = False,

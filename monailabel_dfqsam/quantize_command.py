@@ -23,7 +23,7 @@ def quantize(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="A .pth, .pt or .safetensors file, lite, tiny or lite-medsam; tiny without it.",
+            help="A .pth, .pt or .safetensors file, lite, tiny or lite-medsam; lite without it.",
             show_default=False,
         ),
     ] = None,

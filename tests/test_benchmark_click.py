@@ -57,6 +57,8 @@ def test_a_session_gives_every_row(tmp_path: Path) -> None:
         progress=lambda stage, done, total: stages.append(stage),
     )
     assert result["model"].endswith(("(onednn)", "(openvino)"))  # each layer in the form it needs
+    assert 0 < result["first_answer_s"] < 60
+    assert 100e6 < result["memory_bytes"] < 4e9
     rows = {row["case"]: row for row in result["rows"]}
     assert list(rows) == CASES
     assert rows["cached"]["n"] == rows["MONAI Label"]["n"] == 6

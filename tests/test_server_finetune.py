@@ -226,7 +226,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     app.mkdir()
     (app / "main.py").write_text((SAMPLE_APP / "main.py").read_text())
     server = Server(app, str(folder / "studies"), folder / "server.log")
-    server.start({"preset": "static", "iterations": 2, "min_fidelity": 0})
+    server.start({"preset": "static", "iterations": 2, "min_fidelity": 0, "checkpoint": checkpoint(folder)})
     yield server
     server.stop()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import requests
 import SimpleITK as sitk
 
@@ -55,7 +56,9 @@ def measure_clicks(
         progress: called with (stage, done, total).
 
     Returns:
-        `model`, `engine`, `checkpoint`, `shape`, `clicks`, and `rows`: each {case, n, median_s, p95_s, min_s,
+        `model`, `engine`, `checkpoint`, `shape`, `clicks`; `first_answer_s`, from the server's start to the
+        answer to a click in full precision; `memory_bytes`, what the server's processes hold in the end; and
+        `rows`: each {case, n, median_s, p95_s, min_s,
         split, reply_bytes}, seconds at the client, `split` the medians of load, embed, decode, post, write
         and http, where the server tells them. Cases: 'first on the volume', 'first on a slice', 'cached',
         'next slice, prepared', 'next slice, not prepared', 'cached, OHIF' (uncompressed, no multipart), and
@@ -80,9 +83,13 @@ def measure_clicks(
         progress("volume", 1, 1)
         with DemoServer(studies, folder / "app", folder / "server.log", weights) as server:
             session = SlicerSession(server.url)
+            k = shape[2] // 2
+            session.infer(IMAGE, [[*organ_centre(shape, k), k]], slice_index=k)
+            first_answer = time.monotonic() - server.started
             quantize_quickly(session, server.check, progress)
             play = _Play(session, shape, progress)
             rows = play.rows(clicks)
+            memory = _held(server.pid)
         rows.append(_stock_row(folder, studies, play.last, clicks, progress))
         return {
             "model": play.last.params["model"],
@@ -90,6 +97,8 @@ def measure_clicks(
             "checkpoint": weights.name,
             "shape": list(shape),
             "clicks": clicks,
+            "first_answer_s": first_answer,
+            "memory_bytes": memory,
             "rows": rows,
         }
 
@@ -103,6 +112,12 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
         "p95_s": float(np.percentile(times, 95)),
         "min_s": float(times.min()),
     }
+
+
+def _held(pid: int) -> int:
+    """Bytes of memory of a process and all that it started."""
+    process = psutil.Process(pid)
+    return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
 
 
 def _slices_needed() -> int:

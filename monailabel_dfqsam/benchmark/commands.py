@@ -69,7 +69,7 @@ def click(
     shape: Annotated[str, typer.Option(metavar="I,J,K", help="Of the volume.")] = "512,512,100",
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="A file, lite, tiny or lite-medsam; tiny without it.", show_default=False),
+        typer.Option(help="A file, lite, tiny or lite-medsam; lite without it.", show_default=False),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:

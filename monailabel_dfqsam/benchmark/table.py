@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from monailabel_dfqsam.console import output
-from monailabel_dfqsam.numbers import in_bytes
+from monailabel_dfqsam.numbers import in_bytes, in_seconds
 
 # Load average of a machine that does nothing else; daemons make a little.
 QUIET = 0.3
@@ -109,6 +109,10 @@ def print_clicks(result: dict[str, Any]) -> None:
             bytes_or_nothing(row.get("reply_bytes")),
         )
     output.print(table)
+    output.print(
+        f"First answer {in_seconds(result['first_answer_s'])} after the server's start, in full precision; "
+        f"in the end the server holds {in_bytes(result['memory_bytes'])}."
+    )
 
 
 def times(value: float | None) -> str:

@@ -61,8 +61,8 @@ def run(studies: Path | None, out: Path, checkpoint: Path) -> bool:
     output.print(f"Starting the server on {len(cases)} objects to segment, with {checkpoint} …", markup=False)
     if str(checkpoint) == "tiny":
         output.print(
-            "It is the smaller model of the package, quantized in a minute or two. The larger one,\n"
-            "which finds more by a click, is shown by dfqsam demo --checkpoint lite."
+            "It is the smaller model of the package, quantized in a minute or two. dfqsam serve takes the\n"
+            "larger one, which finds more by a click; dfqsam demo --checkpoint lite shows it."
         )
     with DemoServer(served, work / "app", work / "server.log", checkpoint) as server:
         result = _Play(server, cases, out).run()

@@ -32,7 +32,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 NAMED = {name: _WEIGHTS / f"dfqsam-{name}.safetensors" for name in ("lite", "tiny")}
 """The package's own weights, by what they are called wherever a file can be named."""
 
-DEFAULT = NAMED["tiny"]
+DEFAULT = NAMED["lite"]
 """What is served and quantized when nobody names a checkpoint."""
 
 LITE_MEDSAM = "lite-medsam"
