@@ -1,4 +1,6 @@
-"""Builds the CPU library into the package, a file for each instruction set, with the C++ compiler at hand.
+"""Builds the CPU libraries into the package with the C++ compiler at hand.
+
+What lies between two products is a file for each instruction set, the products are one for all of them.
 
 Without a compiler the package installs all the same, and runs in plain torch.
 """
@@ -10,17 +12,24 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # By the names that torch gives to a processor's abilities.
-INSTRUCTION_SETS = (
-    {"avx512": "x86-64-v4", "avx2": "x86-64-v3"}
-    if platform.machine().lower() in ("x86_64", "amd64")
-    else {"default": None}
-)
+INSTRUCTION_SETS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3"} if _X86 else {"default": None}
+# Each of these is entered only on a processor that has what it is compiled for.
+X86_PRODUCTS = {
+    "product.cpp": (),
+    "product_avx2.cpp": ("-mavx2",),
+    "product_avx_vnni.cpp": ("-mavx2", "-mavxvnni"),
+    "product_avx512.cpp": ("-mavx512f", "-mavx512bw"),
+    "product_avx512_vnni.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vnni"),
+}
+ARM_PRODUCTS = {"product.cpp": (), "product_neon.cpp": ("-march=armv8.2-a+dotprod",)}
 COMMON = [
     "-std=c++17",
     "-O3",
@@ -40,17 +49,24 @@ class CpuLibrary(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles into the source tree, where an editable installation finds it too."""
         folder = Path(self.root, "monailabel_dfqsam", "ops")
-        for old in folder.glob("libdfqsam_cpu_*.so"):
+        for old in (*folder.glob("libdfqsam_cpu_*.so"), *folder.glob("libdfqsam_product.so")):
             old.unlink()  # a stale one would be called with arguments it does not know
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         if compiler is None:
             self.app.display_warning("no C++ compiler: without the CPU library clicks take longer")
             return
         try:
-            for name, march in INSTRUCTION_SETS.items():
-                library = folder / f"libdfqsam_cpu_{name}.so"
-                build(compiler, march, Path(self.root, "kernels", "cpu"), library)
-                build_data["artifacts"].append(str(library.relative_to(self.root)))
+            sources = Path(self.root, "kernels", "cpu")
+            built = [folder / f"libdfqsam_cpu_{name}.so" for name in INSTRUCTION_SETS]
+            for library, march in zip(built, INSTRUCTION_SETS.values(), strict=True):
+                build(compiler, {sources / name: flags(name, march) for name in CONTRACTION}, library)
+            products = {
+                sources / name: ["-ffp-contract=off", *known(compiler, own)]
+                for name, own in (X86_PRODUCTS if _X86 else ARM_PRODUCTS).items()
+            }
+            built.append(folder / "libdfqsam_product.so")
+            build(compiler, products, built[-1])
+            build_data["artifacts"] += [str(library.relative_to(self.root)) for library in built]
         except (OSError, subprocess.CalledProcessError) as error:
             detail = getattr(error, "stderr", None) or error
             self.app.display_warning(
@@ -61,16 +77,25 @@ class CpuLibrary(BuildHookInterface):
         build_data["tag"] = f"py3-none-{_platform_tag()}"
 
 
-def build(compiler: str, march: str | None, sources: Path, library: Path) -> None:
+def flags(source: str, march: str | None) -> list[str]:
+    """How a source of what lies between two products is compiled."""
+    found = [f"-ffp-contract={CONTRACTION[source]}", *([f"-march={march}"] if march else [])]
+    return [*found, "-mprefer-vector-width=512"] if march == "x86-64-v4" else found
+
+
+def known(compiler: str, wanted: Sequence[str]) -> Sequence[str]:
+    """All flags, or none where the compiler lacks one: the source is then empty."""
+    tried = [*compiler.split(), *wanted, "-x", "c++", "-fsyntax-only", os.devnull]
+    return wanted if subprocess.run(tried, capture_output=True, check=False).returncode == 0 else ()
+
+
+def build(compiler: str, sources: Mapping[Path, Sequence[str]], library: Path) -> None:
     """Compiles and links; the library names no OpenMP of its own, it takes torch's when it is loaded."""
     objects = []
-    for source, contraction in CONTRACTION.items():
-        target = library.with_name(f".{library.stem}.{source}.o")
-        flags = [*COMMON, f"-ffp-contract={contraction}", *([f"-march={march}"] if march else [])]
-        if march == "x86-64-v4":
-            flags.append("-mprefer-vector-width=512")
+    for source, own in sources.items():
+        target = library.with_name(f".{library.stem}.{source.name}.o")
         subprocess.run(
-            [*compiler.split(), *flags, "-c", str(sources / source), "-o", str(target)],
+            [*compiler.split(), *COMMON, *own, "-c", str(source), "-o", str(target)],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         objects.append(target)

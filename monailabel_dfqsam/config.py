@@ -38,6 +38,7 @@ class EngineKind(str, Enum):
     """The implementations of the quantized image encoder."""
 
     REFERENCE = "reference"
+    NATIVE = "native"
     ONEDNN = "onednn"
     OPENVINO = "openvino"
     CUTLASS = "cutlass"

@@ -25,7 +25,7 @@ from tests import forked
 SAMPLE_APP = Path(__file__).parents[1] / "sample-apps" / "dfqsam"
 SHAPE = (72, 56, 7)  # no two axes alike
 OBJECT = (44, 20, 3)  # voxel in the middle of the bright ball, far from every axis of symmetry
-QUANTIZED = ("W4A4 (onednn)", "W4A4 (openvino)")  # whichever wins the race here
+QUANTIZED = ("W4A4 (native)", "W4A4 (onednn)", "W4A4 (openvino)")  # whichever wins the race here
 START_SECONDS = 240.0  # a busy machine imports slowly
 WORK_SECONDS = 180.0
 END_SECONDS = 30.0

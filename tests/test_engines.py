@@ -12,7 +12,7 @@ from torch import Tensor
 from monailabel_dfqsam.artifact import Artifact, ArtifactError, decode_layer, encode_layer, stored
 from monailabel_dfqsam.config import EngineKind, Policy, QuantizationConfig, Recipe, silent
 from monailabel_dfqsam.engines import encoder as encoder_module
-from monailabel_dfqsam.engines import load_encoder, onednn, select
+from monailabel_dfqsam.engines import load_encoder, onednn, select, why_not
 from monailabel_dfqsam.engines.encoder import IntegerLinear
 from monailabel_dfqsam.ops import Rows, compiled
 from monailabel_dfqsam.pipeline import gaussian_images
@@ -54,14 +54,22 @@ def artifact(request: pytest.FixtureRequest) -> Artifact:
     return make_artifact(request.param)
 
 
+@pytest.fixture(params=[EngineKind.NATIVE, EngineKind.ONEDNN])
+def kind(request: pytest.FixtureRequest) -> EngineKind:
+    """A fast engine of the CPU that works here."""
+    reason = why_not(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param  # type: ignore[no-any-return]
+
+
 def _image(artifact: Artifact, seed: int = 8) -> Tensor:
     return gaussian_images(VARIANTS[artifact.header["variant"]], 1, seed)
 
 
-@needs_onednn
-def test_same_integers_give_the_same_accumulators(artifact: Artifact) -> None:
+def test_same_integers_give_the_same_accumulators(kind: EngineKind, artifact: Artifact) -> None:
     reference = load_encoder(artifact, EngineKind.REFERENCE)
-    fast = load_encoder(artifact, EngineKind.ONEDNN)
+    fast = load_encoder(artifact, kind)
     for name, entry in artifact.header["layers"].items():
         integers = torch.randint(0, 2 ** entry["activation_bits"], (17, entry["shape"][1]), dtype=torch.uint8)
         rows = Rows(integers)
@@ -70,10 +78,9 @@ def test_same_integers_give_the_same_accumulators(artifact: Artifact) -> None:
         assert relative_error(actual, expected) <= LAYER_TOLERANCE, name
 
 
-@needs_onednn
-def test_whole_encoder_and_its_masks_agree(artifact: Artifact) -> None:
+def test_whole_encoder_and_its_masks_agree(kind: EngineKind, artifact: Artifact) -> None:
     reference = load_encoder(artifact, EngineKind.REFERENCE)
-    fast = load_encoder(artifact, EngineKind.ONEDNN)
+    fast = load_encoder(artifact, kind)
     image = _image(artifact)
     expected, actual = reference.embed(image), fast.embed(image)
     assert relative_error(actual, expected) <= EMBEDDING_TOLERANCE
@@ -86,9 +93,8 @@ def test_whole_encoder_and_its_masks_agree(artifact: Artifact) -> None:
     assert union == 0 or (a & b).sum() / union >= MASK_AGREEMENT
 
 
-@needs_onednn
-def test_same_output_twice_and_in_a_batch(artifact: Artifact) -> None:
-    encoder = load_encoder(artifact, EngineKind.ONEDNN)
+def test_same_output_twice_and_in_a_batch(kind: EngineKind, artifact: Artifact) -> None:
+    encoder = load_encoder(artifact, kind)
     images = torch.cat([_image(artifact, 8), _image(artifact, 9)])
     batch = encoder.embed(images)
     assert torch.equal(batch, encoder.embed(images))
@@ -105,10 +111,9 @@ def test_plain_torch_takes_the_place_of_the_library(monkeypatch: pytest.MonkeyPa
     assert torch.equal(actual, expected)
 
 
-@needs_onednn
 @pytest.mark.skipif(compiled.library() is None, reason="the CPU library was not built")
-def test_steady_state_asks_the_system_for_no_memory(artifact: Artifact) -> None:
-    encoder, image = load_encoder(artifact, EngineKind.ONEDNN), _image(artifact)
+def test_steady_state_asks_the_system_for_no_memory(kind: EngineKind, artifact: Artifact) -> None:
+    encoder, image = load_encoder(artifact, kind), _image(artifact)
     for _ in range(3):
         encoder.embed(image)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -119,12 +124,11 @@ def test_steady_state_asks_the_system_for_no_memory(artifact: Artifact) -> None:
     assert faults / 5 < 100
 
 
-@needs_onednn
-def test_long_inputs_go_through_the_mlp_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_inputs_go_through_the_mlp_in_parts(kind: EngineKind, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = make_artifact("tiny")
-    whole = load_encoder(artifact, EngineKind.ONEDNN).embed(_image(artifact))
+    whole = load_encoder(artifact, kind).embed(_image(artifact))
     monkeypatch.setattr(encoder_module, "_MLP_ROWS", 100)
-    assert torch.equal(load_encoder(artifact, EngineKind.ONEDNN).embed(_image(artifact)), whole)
+    assert torch.equal(load_encoder(artifact, kind).embed(_image(artifact)), whole)
 
 
 def test_reference_layer_is_the_dequantized_product() -> None:

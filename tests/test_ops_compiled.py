@@ -121,6 +121,16 @@ def test_layer_norm_is_torchs() -> None:
     assert relative_error(normed, expected) < 1e-6
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5000))
+def test_gelu_is_its_definition_bit_for_bit_and_nearly_torchs(seed: int, count: int) -> None:
+    x = values(seed, count) * 2
+    mine = plain.gelu(x)
+    assert torch.equal(compiled.gelu(x.clone()), mine)
+    exact = torch.nn.functional.gelu(x.double())
+    assert ((mine - exact).abs() / x.abs().clamp_min(1)).max() < 5e-7
+
+
 def test_quantize_keeps_the_order_of_memory() -> None:
     x = values(4, 2, 5, 6, 7).to(memory_format=torch.channels_last)
     q = compiled.quantize_input(x, reader(0.3, 7, 4)).q

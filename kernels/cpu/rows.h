@@ -29,11 +29,20 @@ struct Span {
   float step(float highest) const { return (high - low) / highest; }
 };
 
-// Where a row's integers go, and its scale and zero-point.
+// Where a row's integers go, and its range.
 struct RowRange {
   uint8_t* q;
   float* scale;
   int32_t* zero_point;  // null: 4 bit in groups
+  int32_t* multiplier;  // of groups, each as two equal halves: q is then a level less its zero-point. Null: q is whole
+  int32_t* term;        // with multipliers: −128·Σ multiplier·q, for a product by weights that are 128 too large
+
+  // That of the r-th row behind.
+  RowRange row(int64_t r, int64_t columns) const {
+    return {q + r * columns, scale + r, zero_point == nullptr ? nullptr : zero_point + r,
+            multiplier == nullptr ? nullptr : multiplier + r * ((columns + kGroup - 1) / kGroup),
+            term == nullptr ? nullptr : term + r};
+  }
 };
 
 inline void quantize_8bit(const float* x, int64_t count, const RowRange& to) {
@@ -59,15 +68,24 @@ struct GroupRanges {
   }
 };
 
-inline void quantize_group(const float* x, int64_t count, const GroupRanges& ranges, int64_t group, uint8_t* q) {
-  const float multiplier = ranges.multiplier[group], inverse = ranges.inverse[group];
-  const float zero_point = __builtin_rintf(-ranges.low[group] * inverse);
+// q = multiplier·(level − zero_point) + centre.
+inline void quantize_group(const float* x, int64_t count, const GroupRanges& ranges, int64_t group, float multiplier,
+                           float centre, uint8_t* q) {
+  const float inverse = ranges.inverse[group], zero_point = __builtin_rintf(-ranges.low[group] * inverse);
   for (int64_t i = 0; i < count; ++i) {
     float level = __builtin_rintf(x[i] * inverse) + zero_point;
     level = level < 0.0f ? 0.0f : level;
     level = level > 15.0f ? 15.0f : level;
-    q[i] = static_cast<uint8_t>(static_cast<int32_t>(multiplier * (level - zero_point) + kCentre));
+    q[i] = static_cast<uint8_t>(static_cast<int32_t>(multiplier * (level - zero_point) + centre));
   }
+}
+
+// The same, of a group by itself; returns Σ q.
+inline int32_t quantize_levels(const float* x, int64_t count, const GroupRanges& ranges, int64_t group, uint8_t* q) {
+  quantize_group(x, count, ranges, group, 1.0f, 0.0f, q);
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<int8_t>(q[i]);
+  return sum;
 }
 
 inline void quantize_4bit(const float* x, int64_t count, const RowRange& to) {
@@ -93,9 +111,23 @@ inline void quantize_4bit(const float* x, int64_t count, const RowRange& to) {
     ranges.multiplier[g] = bounded > kLargestMultiplier ? kLargestMultiplier : bounded;
     ranges.inverse[g] = 1.0f / (ranges.multiplier[g] * unit);
   }
-  for (int64_t g = 0; g < whole; ++g) quantize_group(x + g * kGroup, kGroup, ranges, g, to.q + g * kGroup);
-  if (rest != 0) quantize_group(x + whole * kGroup, rest, ranges, whole, to.q + whole * kGroup);
   *to.scale = unit;
+  if (to.multiplier == nullptr) {
+    for (int64_t g = 0; g < whole; ++g)
+      quantize_group(x + g * kGroup, kGroup, ranges, g, ranges.multiplier[g], kCentre, to.q + g * kGroup);
+    if (rest != 0)
+      quantize_group(x + whole * kGroup, rest, ranges, whole, ranges.multiplier[whole], kCentre, to.q + whole * kGroup);
+    return;
+  }
+  int32_t sum = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const auto multiplier = static_cast<int32_t>(ranges.multiplier[g]);
+    const float* from = x + g * kGroup;
+    uint8_t* q = to.q + g * kGroup;
+    sum += multiplier * (g < whole ? quantize_levels(from, kGroup, ranges, g, q) : quantize_levels(from, rest, ranges, g, q));
+    to.multiplier[g] = multiplier * 0x10001;
+  }
+  *to.term = -static_cast<int32_t>(kCentre) * sum;
 }
 
 inline void quantize_row(const float* x, int64_t count, const RowRange& to) {

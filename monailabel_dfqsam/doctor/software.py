@@ -18,7 +18,7 @@ from monailabel_dfqsam.engines import onednn, openvino, why_not
 from monailabel_dfqsam.machine import machine
 from monailabel_dfqsam.memory import available
 from monailabel_dfqsam.numbers import in_bytes
-from monailabel_dfqsam.ops import compiled
+from monailabel_dfqsam.ops import compiled, product
 
 _SHOWN = ("monailabel", "torch", "monai", "pydicom", "numpy", "SimpleITK")
 # Of a disk: an artifact of the largest model with its report, uploads and volumes fetched from an archive.
@@ -104,7 +104,10 @@ def _engine(kind: EngineKind) -> Finding:
     except RuntimeError as error:  # there, but broken
         return Finding("engines", kind.value, str(error), Level.PROBLEM, "Build it again, or take it away.")
     if reason is None:
-        notes = {EngineKind.REFERENCE: "works, slowly: the measure of the others' masks"}
+        notes = {
+            EngineKind.REFERENCE: "works, slowly: the measure of the others' masks",
+            EngineKind.NATIVE: f"works, by {product.instruction_set()}",
+        }
         split = {EngineKind.ONEDNN: onednn.in_halves, EngineKind.OPENVINO: openvino.in_halves}
         if kind in split and split[kind]():
             notes[kind] = "works; large weights are multiplied in halves, whose sums do not saturate here"
@@ -114,6 +117,8 @@ def _engine(kind: EngineKind) -> Finding:
     if kind is EngineKind.OPENVINO:
         return Finding("engines", kind.value, f"not in the race: {reason}")
     remedies = {
+        EngineKind.NATIVE: "Install a C++ compiler (Debian: g++), and then this package again; until then "
+        "other engines answer.",
         EngineKind.CUTLASS: "Build the GPU kernels with `make kernels`, which needs CUDA's compiler 12.8 or "
         "later; until then the processor answers.",
         EngineKind.ONEDNN: "Install an official build of torch for this processor; until then the slow "

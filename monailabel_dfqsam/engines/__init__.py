@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from monailabel_dfqsam.artifact import Artifact, ArtifactError
 from monailabel_dfqsam.config import EngineKind
-from monailabel_dfqsam.engines import cutlass, onednn, openvino
+from monailabel_dfqsam.engines import cutlass, native, onednn, openvino
 from monailabel_dfqsam.engines.cutlass import CutlassEncoder
 from monailabel_dfqsam.engines.encoder import Encoder
+from monailabel_dfqsam.engines.native import NativeEncoder
 from monailabel_dfqsam.engines.onednn import OnednnEncoder
 from monailabel_dfqsam.engines.openvino import OpenvinoEncoder
 from monailabel_dfqsam.engines.reference import ReferenceEncoder, layer_by_layer
@@ -17,10 +18,13 @@ from monailabel_dfqsam.ops import cuda_library, openvino_library
 __all__ = ["Encoder", "candidates", "layer_by_layer", "load_encoder", "select", "why_not"]
 
 # The fastest first, as measured where each was made for.
-_ORDER = (EngineKind.CUTLASS, EngineKind.ONEDNN, EngineKind.OPENVINO, EngineKind.REFERENCE)
+_ORDER = (
+    EngineKind.CUTLASS, EngineKind.NATIVE, EngineKind.ONEDNN, EngineKind.OPENVINO, EngineKind.REFERENCE,
+)  # fmt: skip
 
 _ENCODERS: dict[EngineKind, Callable[[Artifact], Encoder]] = {
     EngineKind.CUTLASS: CutlassEncoder,
+    EngineKind.NATIVE: NativeEncoder,
     EngineKind.ONEDNN: OnednnEncoder,
     EngineKind.OPENVINO: OpenvinoEncoder,
     EngineKind.REFERENCE: ReferenceEncoder,
@@ -50,6 +54,8 @@ def _why_no_candidate(kind: EngineKind, artifact: Artifact | None) -> str | None
         return None
     if artifact is not None and artifact.header["attention_bits"]:
         return "policy 'paper' quantizes attention, which only the reference engine runs"
+    if kind is EngineKind.NATIVE:
+        return native.why_unavailable()
     if kind is EngineKind.ONEDNN:
         return onednn.why_unavailable()
     if kind is EngineKind.OPENVINO:

@@ -21,7 +21,7 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class Kernels:
-    """An engine's parts; `ops.plain` defines the middle three.
+    """An engine's parts; `ops.plain` defines the middle four; GELU may overwrite its input.
 
     Attributes:
         attend_quantize: an attention's qkv [B, H, W, 3C] float32 to the integers [B, H, W, C] that the
@@ -34,6 +34,7 @@ class Kernels:
     layer_norm_quantize: Callable[
         [Tensor, Tensor, Tensor, float, QuantizedLayer, bool], tuple[Rows, Tensor | None]
     ]
+    gelu: Callable[[Tensor], Tensor]
     gelu_quantize: Callable[[Tensor, QuantizedLayer], Rows]
     attend_quantize: Callable[[WindowedAttention, Tensor, QuantizedLayer], Rows]
     core: Callable[[Tensor, int], nn.Module] | None = None

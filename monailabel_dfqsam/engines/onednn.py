@@ -60,13 +60,23 @@ class OnednnEncoder:
 
 
 def _kernels() -> Kernels:
-    forms, attend = (plain, attend_quantize) if compiled.library() is None else (compiled, _attend_quantize)
+    forms, attend = (
+        (plain, attend_quantize) if compiled.library() is None else (compiled, attend_quantize_compiled)
+    )
     return Kernels(
-        onednn_kernel, forms.quantize_input, forms.layer_norm_quantize, forms.gelu_quantize, attend
+        onednn_kernel,
+        forms.quantize_input,
+        forms.layer_norm_quantize,
+        forms.gelu,
+        forms.gelu_quantize,
+        attend,
     )
 
 
-def _attend_quantize(attention: WindowedAttention, qkv: Tensor, reader: QuantizedLayer) -> Rows:
+def attend_quantize_compiled(
+    attention: WindowedAttention, qkv: Tensor, reader: QuantizedLayer, levels: bool = False
+) -> Rows:
+    """`attend_quantize` by the compiled library; `levels` as in `compiled.quantize_input`."""
     # A row's range is known once all its heads are.
     static = None if reader.input_range is None else reader
     if isinstance(attention, tiny_vit.Attention):
@@ -76,8 +86,8 @@ def _attend_quantize(attention: WindowedAttention, qkv: Tensor, reader: Quantize
         tables = (attention.rel_pos_h, attention.rel_pos_w) if attention.relative_position else None
         out = compiled.attention(qkv, attention.pad_qkv, tables, attention.heads, attention.window, static)
     else:
-        return attend_quantize(attention, qkv, reader)
-    return compiled.quantize_input(out, reader) if static is None else Rows(out)
+        out, static = attention.attend(qkv).contiguous(), None
+    return Rows(out) if static is not None else compiled.quantize_input(out, reader, levels)
 
 
 def onednn_kernel(layer: QuantizedLayer) -> Kernel:

@@ -59,6 +59,7 @@ _KERNELS = Kernels(
     reference_kernel,
     plain.quantize_input,
     plain.layer_norm_quantize,
+    plain.gelu,
     plain.gelu_quantize,
     attend_quantize,
     QuantizedAttentionCore,

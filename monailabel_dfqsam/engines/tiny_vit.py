@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,7 +56,7 @@ class IntegerConvolutions(nn.Module):
         low, high = first - 1, first + (len(result) - 1) * stride + 2
         seen = image[max(0, low) : high]
         q = self.kernels.quantize_input(seen, self._first.layer)
-        hidden = torch.ops.aten.gelu_(self._first.kernel(q.flat()))
+        hidden = self.kernels.gelu(self._first.kernel(q.flat()))
         hidden = hidden.view(1, *seen.shape[:2], -1)
         above, below = max(0, -low), max(0, high - len(image))
         if above or below:
@@ -71,6 +70,6 @@ class IntegerConvolutions(nn.Module):
         q = self.kernels.gelu_quantize(hidden, self._last.layer)
         target = result.view(-1, result.shape[-1])
         if self._around:
-            torch.ops.aten.gelu_(self._last.kernel(q, target))
+            target.copy_(self.kernels.gelu(self._last.kernel(q, target)))
         else:
             target.copy_(self._last.kernel(q))

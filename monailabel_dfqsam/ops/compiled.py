@@ -11,22 +11,24 @@ import ctypes
 import functools
 import logging
 from collections.abc import Iterable
-from ctypes import c_double, c_float, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from monailabel_dfqsam.ops.layer import QuantizedLayer, Rows
+from monailabel_dfqsam.ops.layer import GROUP, QuantizedLayer, Rows
 
 logger = logging.getLogger(__name__)
 
 _SIGNATURES = {
     "dfqsam_quantize": [c_void_p, c_void_p, c_int64, c_float, c_float, c_float],
     "dfqsam_layer_norm_quantize": [
-        *[c_void_p] * 7, c_int64, c_int64, c_double, c_float, c_float, c_float,
+        *[c_void_p] * 9, c_int64, c_int64, c_double, c_float, c_float, c_float,
     ],
-    "dfqsam_quantize_rows": [*[c_void_p] * 4, c_int64, c_int64],
+    "dfqsam_quantize_rows": [*[c_void_p] * 6, c_int64, c_int64, c_int],
+    "dfqsam_gelu": [c_void_p, c_int64],
     "dfqsam_rescale": [*[c_void_p] * 7, c_int64, c_int64],
     "dfqsam_attention": [c_void_p] * 6 + [c_int64] * 6 + [c_float] * 3,
     "dfqsam_window_attention": [c_void_p] * 5 + [c_int64] * 6 + [c_float] * 3,
@@ -45,7 +47,7 @@ def library() -> ctypes.CDLL | None:
     if path is None:
         logger.info("no compiled CPU operations: plain torch runs in their place")
         return None
-    _share_openmp()
+    share_openmp()
     loaded = ctypes.CDLL(str(path))
     for name, arguments in _SIGNATURES.items():
         getattr(loaded, name).argtypes = arguments
@@ -60,7 +62,7 @@ def library_path() -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _share_openmp() -> None:
+def share_openmp() -> None:
     """Makes the OpenMP that torch brought visible to the library, which names none itself."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
@@ -68,8 +70,12 @@ def _share_openmp() -> None:
     ctypes.CDLL(loaded[0] if loaded else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
-def quantize_input(x: Tensor, layer: QuantizedLayer) -> Rows:
-    """As `plain.quantize_input`; keeps the memory order of x where a row is not what is last in it."""
+def quantize_input(x: Tensor, layer: QuantizedLayer, levels: bool = False) -> Rows:
+    """As `plain.quantize_input`; keeps the memory order of x where a row is not what is last in it.
+
+    Args:
+        levels: of 4 bit in groups, tell their levels and multipliers apart.
+    """
     keeps = (layer.input_range is not None or layer.by_image) and _channels_last(x)
     dense = x if keeps or x.is_contiguous() else x.contiguous()
     q = torch.empty_like(dense, dtype=torch.uint8)
@@ -77,16 +83,22 @@ def quantize_input(x: Tensor, layer: QuantizedLayer) -> Rows:
         _call("dfqsam_quantize", dense.data_ptr(), q.data_ptr(), dense.numel(), *_range(layer))
         return Rows(q)
     count = len(x) if layer.by_image else x.numel() // x.shape[-1]
-    rows = _with_ranges(q, count, layer)
-    _call("dfqsam_quantize_rows", dense.data_ptr(), *map(_pointer, rows), count, x.numel() // count)
+    rows = _with_ranges(q, count, layer, levels)
+    _call("dfqsam_quantize_rows", dense.data_ptr(), *map(_pointer, rows), count, x.numel() // count, 0)
     return rows
 
 
 def layer_norm_quantize(
-    x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, layer: QuantizedLayer, keep: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    layer: QuantizedLayer,
+    keep: bool,
+    levels: bool = False,
 ) -> tuple[Rows, Tensor | None]:
-    """As `plain.layer_norm_quantize`, for contiguous tensors."""
-    rows = _with_ranges(torch.empty(x.shape, dtype=torch.uint8), len(x), layer)
+    """As `plain.layer_norm_quantize`, for contiguous tensors; `levels` as in `quantize_input`."""
+    rows = _with_ranges(torch.empty(x.shape, dtype=torch.uint8), len(x), layer, levels)
     normed = torch.empty_like(x) if keep else None
     _call(
         "dfqsam_layer_norm_quantize", x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(normed),
@@ -95,9 +107,19 @@ def layer_norm_quantize(
     return rows, normed
 
 
-def gelu_quantize(x: Tensor, layer: QuantizedLayer) -> Rows:
-    """As `plain.gelu_quantize`; overwrites x."""
-    return quantize_input(torch.ops.aten.gelu_(x), layer)
+def gelu_quantize(x: Tensor, layer: QuantizedLayer, levels: bool = False) -> Rows:
+    """As `plain.gelu_quantize`, for contiguous x, which it overwrites; `levels` as in `quantize_input`."""
+    if layer.input_range is not None or layer.by_image:
+        return quantize_input(gelu(x), layer, levels)
+    rows = _with_ranges(torch.empty_like(x, dtype=torch.uint8), len(x), layer, levels)
+    _call("dfqsam_quantize_rows", x.data_ptr(), *map(_pointer, rows), *x.shape, 1)
+    return rows
+
+
+def gelu(x: Tensor) -> Tensor:
+    """As `plain.gelu`, for dense x, in place."""
+    _call("dfqsam_gelu", x.data_ptr(), x.numel())
+    return x
 
 
 def rescale(
@@ -187,20 +209,33 @@ def _attended(
 def _call(name: str, *arguments: object) -> int:
     loaded = library()
     assert loaded is not None
-    status: int = getattr(loaded, name)(*arguments)
-    return status
+    return call(getattr(loaded, name), *arguments)
+
+
+def call(function: Any, *arguments: object) -> int:
+    """Calls a function of a library, under its name where torch's profiler runs."""
+    if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        return function(*arguments)  # type: ignore[no-any-return]
+    with torch.profiler.record_function(function.__name__):
+        return function(*arguments)  # type: ignore[no-any-return]
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _with_ranges(q: Tensor, count: int, layer: QuantizedLayer) -> Rows:
+def _with_ranges(q: Tensor, count: int, layer: QuantizedLayer, levels: bool) -> Rows:
     """Room for q and, where the layer's ranges are found at run time, for those of `count` rows."""
     if layer.input_range is not None:
         return Rows(q)
-    zero_point = torch.empty(count, dtype=torch.int32) if layer.activation_bits == 8 else None
-    return Rows(q, torch.empty(count), zero_point)
+    scale = torch.empty(count)
+    if layer.activation_bits == 8:
+        return Rows(q, scale, torch.empty(count, dtype=torch.int32))
+    if not levels:
+        return Rows(q, scale)
+    groups = -(-q.shape[-1] // GROUP)
+    multiplier = torch.empty(count, groups, dtype=torch.int32)
+    return Rows(q, scale, None, multiplier, torch.empty(count, dtype=torch.int32))
 
 
 def _range(layer: QuantizedLayer) -> tuple[float, float, float]:

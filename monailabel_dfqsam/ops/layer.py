@@ -110,11 +110,16 @@ class Rows(NamedTuple):
         q: [..., K] uint8, or [B, C, H, W] for a convolution that reads more than a pixel at a time.
         scale: [M] float32, > 0, of the M rows of q, or of its B images; None where the range is static.
         zero_point: [M] int32, 0 … 255; None where it is static, or `CENTRE` for all rows.
+        multiplier: [M, groups] int32 of rows of 4 bit whose groups are told apart, the same number in both
+            halves: q is then a level less its zero-point, −15 … 15, as int8. `ops.product` alone takes them.
+        term: [M] int32, with multipliers: −128·Σ multiplier·q.
     """
 
     q: Tensor
     scale: Tensor | None = None
     zero_point: Tensor | None = None
+    multiplier: Tensor | None = None
+    term: Tensor | None = None
 
     def flat(self) -> Rows:
         """The same with q as [M, K]."""
@@ -124,8 +129,7 @@ class Rows(NamedTuple):
         """At most `count` rows at a time, of q as [M, K]."""
         for first in range(0, len(self.q), count):
             some = slice(first, first + count)
-            ranges = (None if part is None else part[some] for part in (self.scale, self.zero_point))
-            yield Rows(self.q[some], *ranges)
+            yield Rows(*(None if part is None else part[some] for part in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

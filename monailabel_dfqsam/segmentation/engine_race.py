@@ -41,7 +41,7 @@ from monailabel_dfqsam.engines import candidates
 from monailabel_dfqsam.files import replacing
 from monailabel_dfqsam.machine import cpu
 from monailabel_dfqsam.memory import MemoryShortage, shortage_told
-from monailabel_dfqsam.ops import compiled, cuda_library
+from monailabel_dfqsam.ops import compiled, cuda_library, product
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
 from monailabel_dfqsam.segmentation.segmenter import Prompts, Segmenter, load_segmenter
 
@@ -240,7 +240,7 @@ def _products(variant: Variant) -> int:
 
 def _conditions(artifact: Artifact, kinds: Sequence[EngineKind]) -> dict[str, Any]:
     """Everything on which the race's result depends, as JSON values."""
-    libraries = (compiled.library_path(), cuda_library.LIBRARY)
+    libraries = (compiled.library_path(), product.PATH, cuda_library.LIBRARY)
     return {
         "artifact": artifact.header.get("tensors_sha256"),
         "version": __version__,
