@@ -1,4 +1,4 @@
-"""The commands `dfqsam benchmark encoder` and `click`."""
+"""The commands `dfqsam benchmark encoder`, `click` and `product`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def encoder(
         int | None, typer.Option(help="For every engine; one a core without it.", show_default=False)
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed calls of every engine.")] = EncoderPlan.repeats,
-    profile: Annotated[bool, typer.Option("--profile", help="Also where the time of 'onednn' goes.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also where the time of 'native' goes.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Times the image encoder on our engines and on others', interleaved, and the floor of its products.
@@ -75,7 +75,7 @@ def click(
 ) -> None:
     """Times clicks over HTTP as a viewer makes them, and what each one's time goes to."""
     with plain_errors():
-        sizes = _shape(shape)
+        sizes = _shape(shape, "--shape takes three sizes, like 512,512,100")
         from monailabel_dfqsam.benchmark.click import measure_clicks
         from monailabel_dfqsam.benchmark.machine import describe_run
         from monailabel_dfqsam.benchmark.table import print_clicks
@@ -85,6 +85,29 @@ def click(
             found = measure_clicks(clicks=clicks, shape=sizes, checkpoint=checkpoint, progress=progress)
         write_json(json_file, {**described, **found})
     print_clicks(found)
+
+
+@benchmark.command()
+def product(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="M,N,K", help="May be repeated; ViTs' own without it.", show_default=False),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="For all of them.")] = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Times integer products alone: our kernels of every instruction set here, torch float32, oneDNN int8."""
+    with plain_errors():
+        shapes = [_shape(text, "--shape takes three sizes, like 256,3072,768") for text in shape or ()]
+        from monailabel_dfqsam.benchmark.machine import describe_run
+        from monailabel_dfqsam.benchmark.product import SHAPES, measure_products
+        from monailabel_dfqsam.benchmark.table import print_products
+
+        described = describe_run()
+        with progress_bars() as progress:
+            found = {**described, **measure_products(shapes or SHAPES, threads, progress)}
+        write_json(json_file, found)
+    print_products(found)
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
@@ -119,10 +142,10 @@ def run(
     show(found)
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def _shape(text: str, wanted: str) -> tuple[int, int, int]:
     numbers = text.replace("×", ",").replace("x", ",").split(",")
-    if len(numbers) != 3 or not all(number.strip().isdigit() for number in numbers):
-        raise ValueError(f"--shape takes three sizes, like 512,512,100, not '{text}'")
+    if len(numbers) != 3 or not all(number.strip().isdigit() and int(number) for number in numbers):
+        raise ValueError(f"{wanted}, not '{text}'")
     i, j, k = (int(number) for number in numbers)
     return i, j, k
 

@@ -19,7 +19,7 @@ from monailabel_dfqsam.benchmark.runner import EngineRunner, Request, make_floor
 from monailabel_dfqsam.benchmark.session import Session, statistics_of
 from monailabel_dfqsam.config import Progress, silent
 
-PROFILED = "onednn"
+PROFILED = "native"
 PEERS = (TORCH_EAGER, OPENVINO_INT8)
 
 

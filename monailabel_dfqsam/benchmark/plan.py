@@ -69,6 +69,8 @@ ENGINES: dict[str, Engine] = {
         Engine("torch-compile", Family.TORCH, "float32", _CPU + _CUDA),
         Engine("openvino-fp32", Family.OPENVINO, "float32", _CPU),
         Engine(OPENVINO_INT8, Family.OPENVINO, "int8", _CPU),
+        _ours("native", EngineKind.NATIVE, 4, "w4a4"),
+        _ours("native-w8a8", EngineKind.NATIVE, 8, "w8a8", usual=False),
         _ours("onednn", EngineKind.ONEDNN, 4, "w4a4 in int8"),
         _ours("onednn-w8a8", EngineKind.ONEDNN, 8, "w8a8 in int8", usual=False),
         _ours("openvino-w4a4", EngineKind.OPENVINO, 4, "w4a4 in int8"),
@@ -93,7 +95,7 @@ class EncoderPlan:
         checkpoint: weights, as `find_checkpoint` takes them; None makes them by seed.
         threads: for every engine.
         repeats: timed calls of every engine.
-        profile: also profile `onednn`.
+        profile: also profile `native`.
 
     Raises:
         ValueError: for values outside these.

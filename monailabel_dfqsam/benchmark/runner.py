@@ -154,7 +154,7 @@ def without_our_settings() -> None:
 
 
 _KINDS: tuple[tuple[str, str], ...] = (
-    ("integer products", r"qlinear|int_linear|linear_|_linear|qgemm|int8|gemm"),
+    ("integer products", r"dfqsam_product|qlinear|int_linear|linear_|_linear|qgemm|int8|gemm"),
     ("attention", r"attention|softmax|bmm|baddbmm|einsum"),
     ("norms and quantize", r"norm|quantize|round|clamp"),
     ("activations", r"gelu|relu|sigmoid"),

@@ -115,6 +115,25 @@ def print_clicks(result: dict[str, Any]) -> None:
     )
 
 
+def print_products(result: dict[str, Any]) -> None:
+    """GMAC/s of each shape by each kernel and form; beside it how many times torch's float32."""
+    warn_of_load(result)
+    shapes = list(dict.fromkeys((row["m"], row["n"], row["k"]) for row in result["rows"]))
+    title = f"GMAC/s (times torch float32), threads: {result['threads']}"
+    table = Table(title=title, box=None, pad_edge=False)
+    table.add_column("M×N×K", no_wrap=True)
+    for shape in shapes:
+        table.add_column("×".join(map(str, shape)), justify="right")
+    for by, form in dict.fromkeys((row["by"], row["form"]) for row in result["rows"]):
+        found = [row for row in result["rows"] if (row["by"], row["form"]) == (by, form)]
+        cells = [f"{row['gmacs_per_s']:.0f} ({row['times_float']:.1f})" for row in found]
+        table.add_row(f"{by} {form}".strip(), *cells)
+    output.print(table)
+    for name, rates in result["tiles"].items():
+        told = ", ".join(f"{how} {rate:.0f}" for how, rate in rates.items())
+        output.print(f"One tile in the first cache, one thread, {name}: {told}")
+
+
 def times(value: float | None) -> str:
     """A ratio; nothing for None."""
     return "" if value is None else f"{value:.2f}"
