@@ -157,8 +157,10 @@ DFQSAM_API void dfqsam_product(const Packed* packed, const uint8_t* rows, const 
   const bool copied = size == 2 || padded != p.depth;
   const int64_t stride = padded * size;
   uint8_t* copy = copied ? scratch(count * stride) : nullptr;
-  const int64_t chunk = std::max<int64_t>(kernels.rows, kRowsInCache / stride / kernels.rows * kernels.rows);
-  const int64_t chunks = (count + chunk - 1) / chunk;
+  const int64_t most = std::max<int64_t>(kernels.rows, kRowsInCache / stride);
+  // Equal chunks, or one thread would have all of the short last one's panels.
+  const int64_t chunks = std::max<int64_t>(1, (count + most - 1) / most);
+  const int64_t chunk = up((count + chunks - 1) / chunks, kernels.rows);
 
 #pragma omp parallel if (count * p.depth * p.outputs > (1 << 18))
   {

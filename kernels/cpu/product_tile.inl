@@ -165,7 +165,13 @@ void multiply_up_to(Sums how, int rows, const Tile& tile) {
 
 void multiply(Sums how, int rows, const Tile& tile) { multiply_up_to<kRows>(how, rows, tile); }
 
-void end(const Ending& e) {
+// What a sum becomes, each rounding as the reference has it: the scales' product, then the value's, then the bias.
+DFQSAM_INLINE float ended(const Ending& e, int32_t sum, int32_t term, int32_t zero_point, float scale, int64_t n) {
+  return static_cast<float>(sum + term - zero_point * e.weight_sum[n]) * (scale * e.weight_scale[n]) + e.bias[n];
+}
+
+template <bool kAdd>
+DFQSAM_INLINE void end_rows(const Ending& e, int64_t columns) {
   for (int r = 0; r < e.rows; ++r) {
     const int32_t* sums = e.sums + r * kColumns;
     const int range = e.one_range ? 0 : r;
@@ -173,14 +179,18 @@ void end(const Ending& e) {
     const int32_t zero_point = (e.zero_point == nullptr ? 0 : e.zero_point[range]) - DFQSAM_CENTRE;
     const float scale = e.scale[range];
     float* out = e.out + r * e.out_stride;
-    float values[kColumns];
-    // Each rounding as the reference has it: the scales' product, then the value's, then the bias.
-    for (int n = 0; n < kColumns; ++n)
-      values[n] = static_cast<float>(sums[n] + term - zero_point * e.weight_sum[n]) * (scale * e.weight_scale[n]) +
-                  e.bias[n];
-    if (e.add)
-      for (int64_t n = 0; n < e.columns; ++n) out[n] += values[n];
-    else
-      for (int64_t n = 0; n < e.columns; ++n) out[n] = values[n];
+#pragma GCC ivdep
+    for (int64_t n = 0; n < columns; ++n) {
+      const float value = ended(e, sums[n], term, zero_point, scale, n);
+      out[n] = kAdd ? out[n] + value : value;
+    }
   }
+}
+
+void end(const Ending& e) {
+  // A whole panel has a width that the compiler knows.
+  if (e.columns == kColumns)
+    e.add ? end_rows<true>(e, kColumns) : end_rows<false>(e, kColumns);
+  else
+    e.add ? end_rows<true>(e, e.columns) : end_rows<false>(e, e.columns);
 }
