@@ -28,7 +28,8 @@ from monailabel_dfqsam.sam.checkpoint import NAMED
 from monailabel_dfqsam.segmentation.volume import load_volume
 
 VOLUME_ENGINES = (
-    TORCH_EAGER, "openvino-fp32", OPENVINO_INT8, "onednn", "onednn-w8a8", "openvino-w4a4", "openvino-w8a8",
+    TORCH_EAGER, "openvino-fp32", OPENVINO_INT8, "native", "native-w8a8", "onednn", "onednn-w8a8",
+    "openvino-w4a4", "openvino-w8a8",
 )  # fmt: skip
 """Those that a whole volume can be measured on."""
 

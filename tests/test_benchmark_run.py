@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from monailabel_dfqsam.benchmark.weights import Preparation
 from monailabel_dfqsam.cli import app
-from monailabel_dfqsam.engines import onednn
+from monailabel_dfqsam.engines import native, onednn
 from monailabel_dfqsam.sam import checkpoint
 from tests.server_fixtures import START_SECONDS, wait
 
@@ -28,18 +28,19 @@ pytestmark = [
 ]
 
 
+@pytest.mark.skipif(native.why_unavailable() is not None, reason=f"{native.why_unavailable()}")
 def test_rows_ratios_floor_and_profile(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     result = CliRunner().invoke(
         app,
-        [*COMMAND, "--batch", "2", "--engines", "torch-eager,onednn,cutlass,gemm-floor", "--repeats", "3",
+        [*COMMAND, "--batch", "2", "--engines", "torch-eager,native,cutlass,gemm-floor", "--repeats", "3",
          "--threads", "1", "--profile", "--json", str(path)],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     found = json.loads(path.read_text())
     assert found["complete"] is True
     rows = {row["engine"]: row for row in found["rows"]}
-    eager, own, absent, floor = (rows[n] for n in ("torch-eager", "onednn", "cutlass", "gemm-floor"))
+    eager, own, absent, floor = (rows[n] for n in ("torch-eager", "native", "cutlass", "gemm-floor"))
     assert [row["repeats"] for row in rows.values()] == [3, 3, 0, 3]
     assert absent["median_s"] is None
     assert absent["reason"]

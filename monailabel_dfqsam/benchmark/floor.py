@@ -1,21 +1,26 @@
 """The floor: what an encoder's matrix products alone take, at the best rate measured in the same run.
 
-Two terms. Integer: every quantized layer's product [M, K]·[K, N] by oneDNN's int8 kernel, alone, its
-fastest call. Attention: its multiplications between real tokens (no window padding) and those of the
-relative position, at the fastest rate of a large float32 product. An engine whose attention computes in less
-than float32 can be faster.
+Two terms. Integer: every quantized layer's product [M, K]·[K, N] by oneDNN's int8 kernel or by ours in 4
+bit, alone, the fastest call. Attention: its multiplications between real tokens (no window padding) and those
+of the relative position, at the fastest rate of a large float32 product. An engine whose attention computes
+in less than float32 can be faster.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from monailabel_dfqsam.engines import native
+from monailabel_dfqsam.engines.rates import layer_of
+from monailabel_dfqsam.ops import Form, StaticRange, compiled
 from monailabel_dfqsam.quantization.calibrate import quantizable
 from monailabel_dfqsam.sam.model import build_encoder
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
@@ -109,8 +114,11 @@ class GemmFloor:
     def __init__(self, variant: str, batch: int, threads: int) -> None:
         torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(0)
-        self._calls = {
-            shape: [_IntegerProduct(shape, generator, dtype) for dtype in (torch.float32, torch.uint8)]
+        self._calls: dict[Shape, list[Callable[[], Tensor]]] = {
+            shape: [
+                *(_IntegerProduct(shape, generator, dtype) for dtype in (torch.float32, torch.uint8)),
+                *([] if native.why_unavailable() else [_ours(shape)]),
+            ]
             for shape in layer_shapes(VARIANTS[variant], batch)
         }
         square = torch.randn(_FLOAT_SIDE, _FLOAT_SIDE, generator=generator)
@@ -151,6 +159,13 @@ class _IntegerProduct:
             "none", [], "",
         )  # fmt: skip
         return result
+
+
+def _ours(shape: Shape) -> Callable[[], Tensor]:
+    """One layer's product in W4A4 of a static range, to float32."""
+    layer = replace(layer_of(Form(4, 4), shape.n, shape.k), input_range=StaticRange(0.1, 7))
+    rows = compiled.quantize_input(torch.randn(shape.m, shape.k), layer)
+    return functools.partial(native.native_kernels().linear(layer), rows)
 
 
 def _fastest(call: Callable[[], object]) -> float:
