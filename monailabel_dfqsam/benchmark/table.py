@@ -119,14 +119,14 @@ def print_products(result: dict[str, Any]) -> None:
     """GMAC/s of each shape by each kernel and form; beside it how many times torch's float32."""
     warn_of_load(result)
     shapes = list(dict.fromkeys((row["m"], row["n"], row["k"]) for row in result["rows"]))
-    title = f"GMAC/s (times torch float32), threads: {result['threads']}"
+    title = f"GMAC/s, and times torch float32; threads: {result['threads']}"
     table = Table(title=title, box=None, pad_edge=False)
-    table.add_column("M×N×K", no_wrap=True)
+    table.add_column("M×N×K of", no_wrap=True)
     for shape in shapes:
-        table.add_column("×".join(map(str, shape)), justify="right")
+        table.add_column("\n×".join(map(str, shape)), justify="right", no_wrap=True)
     for by, form in dict.fromkeys((row["by"], row["form"]) for row in result["rows"]):
         found = [row for row in result["rows"] if (row["by"], row["form"]) == (by, form)]
-        cells = [f"{row['gmacs_per_s']:.0f} ({row['times_float']:.1f})" for row in found]
+        cells = [f"{row['gmacs_per_s']:.0f} {row['times_float']:.1f}×" for row in found]
         table.add_row(f"{by} {form}".strip(), *cells)
     output.print(table)
     for name, rates in result["tiles"].items():
