@@ -30,7 +30,6 @@ inline Vec two16(Vec a, Vec b) { return _mm256_madd_epi16(a, b); }
 
 #define DFQSAM_DOT 0
 #define DFQSAM_CENTRE 0
-#define DFQSAM_LAMBDA __attribute__((always_inline))
 #define DFQSAM_REGISTER "+x"
 #include "product_tile.inl"
 

@@ -27,7 +27,6 @@ inline Vec dot4(Vec sums, Vec without_sign, Vec with_sign) { return _mm512_dpbus
 
 #define DFQSAM_DOT 1
 #define DFQSAM_CENTRE 0
-#define DFQSAM_LAMBDA __attribute__((always_inline))
 #define DFQSAM_REGISTER "+v"
 #include "product_tile.inl"
 

@@ -33,7 +33,6 @@ inline Vec dot4(Vec sums, Vec rows, Vec weights) {
 
 #define DFQSAM_DOT 1
 #define DFQSAM_CENTRE 128
-#define DFQSAM_LAMBDA __attribute__((always_inline))
 #define DFQSAM_REGISTER "+w"
 #include "product_tile.inl"
 

@@ -6,6 +6,7 @@ constexpr int kColumns = kLanes * kVectors;
 constexpr int64_t kWeights = kColumns * kStep;  // bytes of a panel's weights for one step
 
 #define DFQSAM_INLINE inline __attribute__((always_inline))
+#define DFQSAM_LAMBDA __attribute__((always_inline))
 
 template <int I>
 struct At {

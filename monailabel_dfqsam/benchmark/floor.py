@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from monailabel_dfqsam.engines import native
 from monailabel_dfqsam.engines.rates import layer_of
-from monailabel_dfqsam.ops import Form, StaticRange, compiled
+from monailabel_dfqsam.ops import Form, StaticRange
 from monailabel_dfqsam.quantization.calibrate import quantizable
 from monailabel_dfqsam.sam.model import build_encoder
 from monailabel_dfqsam.sam.variants import VARIANTS, Variant
@@ -164,8 +164,9 @@ class _IntegerProduct:
 def _ours(shape: Shape) -> Callable[[], Tensor]:
     """One layer's product in W4A4 of a static range, to float32."""
     layer = replace(layer_of(Form(4, 4), shape.n, shape.k), input_range=StaticRange(0.1, 7))
-    rows = compiled.quantize_input(torch.randn(shape.m, shape.k), layer)
-    return functools.partial(native.native_kernels().linear(layer), rows)
+    kernels = native.native_kernels()
+    rows = kernels.quantize_input(torch.randn(shape.m, shape.k), layer)
+    return functools.partial(kernels.linear(layer), rows)
 
 
 def _fastest(call: Callable[[], object]) -> float:

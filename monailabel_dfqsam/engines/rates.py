@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monailabel_dfqsam.engines import native, onednn
-from monailabel_dfqsam.ops import GROUP, Form, Groups, QuantizedLayer, compiled, plain
-from monailabel_dfqsam.ops.product import Product, has_dot, instruction_set
+from monailabel_dfqsam.ops import GROUP, Form, Groups, QuantizedLayer, plain
 from monailabel_dfqsam.quantization.cost import KEPT
 
 _ROWS, _OUTPUTS, _INPUTS = 1024, 640, 320
@@ -41,10 +40,8 @@ def _rate(form: Form, ours: bool, threads: int) -> float:
         weight, bias = torch.randn(_OUTPUTS, _INPUTS, generator=g), torch.zeros(_OUTPUTS)
         run = functools.partial(F.linear, x, weight, bias)
     elif ours:
-        instructions, layer = instruction_set(), layer_of(form, _OUTPUTS, _INPUTS)
-        assert instructions is not None
-        rows = compiled.quantize_input(x, layer, levels=not has_dot(instructions))
-        run = functools.partial(Product(layer, instructions), rows)
+        kernels, layer = native.native_kernels(), layer_of(form, _OUTPUTS, _INPUTS)
+        run = functools.partial(kernels.linear(layer), kernels.quantize_input(x, layer))
     else:
         layer = layer_of(form, _OUTPUTS, _INPUTS)
         run = functools.partial(onednn.onednn_kernel(layer), plain.quantize_input(x, layer))
